@@ -22,8 +22,7 @@ constants='CONN_(STATE|FLAG|POSTPONE)_[A-Z_]+|CONN_TYPE_RDMA|CONN_ADDR_STR_LEN|C
 
 # table DIR — the facts of a release, from its own headers by its own compiler.
 table() {
-    local dir=$1 work name include=()
-    work=$(mktemp -d)
+    local dir=$1 name include=()
     for name in "$dir"/src "$dir"/deps/*/ "$dir"/deps/*/src "$dir"/deps/*/include; do
         include+=(-I "$name")
     done
@@ -47,7 +46,6 @@ table() {
     } >"$work/probe.c"
     gcc -std=gnu11 -w "${include[@]}" -o "$work/probe" "$work/probe.c"
     "$work/probe"
-    rm -r "$work"
 }
 
 # type_of: a declaration without its names, in one spelling, so that a change of
@@ -113,16 +111,16 @@ main() {
         release=$(release_of "$dir")
         line=${release%.*}
         file=$repo/tests/abi/$line.txt
+        table "$dir" >"$work/table"
         if ((write)); then
             mkdir -p "${file%/*}"
-            { printf '# valkey %s, x86-64, by scripts/abi-check.sh --write\n' "$release"; table "$dir"; } >"$file.new"
-            mv "$file.new" "$file"
+            { printf '# valkey %s, x86-64, by scripts/abi-check.sh --write\n' "$release"; cat "$work/table"; } >"$file"
             echo "valkey $release: written to tests/abi/$line.txt"
         elif [[ ! -e $file ]]; then
             echo "valkey $release: line $line has no table in tests/abi, so the module refuses it"
             differ=1
         elif diff --label "tests/abi/$line.txt" --label "valkey $release" -u \
-            <(grep -v '^#' "$file") <(table "$dir"); then
+            <(grep -v '^#' "$file") "$work/table"; then
             echo "valkey $release: as tests/abi/$line.txt has it"
         else
             differ=1
@@ -131,4 +129,6 @@ main() {
     return "$differ"
 }
 
+work=$(mktemp -d)
+trap 'rm -r "$work"' EXIT
 main "$@"
