@@ -1,2 +1,191 @@
 // SPDX-License-Identifier: BSD-3-Clause
-fn main() {}
+//! Runs the cells of the integration matrix: each a case on one stock server, one fabric and
+//! one number of I/O threads.
+//!
+//! A cell that is listed and selected and does not pass is a failure, also if it could not
+//! even start; the only way to skip one is to write down why, in the matrix.
+
+mod cases;
+mod cell;
+mod info;
+mod lab;
+mod matrix;
+mod process;
+mod report;
+mod server;
+mod tools;
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use cell::{Case, Cell};
+use lab::Lab;
+use matrix::{Expected, Fabric, Level, Selector};
+use report::{Record, State};
+
+/// Runs the cells of the integration matrix.
+#[derive(Parser)]
+struct Options {
+    /// What carries the bytes: soft has to be run through scripts/softrdma.sh, vm inside
+    /// scripts/guest.sh.
+    #[arg(long)]
+    fabric: Fabric,
+    /// How much of the matrix.
+    #[arg(long, default_value = "full")]
+    level: Level,
+    /// The list of expected cells.
+    #[arg(long, default_value = "tests/matrix.toml")]
+    matrix: PathBuf,
+    /// The module under test.
+    #[arg(long)]
+    module: Option<PathBuf>,
+    /// An address of the RDMA device, for hw.
+    #[arg(long)]
+    address: Option<IpAddr>,
+    /// A file that remembers what has passed; cells in it are not run again with the same
+    /// module.
+    #[arg(long)]
+    state: Option<PathBuf>,
+    /// Writes the state of the whole matrix to this file, as a table.
+    #[arg(long, requires = "state")]
+    report: Option<PathBuf>,
+    /// Prints the chosen cells and runs none.
+    #[arg(long)]
+    list: bool,
+    /// Which cells: CASE, or CASE/SERVER/FABRIC/IO-THREADS with any of them left out; `*` at
+    /// the end of a part stands for any rest.
+    selectors: Vec<Selector>,
+}
+
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<bool> {
+    let text = std::fs::read_to_string(&options.matrix)
+        .with_context(|| options.matrix.display().to_string())?;
+    let names: Vec<&str> = cases::all().map(|case| case.name).collect();
+    let cells = matrix::read(&text, &names)?;
+    let chosen = matrix::select(cells.clone(), options.fabric, options.level, &options.selectors);
+    if options.list {
+        for cell in &chosen {
+            println!("{}", cell.id);
+        }
+        return Ok(true);
+    }
+    ensure!(
+        !chosen.is_empty(),
+        "no cell of {} is selected; --list shows what there is",
+        options.fabric
+    );
+
+    let repo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize()?;
+    let built = std::env::var_os("CARGO_TARGET_DIR").map_or(repo.join("target"), PathBuf::from);
+    let module = options.module.clone().unwrap_or(built.join("release/libvalkey_rdma.so"));
+    let lab = Lab::new(&repo, &module, options.fabric, options.address)?;
+    let mut state = options.state.as_deref().map(State::open).transpose()?;
+    let commit = report::commit(&repo)?;
+    let date = report::today()?;
+
+    let progress = ProgressBar::new(chosen.len() as u64).with_style(ProgressStyle::with_template(
+        "{pos}/{len} cells, {elapsed} so far, about {eta} to go: {msg}",
+    )?);
+    progress.enable_steady_tick(Duration::from_secs(1));
+    let mut totals = Totals::default();
+    for cell in &chosen {
+        progress.set_message(cell.id.to_string());
+        let earlier = state.as_ref().and_then(|state| state.passed(&cell.id, &lab.module_sha256));
+        let line = if let Some(why) = &cell.skip {
+            totals.skipped += 1;
+            format!("skip  {}: {why}", cell.id)
+        } else if let Some(record) = earlier {
+            totals.passed += 1;
+            format!("pass  {} (on {})", cell.id, record.date)
+        } else {
+            let (line, record) = run_cell(&lab, cell, &commit, &date);
+            totals.count(record.is_some());
+            if let Some(state) = &mut state {
+                match record {
+                    Some(record) => state.add(&cell.id, record)?,
+                    None => state.remove(&cell.id)?,
+                }
+            }
+            line
+        };
+        progress.suspend(|| println!("{line}"));
+        progress.inc(1);
+    }
+    progress.finish_and_clear();
+    if totals.failed == 0 {
+        let _ = std::fs::remove_dir_all(&lab.scratch);
+    }
+    if let (Some(path), Some(state)) = (&options.report, &state) {
+        std::fs::write(path, state.table(&cells))?;
+    }
+    println!("{} passed, {} failed, {} skipped", totals.passed, totals.failed, totals.skipped);
+    Ok(totals.failed == 0)
+}
+
+/// How the cells of a run ended.
+#[derive(Default)]
+struct Totals {
+    passed: u32,
+    failed: u32,
+    skipped: u32,
+}
+
+impl Totals {
+    fn count(&mut self, passed: bool) {
+        match passed {
+            true => self.passed += 1,
+            false => self.failed += 1,
+        }
+    }
+}
+
+/// Runs one cell: the line to print, and its record if it passed.
+fn run_cell(lab: &Lab, cell: &Expected, commit: &str, date: &str) -> (String, Option<Record>) {
+    let case: &Case = cases::all()
+        .find(|case| case.name == cell.id.case)
+        .expect("the matrix was checked against the cases");
+    let limit = cell.seconds.map_or(lab.cell_limit(), Duration::from_secs);
+    let started = Instant::now();
+    let (result, figures) = Cell::run(lab, cell.id.clone(), case, limit);
+    let seconds = started.elapsed().as_secs_f64();
+    let shown: Vec<String> =
+        figures.iter().map(|(name, value)| format!("\n        {name}: {value}")).collect();
+    match result {
+        Ok(()) => (
+            format!("pass  {} ({seconds:.1} s){}", cell.id, shown.concat()),
+            Some(Record {
+                commit: commit.to_owned(),
+                module: lab.module_sha256.clone(),
+                date: date.to_owned(),
+                seconds,
+                figures,
+            }),
+        ),
+        Err(error) => (
+            format!(
+                "FAIL  {} ({seconds:.1} s){}\n        {}",
+                cell.id,
+                shown.concat(),
+                format!("{error:?}").replace('\n', "\n        ")
+            ),
+            None,
+        ),
+    }
+}

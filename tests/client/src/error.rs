@@ -39,10 +39,7 @@ pub enum Error {
 impl Error {
     /// The error of `call` as errno has it now.
     pub(crate) fn last(call: &'static str) -> Self {
-        Self::System {
-            call,
-            source: io::Error::last_os_error(),
-        }
+        Self::System { call, source: io::Error::last_os_error() }
     }
 
     /// Whether the other side is gone, in whichever way it showed.

@@ -46,12 +46,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self {
-            window: 1024 * 1024,
-            source: None,
-            timeout: Duration::from_secs(10),
-            announce: true,
-        }
+        Self { window: 1024 * 1024, source: None, timeout: Duration::from_secs(10), announce: true }
     }
 }
 
@@ -98,17 +93,9 @@ impl Connection {
         let id = CmId::new()?;
         let source = options.source.map(|ip| SocketAddr::new(ip, 0));
         id.resolve_address(source, address, milliseconds_left(deadline))?;
-        expect_event(
-            &id,
-            rdma_cm_event_type::RDMA_CM_EVENT_ADDR_RESOLVED,
-            deadline,
-        )?;
+        expect_event(&id, rdma_cm_event_type::RDMA_CM_EVENT_ADDR_RESOLVED, deadline)?;
         id.resolve_route(milliseconds_left(deadline))?;
-        expect_event(
-            &id,
-            rdma_cm_event_type::RDMA_CM_EVENT_ROUTE_RESOLVED,
-            deadline,
-        )?;
+        expect_event(&id, rdma_cm_event_type::RDMA_CM_EVENT_ROUTE_RESOLVED, deadline)?;
 
         let device = id.device();
         let domain = ProtectionDomain::new(device)?;
@@ -197,10 +184,7 @@ impl Connection {
     /// Sends `message` as a control message, whatever it says and however long it is, up to
     /// 64 bytes.
     pub fn post_control(&mut self, message: &[u8]) -> Result<()> {
-        assert!(
-            message.len() <= SLOT,
-            "a control message of at most 64 bytes"
-        );
+        assert!(message.len() <= SLOT, "a control message of at most 64 bytes");
         let slot = DEPTH + self.next_control % DEPTH;
         self.next_control = self.next_control.wrapping_add(1);
         let offset = slot as usize * SLOT;
@@ -278,8 +262,7 @@ impl Connection {
         if self.held || self.taken == self.arrived {
             return Ok(());
         }
-        self.window
-            .copy_out(self.taken, self.arrived - self.taken, &mut self.inbox);
+        self.window.copy_out(self.taken, self.arrived - self.taken, &mut self.inbox);
         self.taken = self.arrived;
         if self.taken == self.window.length() && self.ended.is_none() {
             self.announce()?;
@@ -347,10 +330,9 @@ impl Connection {
             Some(Control::Other(opcode)) => {
                 Err(Error::Protocol(format!("control message {opcode}")))
             }
-            None => Err(Error::Protocol(format!(
-                "a control message of {} bytes",
-                completion.byte_len
-            ))),
+            None => {
+                Err(Error::Protocol(format!("a control message of {} bytes", completion.byte_len)))
+            }
         }
     }
 
@@ -380,10 +362,8 @@ impl Connection {
         self.queue.acknowledge();
         while let Some(event) = self.id.event()? {
             use rdma_cm_event_type::*;
-            if matches!(
-                event.kind,
-                RDMA_CM_EVENT_DISCONNECTED | RDMA_CM_EVENT_DEVICE_REMOVAL
-            ) && self.ended.is_none()
+            if matches!(event.kind, RDMA_CM_EVENT_DISCONNECTED | RDMA_CM_EVENT_DEVICE_REMOVAL)
+                && self.ended.is_none()
             {
                 self.ended = Some(Ended::Disconnected);
             }
@@ -443,10 +423,7 @@ impl Stream for Connection {
             let length = bytes.len().min(room);
             let (now, later) = bytes.split_at(length);
             self.staging.copy_in(offset, now);
-            let remote = Remote {
-                address: peer.address + u64::from(self.sent),
-                rkey: peer.rkey,
-            };
+            let remote = Remote { address: peer.address + u64::from(self.sent), rkey: peer.rkey };
             self.write_staged(remote, offset, length, Some(length as u32))?;
             self.sent += length as u32;
             bytes = later;

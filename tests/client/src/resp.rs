@@ -106,10 +106,7 @@ fn parse(bytes: &[u8]) -> Result<Option<(Value, usize)>> {
             let Some(payload) = bytes.get(after..after + length + 2) else {
                 return Ok(None);
             };
-            return Ok(Some((
-                Value::Bulk(payload[..length].to_vec()),
-                after + length + 2,
-            )));
+            return Ok(Some((Value::Bulk(payload[..length].to_vec()), after + length + 2)));
         }
         kind @ (b'*' | b'%' | b'~' | b'>') => {
             let Ok(count) = usize::try_from(number()?) else {
@@ -169,17 +166,17 @@ pub struct Client<S> {
 impl<S: Stream> Client<S> {
     /// Speaks RESP over `stream`.
     pub fn new(stream: S, timeout: Duration) -> Self {
-        Self {
-            stream,
-            arrived: Vec::new(),
-            taken: 0,
-            timeout,
-        }
+        Self { stream, arrived: Vec::new(), taken: 0, timeout }
     }
 
     /// The connection below.
     pub fn stream(&mut self) -> &mut S {
         &mut self.stream
+    }
+
+    /// The connection below, for good.
+    pub fn into_stream(self) -> S {
+        self.stream
     }
 
     /// Changes the time-out of the calls to come.
@@ -219,8 +216,7 @@ impl<S: Stream> Client<S> {
             }
             self.arrived.drain(..self.taken);
             self.taken = 0;
-            self.arrived
-                .reserve(wanted.saturating_sub(self.arrived.len()));
+            self.arrived.reserve(wanted.saturating_sub(self.arrived.len()));
             self.stream.receive(&mut self.arrived, deadline)?;
         }
     }

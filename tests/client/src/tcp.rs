@@ -16,10 +16,7 @@ impl Connection {
     pub fn open(address: SocketAddr, timeout: Duration) -> Result<Self> {
         let stream = TcpStream::connect_timeout(&address, timeout)
             .and_then(|stream| stream.set_nodelay(true).map(|()| stream))
-            .map_err(|source| Error::System {
-                call: "connect",
-                source,
-            })?;
+            .map_err(|source| Error::System { call: "connect", source })?;
         Ok(Self(stream))
     }
 

@@ -30,10 +30,7 @@ fn set_nonblocking(fd: RawFd) -> Result<()> {
 fn check(call: &'static str, result: i32) -> Result<()> {
     match result {
         0 => Ok(()),
-        code if code > 0 => Err(Error::System {
-            call,
-            source: io::Error::from_raw_os_error(code),
-        }),
+        code if code > 0 => Err(Error::System { call, source: io::Error::from_raw_os_error(code) }),
         _ => Err(Error::last(call)),
     }
 }
@@ -53,22 +50,16 @@ fn c_address(address: SocketAddr) -> libc::sockaddr_storage {
             SocketAddr::V4(v4) => place.cast::<libc::sockaddr_in>().write(libc::sockaddr_in {
                 sin_family: libc::AF_INET as u16,
                 sin_port: v4.port().to_be(),
-                sin_addr: libc::in_addr {
-                    s_addr: u32::from_ne_bytes(v4.ip().octets()),
-                },
+                sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(v4.ip().octets()) },
                 sin_zero: [0; 8],
             }),
-            SocketAddr::V6(v6) => place
-                .cast::<libc::sockaddr_in6>()
-                .write(libc::sockaddr_in6 {
-                    sin6_family: libc::AF_INET6 as u16,
-                    sin6_port: v6.port().to_be(),
-                    sin6_flowinfo: v6.flowinfo(),
-                    sin6_addr: libc::in6_addr {
-                        s6_addr: v6.ip().octets(),
-                    },
-                    sin6_scope_id: v6.scope_id(),
-                }),
+            SocketAddr::V6(v6) => place.cast::<libc::sockaddr_in6>().write(libc::sockaddr_in6 {
+                sin6_family: libc::AF_INET6 as u16,
+                sin6_port: v6.port().to_be(),
+                sin6_flowinfo: v6.flowinfo(),
+                sin6_addr: libc::in6_addr { s6_addr: v6.ip().octets() },
+                sin6_scope_id: v6.scope_id(),
+            }),
         }
     }
     storage
@@ -86,10 +77,7 @@ impl CmEvent {
     pub fn refusal(self) -> Error {
         // SAFETY: the library returns a static string for any value.
         let event = unsafe { CStr::from_ptr(rdma_event_str(self.kind)) };
-        Error::NotConnected {
-            event: event.to_string_lossy().into_owned(),
-            status: self.status,
-        }
+        Error::NotConnected { event: event.to_string_lossy().into_owned(), status: self.status }
     }
 }
 
@@ -118,10 +106,7 @@ impl CmId {
                 rdma_destroy_event_channel(channel.as_ptr());
                 return Err(error);
             }
-            let this = Self {
-                id: owned("rdma_create_id", id)?,
-                channel,
-            };
+            let this = Self { id: owned("rdma_create_id", id)?, channel };
             set_nonblocking(this.fd())?;
             Ok(this)
         }
@@ -141,16 +126,10 @@ impl CmId {
             if rdma_get_cm_event(self.channel.as_ptr(), &mut event) != 0 {
                 return match io::Error::last_os_error() {
                     error if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-                    source => Err(Error::System {
-                        call: "rdma_get_cm_event",
-                        source,
-                    }),
+                    source => Err(Error::System { call: "rdma_get_cm_event", source }),
                 };
             }
-            let seen = CmEvent {
-                kind: (*event).event,
-                status: (*event).status,
-            };
+            let seen = CmEvent { kind: (*event).event, status: (*event).status };
             check("rdma_ack_cm_event", rdma_ack_cm_event(event))?;
             Ok(Some(seen))
         }
@@ -165,9 +144,7 @@ impl CmId {
     ) -> Result<()> {
         let mut source = source.map(c_address);
         let mut address = c_address(address);
-        let source = source
-            .as_mut()
-            .map_or(ptr::null_mut(), |source| ptr::from_mut(source).cast());
+        let source = source.as_mut().map_or(ptr::null_mut(), |source| ptr::from_mut(source).cast());
         // SAFETY: both addresses outlive the call.
         check("rdma_resolve_addr", unsafe {
             rdma_resolve_addr(
@@ -182,9 +159,7 @@ impl CmId {
     /// Starts to resolve the route.
     pub fn resolve_route(&self, timeout_ms: i32) -> Result<()> {
         // SAFETY: the identifier lives.
-        check("rdma_resolve_route", unsafe {
-            rdma_resolve_route(self.id.as_ptr(), timeout_ms)
-        })
+        check("rdma_resolve_route", unsafe { rdma_resolve_route(self.id.as_ptr(), timeout_ms) })
     }
 
     /// The device that the resolved address belongs to.
@@ -202,19 +177,14 @@ impl CmId {
             parameters.initiator_depth = 1;
             parameters.retry_count = 7;
             parameters.rnr_retry_count = 7;
-            check(
-                "rdma_connect",
-                rdma_connect(self.id.as_ptr(), &mut parameters),
-            )
+            check("rdma_connect", rdma_connect(self.id.as_ptr(), &mut parameters))
         }
     }
 
     /// Starts an orderly disconnection.
     pub fn disconnect(&self) -> Result<()> {
         // SAFETY: the identifier lives.
-        check("rdma_disconnect", unsafe {
-            rdma_disconnect(self.id.as_ptr())
-        })
+        check("rdma_disconnect", unsafe { rdma_disconnect(self.id.as_ptr()) })
     }
 }
 
@@ -234,9 +204,7 @@ pub struct ProtectionDomain(NonNull<ibv_pd>);
 impl ProtectionDomain {
     pub fn new(device: *mut ibv_context) -> Result<Self> {
         // SAFETY: the device is that of a resolved identifier.
-        Ok(Self(owned("ibv_alloc_pd", unsafe {
-            ibv_alloc_pd(device)
-        })?))
+        Ok(Self(owned("ibv_alloc_pd", unsafe { ibv_alloc_pd(device) })?))
     }
 }
 
@@ -275,12 +243,7 @@ impl Memory {
                 access.0 as i32,
             );
             match owned("ibv_reg_mr", region) {
-                Ok(region) => Ok(Self {
-                    region,
-                    start,
-                    layout,
-                    length,
-                }),
+                Ok(region) => Ok(Self { region, start, layout, length }),
                 Err(error) => {
                     std::alloc::dealloc(start.as_ptr(), layout);
                     Err(error)
@@ -396,9 +359,7 @@ impl CompletionQueue {
     /// Asks for a notification with the next completion.
     pub fn arm(&self) -> Result<()> {
         // SAFETY: the queue lives.
-        check("ibv_req_notify_cq", unsafe {
-            ibv_req_notify_cq(self.queue.as_ptr(), 0)
-        })
+        check("ibv_req_notify_cq", unsafe { ibv_req_notify_cq(self.queue.as_ptr(), 0) })
     }
 
     /// Takes the notifications that have come.
@@ -502,12 +463,8 @@ impl QueuePair {
             length: length as u32,
             lkey: memory.lkey(),
         };
-        let mut request = ibv_recv_wr {
-            wr_id,
-            next: ptr::null_mut(),
-            sg_list: &mut piece,
-            num_sge: 1,
-        };
+        let mut request =
+            ibv_recv_wr { wr_id, next: ptr::null_mut(), sg_list: &mut piece, num_sge: 1 };
         let mut refused = ptr::null_mut();
         // SAFETY: the request is copied by the call; the memory outlives the queue pair.
         check("ibv_post_recv", unsafe {
@@ -544,18 +501,12 @@ impl QueuePair {
                 Work::Write(_, Some(_)) => ibv_wr_opcode::IBV_WR_RDMA_WRITE_WITH_IMM,
             };
             if let Work::Write(remote, immediate) = work {
-                request.wr.rdma = rdma_t {
-                    remote_addr: remote.address,
-                    rkey: remote.rkey,
-                };
+                request.wr.rdma = rdma_t { remote_addr: remote.address, rkey: remote.rkey };
                 request.imm_data_invalidated_rkey_union.imm_data =
                     immediate.unwrap_or_default().to_be();
             }
             let mut refused = ptr::null_mut();
-            check(
-                "ibv_post_send",
-                ibv_post_send(self.0.as_ptr(), &mut request, &mut refused),
-            )
+            check("ibv_post_send", ibv_post_send(self.0.as_ptr(), &mut request, &mut refused))
         }
     }
 }
@@ -569,21 +520,14 @@ impl Drop for QueuePair {
 
 /// Waits until one of `fds` is readable: false when `timeout_ms` passed first.
 pub fn wait_readable(fds: [RawFd; 2], timeout_ms: i32) -> Result<bool> {
-    let mut entries = fds.map(|fd| libc::pollfd {
-        fd,
-        events: libc::POLLIN,
-        revents: 0,
-    });
+    let mut entries = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
     // SAFETY: the array outlives the call.
     match unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as _, timeout_ms) } {
         0 => Ok(false),
         count if count > 0 => Ok(true),
         _ => match io::Error::last_os_error() {
             error if error.kind() == io::ErrorKind::Interrupted => Ok(true),
-            source => Err(Error::System {
-                call: "poll",
-                source,
-            }),
+            source => Err(Error::System { call: "poll", source }),
         },
     }
 }

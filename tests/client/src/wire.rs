@@ -77,11 +77,8 @@ mod tests {
 
     #[test]
     fn an_announcement_has_its_fields_where_the_protocol_puts_them() {
-        let window = Window {
-            address: 0x0102_0304_0506_0708,
-            length: 0x1112_1314,
-            rkey: 0x2122_2324,
-        };
+        let window =
+            Window { address: 0x0102_0304_0506_0708, length: 0x1112_1314, rkey: 0x2122_2324 };
         let message = window.announcement();
         assert_eq!(message[..2], [0, 3]);
         assert_eq!(message[2..16], [0; 14]);

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! The tests, by theme.
+
+use crate::cell::Case;
+
+mod basics;
+mod deadlock;
+mod sizes;
+mod stalled;
+mod stock_clients;
+
+/// Every case there is.
+pub fn all() -> impl Iterator<Item = &'static Case> {
+    [basics::CASES, sizes::CASES, stock_clients::CASES, deadlock::CASES, stalled::CASES]
+        .into_iter()
+        .flatten()
+}

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! A client that asks for 10 MB and does not read: it costs the server nothing but the
+//! memory of its reply, and others are served meanwhile.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use client::{Client, Value, pattern, rdma};
+
+use super::basics::expect;
+use crate::cell::{Case, Cell};
+use crate::tools::Load;
+
+pub const CASES: &[Case] = &[
+    Case::new("stalled-unpolled", unpolled),
+    Case::new("stalled-unannounced", unannounced),
+    Case::new("stalled-leaves", leaves),
+];
+
+const LENGTH: usize = 10 << 20;
+
+/// Puts the value there, and measures how often the idle server's event loop runs.
+fn prepare(cell: &mut Cell) -> Result<(Vec<u8>, f64)> {
+    let value = pattern::value(7, LENGTH);
+    cell.tcp()?.command(&[b"SET", b"big", &value])?;
+    let idle = cell.loop_rate(Duration::from_secs(3))?;
+    Ok((value, idle))
+}
+
+/// Waits until the server has sent what fits into the stalled client's window.
+fn wait_full(cell: &Cell, window: u64) -> Result<()> {
+    cell.wait_info("a full window", |info| Ok(info.number("rdma_bytes_sent")? >= window))?;
+    // The last bytes are counted when they are posted; let what follows from them happen.
+    std::thread::sleep(Duration::from_millis(300));
+    Ok(())
+}
+
+/// The server idles, and serves others over RDMA and TCP.
+fn others_are_served(cell: &mut Cell, idle: f64) -> Result<()> {
+    cell.check_idle(idle, "with a stalled reader")?;
+    expect(&mut cell.tcp()?, "PING", "PONG")?;
+    expect(&mut cell.rdma()?, "PING", "PONG")?;
+    let load = Load {
+        tests: vec!["get"],
+        requests: if cell.lab.is_slow() { 500 } else { 5000 },
+        clients: 5,
+        size: 64,
+        pipeline: 1,
+    };
+    cell.benchmark(&load, cell.lab.patience())?;
+    Ok(())
+}
+
+/// One that makes no calls at all for a while, then reads on.
+fn unpolled(cell: &mut Cell) -> Result<()> {
+    let (value, idle) = prepare(cell)?;
+    let mut client = cell.rdma()?;
+    client.request(&[b"GET", b"big"])?;
+    wait_full(cell, 1 << 20)?;
+    others_are_served(cell, idle)?;
+    ensure!(client.reply()? == Value::Bulk(value), "another value after the stall");
+    expect(&mut client, "PING", "PONG")?;
+    cell.moved(0, LENGTH);
+    Ok(())
+}
+
+/// One that polls and acknowledges, and does not announce its full window again.
+fn unannounced(cell: &mut Cell) -> Result<()> {
+    let (value, idle) = prepare(cell)?;
+    let mut client = cell.rdma()?;
+    stall(cell, &mut client)?;
+    others_are_served(cell, idle)?;
+    client.stream().hold(false)?;
+    ensure!(client.reply()? == Value::Bulk(value), "another value after the stall");
+    expect(&mut client, "PING", "PONG")?;
+    cell.moved(0, LENGTH);
+    Ok(())
+}
+
+/// Asks for the value and lets the window fill up.
+fn stall(cell: &Cell, client: &mut Client<rdma::Connection>) -> Result<()> {
+    client.stream().hold(true)?;
+    client.request(&[b"GET", b"big"])?;
+    let window = client.stream().own_window().length as usize;
+    let deadline = Instant::now() + cell.lab.patience();
+    while client.stream().held_bytes() < window {
+        let now = Instant::now();
+        ensure!(now < deadline, "the window did not fill up");
+        // Held bytes are never handed out: this ends by its own short time-out.
+        let mut none = Vec::new();
+        let until = now + Duration::from_millis(50);
+        match client::resp::Stream::receive(client.stream(), &mut none, until) {
+            Err(error) if error.is_timeout() => {}
+            Err(error) => return Err(error.into()),
+            Ok(()) => bail!("bytes out of a held window"),
+        }
+    }
+    Ok(())
+}
+
+/// Ones that leave instead, each in its own way; nothing of them stays behind.
+fn leaves(cell: &mut Cell) -> Result<()> {
+    let (_, idle) = prepare(cell)?;
+    // The first one makes the server set up what it keeps for good.
+    drop(stalled_client(cell)?);
+    settle(cell)?;
+    let descriptors = cell.server().descriptors()?;
+    let registered = cell.info()?.number("rdma_registered_bytes")?;
+    for round in 0..10 {
+        let client = stalled_client(cell)?;
+        match round % 2 {
+            0 => drop(client),
+            _ => client.into_stream().disconnect(cell.lab.patience())?,
+        }
+    }
+    let killed = stalled_client(cell)?;
+    expect(&mut cell.tcp()?, "CLIENT KILL TYPE normal SKIPME yes", "1")?;
+    settle(cell)?;
+    drop(killed);
+    let after = cell.info()?;
+    ensure!(
+        cell.server().descriptors()? <= descriptors,
+        "descriptors: {descriptors} before, {} after",
+        cell.server().descriptors()?
+    );
+    ensure!(
+        after.number("rdma_registered_bytes")? <= registered,
+        "registered bytes: {registered} before, {} after",
+        after.number("rdma_registered_bytes")?
+    );
+    cell.moved(0, 11 << 20);
+    cell.check_idle(idle, "after stalled readers left")
+}
+
+fn stalled_client(cell: &Cell) -> Result<Client<rdma::Connection>> {
+    let mut client = cell.rdma()?;
+    stall(cell, &mut client)?;
+    Ok(client)
+}
+
+/// Waits until the server has no RDMA connection left.
+fn settle(cell: &Cell) -> Result<()> {
+    cell.wait_info("no RDMA connections", |info| {
+        Ok(info.sum(&[
+            "rdma_connections_handshaking",
+            "rdma_connections_established",
+            "rdma_connections_lingering",
+        ])? == 0)
+    })?;
+    Ok(())
+}

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! The clients nobody here wrote.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use client::pattern;
+
+use crate::cell::{Case, Cell};
+use crate::tools::Load;
+
+pub const CASES: &[Case] = &[Case::new("cli", cli), Case::new("benchmark", benchmark)];
+
+fn cli(cell: &mut Cell) -> Result<()> {
+    for (arguments, wanted) in [
+        (&["PING"][..], "PONG"),
+        (&["SET", "key", "value"], "OK"),
+        (&["GET", "key"], "value"),
+        (&["QUIT"], "OK"),
+    ] {
+        let text = cell.cli_text(arguments)?;
+        ensure!(text == wanted, "valkey-cli {arguments:?}: '{text}'");
+    }
+    let value = pattern::value(3, 10 << 20);
+    let output = cell.cli(&["-x", "SET", "big"], &value)?;
+    ensure!(output.text() == "OK\n", "valkey-cli -x SET: {}", output.text());
+    let output = cell.cli(&["GET", "big"], b"")?;
+    // Out of a terminal, valkey-cli prints the bytes as they are and a newline.
+    ensure!(
+        output.stdout.strip_suffix(b"\n") == Some(&value[..]),
+        "valkey-cli GET: {} bytes, changed",
+        output.stdout.len()
+    );
+    cell.moved(value.len(), value.len());
+
+    // Refused in the middle of the input: the error is the last thing that arrives.
+    let text = cell.cli_text(&["EVAL", "return redis.error_reply('ERR told you')", "0"])?;
+    ensure!(text.contains("told you"), "valkey-cli EVAL: '{text}'");
+    Ok(())
+}
+
+fn benchmark(cell: &mut Cell) -> Result<()> {
+    let (small, medium, large) = match cell.lab.is_slow() {
+        true => (3000, 600, 40),
+        false => (50_000, 10_000, 400),
+    };
+    for (requests, clients, size, pipeline) in [
+        (small, 10, 64, 1),
+        (small, 50, 64, 16),
+        (medium, 50, 40 << 10, 1),
+        (large, 10, 1 << 20, 1),
+    ] {
+        let load = Load { tests: vec!["set", "get"], requests, clients, size, pipeline };
+        cell.benchmark(&load, cell.lab.cell_limit().max(Duration::from_secs(60)))?;
+    }
+    Ok(())
+}

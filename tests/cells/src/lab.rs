@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! What a run is made of: the stock servers, the clients and the module, where they lie, and
+//! what proves that they are the right ones.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+use crate::matrix::Fabric;
+
+/// A stock server, as the set-up script describes it in `servers/manifest.toml`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Stock {
+    /// What the executable says it is.
+    pub version: String,
+    /// The hash of the executable.
+    pub sha256: String,
+}
+
+/// Everything a cell may need that is the same for all cells of a run.
+pub struct Lab {
+    /// The repository.
+    pub repo: PathBuf,
+    /// The folder with `valkey-cli` and `valkey-benchmark`.
+    pub clients: PathBuf,
+    /// The module under test.
+    pub module: PathBuf,
+    /// Its hash.
+    pub module_sha256: String,
+    /// What carries the bytes.
+    pub fabric: Fabric,
+    /// An address of the RDMA device.
+    pub address: IpAddr,
+    /// A second one.
+    pub second_address: Option<IpAddr>,
+    /// An IPv6 address of the RDMA device.
+    pub address_v6: Option<IpAddr>,
+    /// Where cells put their folders.
+    pub scratch: PathBuf,
+    stock: HashMap<String, Stock>,
+}
+
+impl Lab {
+    /// Gathers the lab of the repository at `repo`; `address` replaces the fabric's usual one.
+    pub fn new(
+        repo: &Path,
+        module: &Path,
+        fabric: Fabric,
+        address: Option<IpAddr>,
+    ) -> Result<Self> {
+        let cache = std::env::var_os("XDG_CACHE_HOME")
+            .map(PathBuf::from)
+            .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")))
+            .context("neither XDG_CACHE_HOME nor HOME is set")?
+            .join("valkey-rdma");
+        let manifest = cache.join("servers/manifest.toml");
+        let text = std::fs::read_to_string(&manifest)
+            .with_context(|| format!("{} (run scripts/setup.sh servers)", manifest.display()))?;
+        let stock = toml::from_str(&text).with_context(|| manifest.display().to_string())?;
+        let module = module
+            .canonicalize()
+            .with_context(|| format!("{} (build it first)", module.display()))?;
+        // The addresses of the guest are those that scripts/guest.sh gives its device.
+        let (usual, second, v6) = match fabric {
+            Fabric::Soft => (Some("127.0.0.1"), Some("127.0.0.2"), Some("::1")),
+            Fabric::Vm => (Some("10.9.9.1"), Some("10.9.9.2"), Some("fd09::1")),
+            Fabric::Hw => (None, None, None),
+        };
+        let parse = |text: Option<&str>| text.map(|text| text.parse().expect("an address"));
+        Ok(Self {
+            repo: repo.to_owned(),
+            clients: cache.join("clients"),
+            module_sha256: sha256(&module)?,
+            module,
+            fabric,
+            address: address.or(parse(usual)).context("--fabric hw needs --address")?,
+            second_address: parse(second),
+            address_v6: parse(v6),
+            scratch: std::env::temp_dir().join(format!("valkey-rdma-cells.{}", std::process::id())),
+            stock,
+        })
+    }
+
+    /// The stock server of a line.
+    pub fn stock(&self, line: &str) -> Result<&Stock> {
+        self.stock
+            .get(line)
+            .ok_or_else(|| anyhow!("no server of line {line}: run scripts/setup.sh servers"))
+    }
+
+    /// The command that becomes the stock server of a line, wherever that one runs.
+    pub fn server_command(&self, line: &str) -> Result<Command> {
+        self.stock(line)?;
+        let mut command = Command::new(self.repo.join("scripts/chroot.sh"));
+        command.args([line, "valkey-server"]);
+        Ok(command)
+    }
+
+    /// How long one call of a client may take on this fabric, before it counts as hanging.
+    pub fn patience(&self) -> Duration {
+        match self.fabric {
+            Fabric::Vm => Duration::from_secs(120),
+            _ => Duration::from_secs(30),
+        }
+    }
+
+    /// How long a whole cell may take unless the matrix gives it more.
+    pub fn cell_limit(&self) -> Duration {
+        match self.fabric {
+            Fabric::Vm => Duration::from_secs(300),
+            _ => Duration::from_secs(120),
+        }
+    }
+
+    /// Whether this fabric is so slow that cells do less of the same.
+    pub fn is_slow(&self) -> bool {
+        self.fabric == Fabric::Vm
+    }
+}
+
+/// IPv4's loopback: where the servers' TCP side listens.
+pub const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+/// The hash of a file.
+pub fn sha256(path: &Path) -> Result<String> {
+    let mut file = File::open(path).with_context(|| path.display().to_string())?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => break,
+            count => hash.update(&buffer[..count]),
+        }
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}

@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! The list of expected cells, as `tests/matrix.toml` writes it down.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::str::FromStr;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+
+/// How much of the matrix a run covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// What every change has to pass.
+    Quick,
+    /// Everything.
+    Full,
+}
+
+/// What carries the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Fabric {
+    /// The software fabric of `tests/softrdma`, natively.
+    Soft,
+    /// Soft-RoCE in a virtual machine.
+    Vm,
+    /// An RDMA device of this machine; it runs the cells of `vm`.
+    Hw,
+}
+
+impl fmt::Display for Fabric {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(match self {
+            Self::Soft => "soft",
+            Self::Vm => "vm",
+            Self::Hw => "hw",
+        })
+    }
+}
+
+/// One entry of the file: a case on every combination of what it lists.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct Entry {
+    case: Vec<String>,
+    servers: Vec<String>,
+    fabrics: Vec<Fabric>,
+    io_threads: Vec<u32>,
+    level: Level,
+    /// Why these cells are expected not to run.
+    skip: Option<String>,
+    /// How long one of these cells may take, instead of the fabric's own bound.
+    seconds: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    cell: Vec<Entry>,
+}
+
+/// What tells one cell from another.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct CellId {
+    /// The test.
+    pub case: String,
+    /// The release line of the stock server.
+    pub server: String,
+    /// What carries the bytes.
+    pub fabric: Fabric,
+    /// The server's `io-threads`.
+    pub io_threads: u32,
+}
+
+impl fmt::Display for CellId {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { case, server, fabric, io_threads } = self;
+        write!(out, "{case}/{server}/{fabric}/{io_threads}")
+    }
+}
+
+/// One expected cell.
+#[derive(Clone, Debug)]
+pub struct Expected {
+    /// Which one.
+    pub id: CellId,
+    /// The least level that includes it.
+    pub level: Level,
+    /// Why it is skipped, if it is.
+    pub skip: Option<String>,
+    /// Its own bound in seconds.
+    pub seconds: Option<u64>,
+}
+
+/// A choice of cells: parts separated by `/`, each of which has to be one of the cell's own
+/// (case, server line, fabric, io-threads). A part may end in `*`.
+#[derive(Clone, Debug)]
+pub struct Selector(Vec<String>);
+
+impl FromStr for Selector {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let parts: Vec<String> = text.split('/').map(str::to_owned).collect();
+        ensure!(
+            parts.iter().all(|part| !part.is_empty()),
+            "a selector is CASE, or CASE/SERVER/FABRIC/IO-THREADS with any of them left out"
+        );
+        Ok(Self(parts))
+    }
+}
+
+impl Selector {
+    fn matches(&self, id: &CellId) -> bool {
+        let own =
+            [id.case.clone(), id.server.clone(), id.fabric.to_string(), id.io_threads.to_string()];
+        self.0.iter().all(|part| {
+            own.iter().any(|own| match part.strip_suffix('*') {
+                Some(start) => own.starts_with(start),
+                None => own == part,
+            })
+        })
+    }
+}
+
+/// Reads the matrix and checks that it lists every case of `known`, none that does not exist,
+/// and no cell twice.
+pub fn read(text: &str, known: &[&str]) -> Result<Vec<Expected>> {
+    let file: File = toml::from_str(text).context("reading the matrix")?;
+    let mut cells = Vec::new();
+    let mut seen = HashSet::new();
+    for entry in file.cell {
+        for case in &entry.case {
+            ensure!(known.contains(&case.as_str()), "the matrix lists an unknown case '{case}'");
+            for server in &entry.servers {
+                for &fabric in &entry.fabrics {
+                    for &io_threads in &entry.io_threads {
+                        let id = CellId {
+                            case: case.clone(),
+                            server: server.clone(),
+                            fabric,
+                            io_threads,
+                        };
+                        ensure!(seen.insert(id.clone()), "the matrix lists {id} twice");
+                        cells.push(Expected {
+                            id,
+                            level: entry.level,
+                            skip: entry.skip.clone(),
+                            seconds: entry.seconds,
+                        });
+                    }
+                }
+            }
+        }
+    }
+    for case in known {
+        if !cells.iter().any(|cell| cell.id.case == *case) {
+            bail!("the matrix does not list case '{case}'");
+        }
+    }
+    Ok(cells)
+}
+
+/// The cells of one run, in the matrix's order.
+pub fn select(
+    cells: Vec<Expected>,
+    fabric: Fabric,
+    level: Level,
+    selectors: &[Selector],
+) -> Vec<Expected> {
+    let listed = match fabric {
+        Fabric::Hw => Fabric::Vm,
+        other => other,
+    };
+    let mut chosen = cells;
+    chosen.retain(|cell| cell.id.fabric == listed && cell.level <= level);
+    for cell in &mut chosen {
+        cell.id.fabric = fabric;
+    }
+    chosen.retain(|cell| {
+        selectors.is_empty() || selectors.iter().any(|selector| selector.matches(&cell.id))
+    });
+    chosen
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = r#"
+        [[cell]]
+        case = ["a", "b"]
+        servers = ["8.0", "9.1"]
+        fabrics = ["soft", "vm"]
+        io-threads = [1, 4]
+        level = "quick"
+
+        [[cell]]
+        case = ["b"]
+        servers = ["8.1"]
+        fabrics = ["vm"]
+        io-threads = [8]
+        level = "full"
+        skip = "not yet"
+    "#;
+
+    fn chosen(fabric: Fabric, level: Level, selectors: &[&str]) -> Vec<String> {
+        let selectors: Vec<Selector> = selectors.iter().map(|s| s.parse().unwrap()).collect();
+        select(read(TEXT, &["a", "b"]).unwrap(), fabric, level, &selectors)
+            .iter()
+            .map(|cell| cell.id.to_string())
+            .collect()
+    }
+
+    #[test]
+    fn entries_expand_to_every_combination() {
+        assert_eq!(read(TEXT, &["a", "b"]).unwrap().len(), 17);
+        assert_eq!(chosen(Fabric::Soft, Level::Full, &[]).len(), 8);
+        assert_eq!(chosen(Fabric::Vm, Level::Quick, &[]).len(), 8);
+        assert_eq!(chosen(Fabric::Vm, Level::Full, &[]).len(), 9);
+    }
+
+    #[test]
+    fn selectors_name_parts_of_a_cell() {
+        assert_eq!(chosen(Fabric::Hw, Level::Quick, &["a/8.0"]), ["a/8.0/hw/1", "a/8.0/hw/4"]);
+        assert_eq!(chosen(Fabric::Vm, Level::Full, &["8", "a/9*/4"]), ["a/9.1/vm/4", "b/8.1/vm/8"]);
+    }
+
+    #[test]
+    fn a_case_in_only_one_of_matrix_and_code_is_an_error() {
+        assert!(read(TEXT, &["a"]).is_err());
+        assert!(read(TEXT, &["a", "b", "c"]).is_err());
+    }
+
+    #[test]
+    fn a_cell_listed_twice_is_an_error() {
+        let twice = TEXT.replace("\"8.1\"", "\"8.0\"").replace("[8]", "[4]");
+        assert!(read(&twice, &["a", "b"]).is_err());
+    }
+}

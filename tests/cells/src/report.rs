@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! What became of the cells: kept in a state file, so that a long run can be resumed, and
+//! written as a table for people.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::matrix::{CellId, Expected};
+
+/// A cell that passed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    /// The commit that the module was built from, as git describes it.
+    pub commit: String,
+    /// The hash of the module, by which a record is known to be of the same one.
+    pub module: String,
+    /// The day.
+    pub date: String,
+    /// How long it took.
+    pub seconds: f64,
+    /// What it measured.
+    pub figures: Vec<(String, String)>,
+}
+
+/// The records of all cells that have passed so far.
+pub struct State {
+    path: PathBuf,
+    records: BTreeMap<String, Record>,
+}
+
+impl State {
+    /// Reads the file at `path`; none is an empty one.
+    pub fn open(path: &Path) -> Result<Self> {
+        let records = match std::fs::read(path) {
+            Ok(text) => serde_json::from_slice(&text)
+                .with_context(|| format!("the state in {}", path.display()))?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => BTreeMap::new(),
+            Err(error) => return Err(error).with_context(|| path.display().to_string()),
+        };
+        Ok(Self { path: path.to_owned(), records })
+    }
+
+    /// The record of a cell that passed with the module of this hash.
+    pub fn passed(&self, id: &CellId, module: &str) -> Option<&Record> {
+        let record = self.records.get(&id.to_string());
+        record.filter(|record| record.module == module)
+    }
+
+    /// Adds a record, at once on disk too: the next moment may be a crash.
+    pub fn add(&mut self, id: &CellId, record: Record) -> Result<()> {
+        self.records.insert(id.to_string(), record);
+        self.save()
+    }
+
+    /// Forgets a cell, because it failed now.
+    pub fn remove(&mut self, id: &CellId) -> Result<()> {
+        self.records.remove(&id.to_string());
+        self.save()
+    }
+
+    fn save(&self) -> Result<()> {
+        let new = self.path.with_extension("new");
+        std::fs::write(&new, serde_json::to_vec_pretty(&self.records)?)?;
+        std::fs::rename(&new, &self.path)?;
+        Ok(())
+    }
+
+    /// The table of all cells of the matrix, those without a record included.
+    pub fn table(&self, cells: &[Expected]) -> String {
+        let passed =
+            cells.iter().filter(|cell| self.records.contains_key(&cell.id.to_string())).count();
+        let skipped = cells.iter().filter(|cell| cell.skip.is_some()).count();
+        let mut text = format!(
+            "# Test report\n\nWritten by `scripts/test.sh full`. {passed} of {} cells of the \
+             matrix have passed, {skipped} are skipped for the reason given. Figures of the \
+             virtual machine are those of an emulated processor: they compare only with each \
+             other.\n\n\
+             | cell | result | commit | date | seconds | figures |\n\
+             | --- | --- | --- | --- | ---: | --- |\n",
+            cells.len()
+        );
+        for cell in cells {
+            let row = match (&cell.skip, self.records.get(&cell.id.to_string())) {
+                (Some(why), _) => format!("skipped: {why} | | | |"),
+                (None, None) => "not run | | | |".to_owned(),
+                (None, Some(record)) => {
+                    let figures: Vec<String> = record
+                        .figures
+                        .iter()
+                        .map(|(name, value)| format!("{name}: {value}"))
+                        .collect();
+                    format!(
+                        "passed | {} | {} | {:.1} | {}",
+                        record.commit,
+                        record.date,
+                        record.seconds,
+                        figures.join("; ")
+                    )
+                }
+            };
+            text += &format!("| {} | {row} |\n", cell.id);
+        }
+        text
+    }
+}
+
+/// The commit of the repository at `repo`, as git describes it; with a mark when files differ
+/// from it.
+pub fn commit(repo: &Path) -> Result<String> {
+    let output = Command::new("git")
+        .arg("-C")
+        .arg(repo)
+        .args(["describe", "--always", "--dirty", "--abbrev=10"])
+        .output()
+        .context("git describe")?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// Today, as `date` has it.
+pub fn today() -> Result<String> {
+    let output = Command::new("date").arg("+%F").output().context("date")?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}

@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! A stock server with the module in it: how it is configured, started, watched and ended.
+
+use std::fs::File;
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use client::{Client, tcp};
+
+use crate::info::Info;
+use crate::lab::{LOOPBACK, Lab};
+use crate::process::{Process, tail};
+
+/// How long a server may take until it answers.
+const START: Duration = Duration::from_secs(60);
+/// How long it may take to shut down.
+const STOP: Duration = Duration::from_secs(30);
+
+/// What a server is started with. A case changes what it is about.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Lines of the configuration file.
+    pub directives: Vec<String>,
+    /// The module to load.
+    pub module: Option<PathBuf>,
+    /// Its arguments.
+    pub arguments: Vec<String>,
+    /// The TCP port.
+    pub port: u16,
+    /// The RDMA address and port that the arguments name.
+    pub rdma: SocketAddr,
+    /// Variables of the environment.
+    pub environment: Vec<(String, String)>,
+}
+
+impl Settings {
+    /// The settings that cells have in common.
+    pub fn new(lab: &Lab, line: &str, io_threads: u32) -> Result<Self> {
+        let rdma = SocketAddr::new(lab.address, free_port()?);
+        let mut settings = Self {
+            directives: Vec::new(),
+            module: Some(lab.module.clone()),
+            arguments: vec![format!("bind={}", rdma.ip()), format!("port={}", rdma.port())],
+            port: free_port()?,
+            rdma,
+            environment: Vec::new(),
+        };
+        settings.directive("save \"\"");
+        settings.directive("enable-debug-command yes");
+        if io_threads > 1 {
+            settings.directive(&format!("io-threads {io_threads}"));
+            // Left alone, both kinds use I/O threads only when they think it worth it, and
+            // a test of what I/O threads do would test nothing.
+            settings.directive(match line.starts_with("8.") {
+                true => "events-per-io-thread 0",
+                false => "io-threads-always-active yes",
+            });
+        }
+        Ok(settings)
+    }
+
+    /// Adds a line of configuration.
+    pub fn directive(&mut self, line: &str) {
+        self.directives.push(line.to_owned());
+    }
+
+    /// Replaces the module's arguments.
+    pub fn arguments(&mut self, arguments: &[&str]) {
+        self.arguments = arguments.iter().map(|&text| text.to_owned()).collect();
+    }
+}
+
+/// A port that nobody listens on now.
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind((LOOPBACK, 0))?.local_addr()?.port())
+}
+
+/// A server process.
+pub struct Server {
+    process: Process,
+    folder: PathBuf,
+    settings: Settings,
+}
+
+impl Server {
+    /// Starts the stock server of `line` in `folder`, and does not wait for it.
+    pub fn launch(lab: &Lab, line: &str, folder: &Path, settings: &Settings) -> Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let mut text = format!(
+            "bind {LOOPBACK}\nport {}\ndir {}\nlogfile {}\n",
+            settings.port,
+            folder.display(),
+            log_path(folder).display(),
+        );
+        if let Some(module) = &settings.module {
+            text += &format!("loadmodule {} {}\n", module.display(), settings.arguments.join(" "));
+        }
+        for line in &settings.directives {
+            text += line;
+            text += "\n";
+        }
+        let configuration = folder.join("valkey.conf");
+        std::fs::write(&configuration, text)?;
+        let output = File::create(folder.join("output"))?;
+        let mut command = lab.server_command(line)?;
+        command
+            .arg(configuration)
+            .envs(settings.environment.iter().cloned())
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output);
+        Ok(Self {
+            process: Process::spawn(&mut command)?,
+            folder: folder.to_owned(),
+            settings: settings.clone(),
+        })
+    }
+
+    /// Starts a server and waits until it answers over TCP.
+    pub fn start(lab: &Lab, line: &str, folder: &Path, settings: &Settings) -> Result<Self> {
+        let mut server = Self::launch(lab, line, folder, settings)?;
+        let deadline = Instant::now() + START;
+        loop {
+            if let Some(status) = server.process.status()? {
+                bail!("the server ended while starting ({status}): {}", tail(&server.log()?));
+            }
+            if server.answers()? {
+                return Ok(server);
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the server did not answer within {} s: {}",
+                START.as_secs(),
+                tail(&server.log()?)
+            );
+            std::thread::sleep(Duration::from_millis(30));
+        }
+    }
+
+    /// Whether the server answers, and is this one and not another on the same port.
+    fn answers(&self) -> Result<bool> {
+        let Ok(mut client) = self.tcp(Duration::from_secs(2)) else {
+            return Ok(false);
+        };
+        let Ok(reply) = client.words("INFO server") else {
+            return Ok(false);
+        };
+        let info = Info::parse(&reply.text());
+        let process = info.number("process_id")?;
+        ensure!(
+            process == u64::from(self.process.id()),
+            "port {} belongs to process {process}, not to the server {}",
+            self.settings.port,
+            self.process.id()
+        );
+        Ok(true)
+    }
+
+    /// The process id.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// What it was started with.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Where it keeps its files.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The address of its RDMA side.
+    pub fn rdma_address(&self) -> SocketAddr {
+        self.settings.rdma
+    }
+
+    /// A TCP client of it.
+    pub fn tcp(&self, timeout: Duration) -> Result<Client<tcp::Connection>> {
+        let address = SocketAddr::new(LOOPBACK, self.settings.port);
+        Ok(tcp::Connection::client(address, timeout)?)
+    }
+
+    /// What `INFO everything` says.
+    pub fn info(&self, timeout: Duration) -> Result<Info> {
+        let reply = self.tcp(timeout)?.words("INFO everything")?;
+        ensure!(!reply.is_error(), "INFO: {reply}");
+        Ok(Info::parse(&reply.text()))
+    }
+
+    /// Everything that it has said: its log, and what went to its output before there was one.
+    pub fn log(&self) -> Result<String> {
+        let mut text = std::fs::read(self.folder.join("output")).unwrap_or_default();
+        text.extend(std::fs::read(log_path(&self.folder)).unwrap_or_default());
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+
+    /// The lines of its log that hold `words`.
+    pub fn log_lines(&self, words: &str) -> Result<Vec<String>> {
+        let log = self.log()?;
+        let lines = log.lines().filter(|line| line.contains(words));
+        Ok(lines.map(str::to_owned).collect())
+    }
+
+    /// Waits until a line of the log holds `words`, and returns the first that does.
+    pub fn wait_log(&self, words: &str, timeout: Duration) -> Result<String> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(line) = self.log_lines(words)?.into_iter().next() {
+                return Ok(line);
+            }
+            if Instant::now() >= deadline {
+                return Err(anyhow!(
+                    "no log line with '{words}' within {} s; the log ends: {}",
+                    timeout.as_secs(),
+                    tail(&self.log()?)
+                ));
+            }
+            std::thread::sleep(Duration::from_millis(30));
+        }
+    }
+
+    /// Whether it runs.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.process.status()?.is_none())
+    }
+
+    /// Waits until it ends by itself.
+    pub fn wait_exit(&mut self, timeout: Duration) -> Result<ExitStatus> {
+        self.process
+            .wait(timeout)?
+            .with_context(|| format!("the server did not end within {} s", timeout.as_secs()))
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: i32) {
+        self.process.signal(signal);
+    }
+
+    /// Shuts it down.
+    pub fn stop(&mut self) -> Result<ExitStatus> {
+        self.process.end(STOP)
+    }
+
+    /// The signs of a crash in its log.
+    pub fn crash_report(&self) -> Result<Option<String>> {
+        const SIGNS: [&str; 5] = [
+            "BUG REPORT START",
+            "ASSERTION FAILED",
+            "crashed by signal",
+            "Guru Meditation",
+            "panicked at",
+        ];
+        let log = self.log()?;
+        let found = log.lines().position(|line| SIGNS.iter().any(|sign| line.contains(sign)));
+        Ok(found.map(|at| {
+            let lines: Vec<&str> = log.lines().skip(at.saturating_sub(3)).take(40).collect();
+            lines.join("\n")
+        }))
+    }
+
+    /// Its resident memory in bytes.
+    pub fn resident(&self) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let line =
+            status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+        let kib = line.split_whitespace().next().context("VmRSS is empty")?;
+        Ok(kib.parse::<u64>()? * 1024)
+    }
+
+    /// How many descriptors it has open.
+    pub fn descriptors(&self) -> Result<usize> {
+        Ok(std::fs::read_dir(format!("/proc/{}/fd", self.pid()))?.count())
+    }
+
+    /// Processor time that its main thread has used.
+    pub fn main_thread_cpu(&self) -> Result<Duration> {
+        let pid = self.pid();
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/stat"))?;
+        // The name in brackets may hold anything; utime and stime are 12 and 13 after it.
+        let after = stat.rsplit_once(')').context("no name in stat")?.1;
+        let fields: Vec<&str> = after.split_whitespace().collect();
+        let ticks: u64 = fields[11].parse::<u64>()? + fields[12].parse::<u64>()?;
+        // SAFETY: sysconf has no preconditions.
+        let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as f64;
+        Ok(Duration::from_secs_f64(ticks as f64 / per_second))
+    }
+
+    /// The files mapped into it whose name ends in `name`, as this process can open them.
+    pub fn mapped(&self, name: &str) -> Result<Vec<PathBuf>> {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid()))?;
+        let mut files: Vec<PathBuf> = maps
+            .lines()
+            .filter(|line| line.ends_with(name))
+            .filter_map(|line| line.find('/').map(|at| &line[at..]))
+            .map(|path| PathBuf::from(format!("/proc/{}/root{path}", self.pid())))
+            .collect();
+        files.dedup();
+        Ok(files)
+    }
+}
+
+fn log_path(folder: &Path) -> PathBuf {
+    folder.join("log")
+}
+
+/// An address in the form that configurations and clients' options take.
+pub fn host(address: IpAddr) -> String {
+    address.to_string()
+}
