@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! The public module API, as far as the transport needs it.
+
+use log::{Level, LevelFilter, Log, Metadata, Record};
+use redis_module::raw;
+use std::ffi::{CString, c_int, c_void};
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::time::Duration;
+
+/// A context that lives as long as the process: for the log and for timers.
+static CONTEXT: AtomicPtr<raw::RedisModuleCtx> = AtomicPtr::new(std::ptr::null_mut());
+
+fn context() -> *mut raw::RedisModuleCtx {
+    CONTEXT.load(Ordering::Acquire)
+}
+
+/// Keeps a context for later and sends `log`'s records to the server's log.
+///
+/// # Safety
+/// `load_context` is the one that the server passed while loading, and the
+/// module's name and API version are set.
+pub unsafe fn start(load_context: *mut raw::RedisModuleCtx) {
+    // SAFETY: by the caller's promise; the API table is filled by then.
+    let detached =
+        unsafe { raw::RedisModule_GetDetachedThreadSafeContext.expect("server API")(load_context) };
+    CONTEXT.store(detached, Ordering::Release);
+    if log::set_logger(&ServerLog).is_ok() {
+        log::set_max_level(LevelFilter::Trace);
+    }
+}
+
+/// Calls `callback` on the main thread whenever `fd` is readable.
+///
+/// Returns whether the event loop took it: it has a limit on descriptors.
+pub fn watch(
+    fd: RawFd,
+    callback: unsafe extern "C" fn(c_int, *mut c_void, c_int),
+    data: usize,
+) -> bool {
+    let readable = raw::REDISMODULE_EVENTLOOP_READABLE as c_int;
+    // SAFETY: the API table is filled at load; `data` is a number to the callback.
+    unsafe {
+        raw::RedisModule_EventLoopAdd.expect("server API")(
+            fd,
+            readable,
+            Some(callback),
+            data as *mut c_void,
+        ) == 0
+    }
+}
+
+/// Ends [`watch`]. Before the descriptor is closed.
+pub fn unwatch(fd: RawFd) {
+    let readable = raw::REDISMODULE_EVENTLOOP_READABLE as c_int;
+    // SAFETY: as above; the descriptor was registered by `watch`.
+    unsafe { raw::RedisModule_EventLoopDel.expect("server API")(fd, readable) };
+}
+
+/// Calls `callback` once, on the main thread, after `delay`.
+pub fn after(
+    delay: Duration,
+    callback: unsafe extern "C" fn(*mut raw::RedisModuleCtx, *mut c_void),
+) {
+    // SAFETY: the API table and the context are set at load.
+    unsafe {
+        raw::RedisModule_CreateTimer.expect("server API")(
+            context(),
+            delay.as_millis() as i64,
+            Some(callback),
+            std::ptr::null_mut(),
+        );
+    }
+}
+
+/// `log`'s records, in the server's own log with its levels.
+struct ServerLog;
+
+impl Log for ServerLog {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        let level = match record.level() {
+            Level::Error | Level::Warn => c"warning",
+            Level::Info => c"notice",
+            Level::Debug => c"verbose",
+            Level::Trace => c"debug",
+        };
+        let text = record.args().to_string().replace('\0', "?");
+        let Ok(text) = CString::new(text) else { return };
+        // SAFETY: a printf-like function: format and argument are C strings. The
+        // server's log may be written from any thread.
+        unsafe {
+            if let Some(log) = raw::RedisModule_Log {
+                log(context(), level.as_ptr(), c"%s".as_ptr(), text.as_ptr());
+            }
+        }
+    }
+
+    fn flush(&self) {}
+}

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! State that belongs to the server's main thread.
+//!
+//! The server promises to call most of a connection type on its main thread
+//! only. A [`MainCell`] holds it to that: it may lie in a structure that other
+//! threads see too, and whoever opens it elsewhere, or while it is open, panics
+//! at once, which the door to C turns into the end of one connection.
+
+use std::cell::{RefCell, RefMut};
+use std::sync::OnceLock;
+use std::thread::{self, ThreadId};
+
+static MAIN: OnceLock<ThreadId> = OnceLock::new();
+
+/// Declares the calling thread the main one. Later calls change nothing.
+pub fn declare_main_thread() {
+    let _ = MAIN.set(thread::current().id());
+}
+
+/// Whether the caller is the main thread. Before the declaration every thread is.
+pub fn is_main_thread() -> bool {
+    MAIN.get().is_none_or(|main| *main == thread::current().id())
+}
+
+/// See the module's text.
+#[derive(Debug, Default)]
+pub struct MainCell<T>(RefCell<T>);
+
+// SAFETY: the value is reached on the main thread only, see `open`, and moves
+// with its holder, which is dropped there.
+unsafe impl<T> Send for MainCell<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for MainCell<T> {}
+
+impl<T> MainCell<T> {
+    /// A cell around `value`.
+    pub const fn new(value: T) -> Self {
+        Self(RefCell::new(value))
+    }
+
+    /// The value, for the time of a statement or block in which no callback of the
+    /// server runs.
+    ///
+    /// # Panics
+    /// On another thread than the main one, or if it is open already.
+    #[track_caller]
+    pub fn open(&self) -> RefMut<'_, T> {
+        assert!(is_main_thread(), "state of the main thread opened on another");
+        self.0.borrow_mut()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_opens_once_at_a_time() {
+        let cell = MainCell::new(1);
+        *cell.open() += 1;
+        let first = cell.open();
+        let second = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| *cell.open()));
+        assert!(second.is_err());
+        assert_eq!(*first, 2);
+    }
+}

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! The functions that the server's executable exports to modules of its own
+//! build, found by name. Their signatures differ by line in three places.
+
+use super::connection::Connection;
+use super::layout::{ClientFlags8, ClientFlags16, Listener81};
+use super::line::Line;
+use std::ffi::{CStr, c_char, c_int, c_void};
+
+/// Number of the RDMA type in 9.1 (`CONN_TYPE_RDMA`); 8.x goes by name.
+pub const TYPE_NUMBER: c_int = 3;
+/// Name of the RDMA type, in every line.
+pub const TYPE_NAME: &CStr = c"rdma";
+
+/// The server's functions, of one line.
+#[derive(Clone, Copy)]
+pub struct Symbols {
+    line: Line,
+    register: unsafe extern "C" fn(*mut c_void) -> c_int,
+    connection_type_tcp: unsafe extern "C" fn() -> *const c_void,
+    listener_by_type: *mut c_void,
+    accept_common: *mut c_void,
+    change_listener: unsafe extern "C" fn(*mut Listener81) -> c_int,
+}
+
+// SAFETY: addresses of functions.
+unsafe impl Send for Symbols {}
+// SAFETY: as above.
+unsafe impl Sync for Symbols {}
+
+fn find(name: &'static CStr) -> Option<*mut c_void> {
+    // SAFETY: a NUL-terminated name; the default scope starts at the executable.
+    let address = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    (!address.is_null()).then_some(address)
+}
+
+/// Whether the server was built with an RDMA transport of its own: then, and only
+/// then, the executable brings librdmacm along.
+pub fn server_has_own_rdma() -> bool {
+    find(c"rdma_create_event_channel").is_some()
+}
+
+impl Symbols {
+    /// Finds the functions in the running executable.
+    ///
+    /// # Errors
+    /// The name of the first that is missing.
+    pub fn find(line: Line) -> Result<Self, &'static str> {
+        let need = |name: &'static CStr| find(name).ok_or(name.to_str().unwrap_or("?"));
+        // SAFETY: the signatures are those of the line's headers, `docs/abi.md`.
+        unsafe {
+            Ok(Self {
+                line,
+                register: std::mem::transmute::<
+                    *mut c_void,
+                    unsafe extern "C" fn(*mut c_void) -> c_int,
+                >(need(c"connTypeRegister")?),
+                connection_type_tcp: std::mem::transmute::<
+                    *mut c_void,
+                    unsafe extern "C" fn() -> *const c_void,
+                >(need(c"connectionTypeTcp")?),
+                listener_by_type: need(c"listenerByType")?,
+                accept_common: need(c"acceptCommonHandler")?,
+                change_listener: std::mem::transmute::<
+                    *mut c_void,
+                    unsafe extern "C" fn(*mut Listener81) -> c_int,
+                >(need(c"changeListener")?),
+            })
+        }
+    }
+
+    /// The live table of the TCP connection type.
+    pub fn tcp_table(&self) -> *const c_void {
+        // SAFETY: the server registered TCP before it loads any module.
+        unsafe { (self.connection_type_tcp)() }
+    }
+
+    /// Registers a connection type. Main thread, at load only.
+    ///
+    /// Returns whether the server took it.
+    ///
+    /// # Safety
+    /// `table` is the line's `ConnectionType`, valid for the life of the process.
+    pub unsafe fn register(&self, table: *mut c_void) -> bool {
+        // SAFETY: by the caller's promise.
+        unsafe { (self.register)(table) == 0 }
+    }
+
+    /// The server's listener of our type, as far as the lines agree on it.
+    /// After registration only: the server complains of types that it does not know.
+    pub fn listener(&self) -> *mut Listener81 {
+        // SAFETY: the signature is that of the line.
+        unsafe {
+            match self.line {
+                Line::V9_1 => std::mem::transmute::<
+                    *mut c_void,
+                    unsafe extern "C" fn(c_int) -> *mut Listener81,
+                >(self.listener_by_type)(TYPE_NUMBER),
+                _ => std::mem::transmute::<
+                    *mut c_void,
+                    unsafe extern "C" fn(*const c_char) -> *mut Listener81,
+                >(self.listener_by_type)(TYPE_NAME.as_ptr()),
+            }
+        }
+    }
+
+    /// Closes the listener and opens it again with its present fields. Main thread.
+    ///
+    /// # Safety
+    /// `listener` is the server's own, from [`listener`](Self::listener).
+    pub unsafe fn change_listener(&self, listener: *mut Listener81) -> bool {
+        // SAFETY: by the caller's promise.
+        unsafe { (self.change_listener)(listener) == 0 }
+    }
+
+    /// Hands an accepted connection to the server, which makes a client of it or
+    /// closes it. Afterwards the connection may be gone. Main thread.
+    ///
+    /// # Safety
+    /// `connection` is of our type and in state accepting; `ip` is NUL-terminated.
+    pub unsafe fn accept_common(&self, connection: *mut Connection, ip: *mut c_char) {
+        // SAFETY: by the caller's promise, and the signature is that of the line.
+        unsafe {
+            match self.line {
+                Line::V9_1 => std::mem::transmute::<
+                    *mut c_void,
+                    unsafe extern "C" fn(*mut Connection, ClientFlags16, *mut c_char),
+                >(self.accept_common)(
+                    connection, ClientFlags16::default(), ip
+                ),
+                _ => std::mem::transmute::<
+                    *mut c_void,
+                    unsafe extern "C" fn(*mut Connection, ClientFlags8, *mut c_char),
+                >(self.accept_common)(connection, ClientFlags8::default(), ip),
+            }
+        }
+    }
+}

@@ -1,0 +1,480 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! The connection manager: event channels, ids, addresses.
+
+use super::{Error, library};
+use rdma_sys::*;
+use std::ffi::{CStr, c_int, c_void};
+use std::mem::{self, MaybeUninit};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::RawFd;
+use std::ptr;
+
+/// A queue of connection manager events behind one descriptor.
+#[derive(Debug)]
+pub struct EventChannel {
+    raw: *mut rdma_event_channel,
+}
+
+/// What happened to an id. The kernel's event is copied and acknowledged before
+/// anybody looks at it, since destroying an id waits for its acknowledgements.
+#[derive(Clone, Copy, Debug)]
+pub struct Event {
+    pub kind: EventKind,
+    /// The id that it happened to, by its address; for a connection request the new one.
+    pub id: IdKey,
+    /// The system's word on it: an error number, or a reject reason.
+    pub status: i32,
+}
+
+/// The events that the transport tells apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EventKind {
+    AddressResolved,
+    RouteResolved,
+    ConnectRequest,
+    Established,
+    Disconnected,
+    Rejected,
+    /// Address, route or connection could not be had.
+    Failed,
+    DeviceRemoval,
+    AddressChange,
+    TimewaitExit,
+    Other,
+}
+
+/// Identity of an id, comparable and storable; gives no access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct IdKey(usize);
+
+impl EventChannel {
+    /// Opens a channel whose descriptor is non-blocking and closed on exec.
+    ///
+    /// # Errors
+    /// If the kernel has no RDMA connection manager, or no descriptor is left.
+    pub fn new() -> Result<Self, Error> {
+        // SAFETY: no arguments.
+        let raw = unsafe { library::rdma_create_event_channel() };
+        if raw.is_null() {
+            return Err(Error::last("open the RDMA connection manager"));
+        }
+        let channel = Self { raw };
+        set_nonblocking(channel.fd())?;
+        Ok(channel)
+    }
+
+    /// The descriptor that polls readable when an event waits.
+    pub fn fd(&self) -> RawFd {
+        // SAFETY: `raw` is live as long as `self`.
+        unsafe { (*self.raw).fd }
+    }
+
+    /// The next event, if one waits.
+    ///
+    /// # Errors
+    /// If the channel can't be read.
+    pub fn next(&self) -> Result<Option<Event>, Error> {
+        let mut raw = ptr::null_mut();
+        // SAFETY: a live channel and a place for the event.
+        if unsafe { library::rdma_get_cm_event(self.raw, &mut raw) } != 0 {
+            let error = Error::last("read connection manager events");
+            return match error.errno {
+                libc::EAGAIN | libc::EINTR => Ok(None),
+                _ => Err(error),
+            };
+        }
+        // SAFETY: the call succeeded, so the event is valid until acknowledged;
+        // what is needed of it is copied first.
+        unsafe {
+            let event = Event {
+                kind: EventKind::from_raw((*raw).event),
+                id: IdKey((*raw).id as usize),
+                status: (*raw).status,
+            };
+            library::rdma_ack_cm_event(raw);
+            Ok(Some(event))
+        }
+    }
+}
+
+impl Drop for EventChannel {
+    fn drop(&mut self) {
+        // SAFETY: created by rdma_create_event_channel; nobody else frees it.
+        unsafe { library::rdma_destroy_event_channel(self.raw) }
+    }
+}
+
+impl EventKind {
+    fn from_raw(event: rdma_cm_event_type::Type) -> Self {
+        use rdma_cm_event_type as raw;
+        match event {
+            raw::RDMA_CM_EVENT_ADDR_RESOLVED => Self::AddressResolved,
+            raw::RDMA_CM_EVENT_ROUTE_RESOLVED => Self::RouteResolved,
+            raw::RDMA_CM_EVENT_CONNECT_REQUEST => Self::ConnectRequest,
+            raw::RDMA_CM_EVENT_ESTABLISHED => Self::Established,
+            raw::RDMA_CM_EVENT_DISCONNECTED => Self::Disconnected,
+            raw::RDMA_CM_EVENT_REJECTED => Self::Rejected,
+            raw::RDMA_CM_EVENT_ADDR_ERROR
+            | raw::RDMA_CM_EVENT_ROUTE_ERROR
+            | raw::RDMA_CM_EVENT_CONNECT_ERROR
+            | raw::RDMA_CM_EVENT_UNREACHABLE => Self::Failed,
+            raw::RDMA_CM_EVENT_DEVICE_REMOVAL => Self::DeviceRemoval,
+            raw::RDMA_CM_EVENT_ADDR_CHANGE => Self::AddressChange,
+            raw::RDMA_CM_EVENT_TIMEWAIT_EXIT => Self::TimewaitExit,
+            _ => Self::Other,
+        }
+    }
+}
+
+/// A connection manager id: a listener, or one end of a connection.
+#[derive(Debug)]
+pub struct Id {
+    raw: *mut rdma_cm_id,
+}
+
+/// Retries that the connection asks its two queue pairs for. 7 is "for ever" for
+/// receiver-not-ready: what we give in accept limits the *peer's* patience when
+/// our receives run out, and a peer that is only ahead of us must not fail.
+const RETRIES: u8 = 7;
+
+/// Level and name of the option "this id's address family only", as
+/// `rdma_cma.h` numbers them in anonymous enumerations.
+const OPTION_LEVEL_ID: c_int = 0;
+const OPTION_FAMILY_ONLY: c_int = 2;
+
+impl Id {
+    /// A new id whose events go to `channel`.
+    ///
+    /// # Errors
+    /// As the connection manager's.
+    pub fn new(channel: &EventChannel) -> Result<Self, Error> {
+        let mut raw = ptr::null_mut();
+        // SAFETY: a live channel and a place for the id.
+        Error::check("create a connection manager id", unsafe {
+            library::rdma_create_id(
+                channel.raw,
+                &mut raw,
+                ptr::null_mut(),
+                rdma_port_space::RDMA_PS_TCP,
+            )
+        })?;
+        Ok(Self { raw })
+    }
+
+    /// Takes over the new id of a connection request.
+    ///
+    /// # Safety
+    /// `key` must come from a [`EventKind::ConnectRequest`] that nobody took over yet.
+    pub unsafe fn from_request(key: IdKey) -> Self {
+        Self { raw: key.0 as *mut rdma_cm_id }
+    }
+
+    /// The id's identity in events.
+    pub fn key(&self) -> IdKey {
+        IdKey(self.raw as usize)
+    }
+
+    /// The pointer for the sibling owners of this module.
+    pub(super) fn raw(&self) -> *mut rdma_cm_id {
+        self.raw
+    }
+
+    /// Binds to a local address and listens. IPv6 listeners don't take IPv4.
+    ///
+    /// # Errors
+    /// `ENODEV` or `EADDRNOTAVAIL` if no RDMA device owns the address, `EADDRINUSE`.
+    pub fn listen(&self, address: SocketAddr, backlog: i32) -> Result<(), Error> {
+        let mut only: c_int = 1;
+        // SAFETY: a live id; an int of the given length. A refusal is harmless
+        // (the option is older than any kernel with RoCE), so it is not looked at.
+        unsafe {
+            library::rdma_set_option(
+                self.raw,
+                OPTION_LEVEL_ID,
+                OPTION_FAMILY_ONLY,
+                (&raw mut only).cast(),
+                mem::size_of::<c_int>(),
+            );
+        }
+        let mut storage = to_storage(address);
+        // SAFETY: a live id and a valid socket address.
+        Error::check("bind the address to an RDMA device", unsafe {
+            library::rdma_bind_addr(self.raw, (&raw mut storage).cast())
+        })?;
+        // SAFETY: a bound id.
+        Error::check("listen", unsafe { library::rdma_listen(self.raw, backlog) })
+    }
+
+    /// Starts resolving `to`; [`EventKind::AddressResolved`] follows.
+    ///
+    /// # Errors
+    /// If no device can reach the address.
+    pub fn resolve_address(
+        &self,
+        from: Option<SocketAddr>,
+        to: SocketAddr,
+        timeout_ms: i32,
+    ) -> Result<(), Error> {
+        let mut source = from.map(to_storage);
+        let source = source.as_mut().map_or(ptr::null_mut(), |s| (s as *mut sockaddr_store).cast());
+        let mut target = to_storage(to);
+        // SAFETY: a live id, socket addresses or NULL.
+        Error::check("resolve the address", unsafe {
+            library::rdma_resolve_addr(self.raw, source, (&raw mut target).cast(), timeout_ms)
+        })
+    }
+
+    /// Starts resolving the route; [`EventKind::RouteResolved`] follows.
+    ///
+    /// # Errors
+    /// As the connection manager's.
+    pub fn resolve_route(&self, timeout_ms: i32) -> Result<(), Error> {
+        // SAFETY: a live id.
+        Error::check("resolve the route", unsafe {
+            library::rdma_resolve_route(self.raw, timeout_ms)
+        })
+    }
+
+    /// Sends the id's events to another channel from now on. Events of the id that
+    /// were read must be acknowledged; [`EventChannel::next`] sees to it.
+    ///
+    /// # Errors
+    /// As the connection manager's.
+    pub fn migrate(&self, channel: &EventChannel) -> Result<(), Error> {
+        // SAFETY: a live id and a live channel.
+        Error::check("move the connection to its event channel", unsafe {
+            library::rdma_migrate_id(self.raw, channel.raw)
+        })
+    }
+
+    /// Accepts a connection request; [`EventKind::Established`] follows.
+    ///
+    /// # Errors
+    /// As the connection manager's.
+    pub fn accept(&self) -> Result<(), Error> {
+        let mut parameters = parameters();
+        // SAFETY: an id of a request that has its queue pair.
+        Error::check("accept the connection", unsafe {
+            library::rdma_accept(self.raw, &mut parameters)
+        })
+    }
+
+    /// Asks for a connection; [`EventKind::Established`] or a refusal follows.
+    ///
+    /// # Errors
+    /// As the connection manager's.
+    pub fn connect(&self) -> Result<(), Error> {
+        let mut parameters = parameters();
+        // SAFETY: a resolved id that has its queue pair.
+        Error::check("connect", unsafe { library::rdma_connect(self.raw, &mut parameters) })
+    }
+
+    /// Refuses a connection request.
+    pub fn reject(&self) {
+        // SAFETY: a live id, no private data. A failure leaves the peer to its time-out.
+        unsafe { library::rdma_reject(self.raw, ptr::null(), 0) };
+    }
+
+    /// Ends the connection: work requests in flight are flushed, the peer is told.
+    pub fn disconnect(&self) {
+        // SAFETY: a live id. A failure means that it is disconnected already.
+        unsafe { library::rdma_disconnect(self.raw) };
+    }
+
+    /// The device that serves the id, once there is one.
+    pub fn device(&self) -> Option<Device> {
+        // SAFETY: a live id.
+        let context = unsafe { (*self.raw).verbs };
+        (!context.is_null()).then_some(Device(context))
+    }
+
+    /// Address of this end.
+    pub fn local_address(&self) -> Option<SocketAddr> {
+        // SAFETY: a live id; the union's members all start with the family.
+        unsafe { from_storage(&(*self.raw).route.addr.src_addr_union.src_storage) }
+    }
+
+    /// Address of the other end.
+    pub fn peer_address(&self) -> Option<SocketAddr> {
+        // SAFETY: as above.
+        unsafe { from_storage(&(*self.raw).route.addr.dst_addr_union.dst_storage) }
+    }
+}
+
+impl Drop for Id {
+    fn drop(&mut self) {
+        // SAFETY: created or taken over by us, freed here alone; its queue pair,
+        // if it had one, is gone, see `pair::QueuePair`.
+        unsafe { library::rdma_destroy_id(self.raw) };
+    }
+}
+
+fn parameters() -> rdma_conn_param {
+    rdma_conn_param {
+        private_data: ptr::null(),
+        private_data_len: 0,
+        // One each, as every known client asks: 0 is refused by some providers.
+        // Nobody can read our memory all the same, no region allows it.
+        responder_resources: 1,
+        initiator_depth: 1,
+        flow_control: 0,
+        retry_count: RETRIES,
+        rnr_retry_count: RETRIES,
+        srq: 0,
+        qp_num: 0,
+    }
+}
+
+/// An open RDMA device, by its context, which librdmacm keeps open for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Device(pub(super) *mut ibv_context);
+
+/// What a device can do, as far as the transport asks.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Most entries of one completion queue.
+    pub completion_entries: u32,
+    /// Most work requests of one queue of a queue pair.
+    pub work_requests: u32,
+    /// Completion vectors, at least 1.
+    pub vectors: u32,
+}
+
+impl Device {
+    /// The names of all devices that the connection manager can use.
+    pub fn names() -> Vec<String> {
+        let mut count = 0;
+        // SAFETY: a place for the count; the list is NULL-terminated and ours to free.
+        unsafe {
+            let list = library::rdma_get_devices(&mut count);
+            if list.is_null() {
+                return Vec::new();
+            }
+            let names = (0..count as usize).map(|i| Device(*list.add(i)).name()).collect();
+            library::rdma_free_devices(list);
+            names
+        }
+    }
+
+    /// The device's name, such as `mlx5_0`.
+    pub fn name(self) -> String {
+        // SAFETY: a live context has a live device with a NUL-terminated name.
+        unsafe {
+            let name = library::ibv_get_device_name((*self.0).device);
+            if name.is_null() {
+                String::from("?")
+            } else {
+                CStr::from_ptr(name).to_string_lossy().into_owned()
+            }
+        }
+    }
+
+    /// Asks the device for its limits.
+    ///
+    /// # Errors
+    /// If the device does not answer.
+    pub fn limits(self) -> Result<Limits, Error> {
+        let mut attributes = MaybeUninit::<ibv_device_attr>::zeroed();
+        // SAFETY: a live context and room for the answer, which is plain numbers.
+        let attributes = unsafe {
+            Error::check_number(
+                "query the device",
+                library::ibv_query_device(self.0, attributes.as_mut_ptr()),
+            )?;
+            attributes.assume_init()
+        };
+        // SAFETY: a live context.
+        let vectors = unsafe { (*self.0).num_comp_vectors };
+        Ok(Limits {
+            completion_entries: attributes.max_cqe.max(0) as u32,
+            work_requests: attributes.max_qp_wr.max(0) as u32,
+            vectors: vectors.max(1) as u32,
+        })
+    }
+}
+
+// SAFETY: a context may be used from any thread (libibverbs is thread-safe) and
+// is never closed.
+unsafe impl Send for Device {}
+// SAFETY: as above.
+unsafe impl Sync for Device {}
+
+/// Switches a descriptor to non-blocking.
+pub(super) fn set_nonblocking(fd: RawFd) -> Result<(), Error> {
+    // SAFETY: fcntl with integer arguments on a descriptor of ours.
+    unsafe {
+        let flags = libc::fcntl(fd, libc::F_GETFL);
+        if flags < 0 || libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) < 0 {
+            return Err(Error::last("make a descriptor non-blocking"));
+        }
+        libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
+    }
+    Ok(())
+}
+
+#[allow(non_camel_case_types)]
+type sockaddr_store = libc::sockaddr_storage;
+
+fn to_storage(address: SocketAddr) -> sockaddr_store {
+    // SAFETY: a socket address of zeroes is valid, and the storage is large and
+    // aligned enough for either family's structure.
+    unsafe {
+        let mut storage: sockaddr_store = mem::zeroed();
+        let place: *mut c_void = (&raw mut storage).cast();
+        match address {
+            SocketAddr::V4(v4) => {
+                let mut raw: libc::sockaddr_in = mem::zeroed();
+                raw.sin_family = libc::AF_INET as libc::sa_family_t;
+                raw.sin_port = v4.port().to_be();
+                raw.sin_addr.s_addr = u32::from_ne_bytes(v4.ip().octets());
+                place.cast::<libc::sockaddr_in>().write(raw);
+            }
+            SocketAddr::V6(v6) => {
+                let mut raw: libc::sockaddr_in6 = mem::zeroed();
+                raw.sin6_family = libc::AF_INET6 as libc::sa_family_t;
+                raw.sin6_port = v6.port().to_be();
+                raw.sin6_addr.s6_addr = v6.ip().octets();
+                raw.sin6_scope_id = v6.scope_id();
+                place.cast::<libc::sockaddr_in6>().write(raw);
+            }
+        }
+        storage
+    }
+}
+
+fn from_storage(storage: &sockaddr_store) -> Option<SocketAddr> {
+    let place: *const c_void = (&raw const *storage).cast();
+    match i32::from(storage.ss_family) {
+        libc::AF_INET => {
+            // SAFETY: the family says that a sockaddr_in stands here.
+            let raw = unsafe { &*place.cast::<libc::sockaddr_in>() };
+            let ip = IpAddr::from(raw.sin_addr.s_addr.to_ne_bytes());
+            let IpAddr::V4(ip) = ip else { return None };
+            Some(SocketAddr::V4(SocketAddrV4::new(ip, u16::from_be(raw.sin_port))))
+        }
+        libc::AF_INET6 => {
+            // SAFETY: the family says that a sockaddr_in6 stands here.
+            let raw = unsafe { &*place.cast::<libc::sockaddr_in6>() };
+            Some(SocketAddr::V6(SocketAddrV6::new(
+                raw.sin6_addr.s6_addr.into(),
+                u16::from_be(raw.sin6_port),
+                0,
+                raw.sin6_scope_id,
+            )))
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_survive_the_c_structures() {
+        for text in ["10.9.9.1:6379", "0.0.0.0:0", "[::1]:65535", "[fe80::1%3]:7"] {
+            let address: SocketAddr = text.parse().unwrap();
+            assert_eq!(from_storage(&to_storage(address)), Some(address));
+        }
+    }
+}

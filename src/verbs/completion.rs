@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! Completion channels and completion queues.
+
+use super::cm::{Device, set_nonblocking};
+use super::{Error, library};
+use rdma_sys::*;
+use std::ffi::CStr;
+use std::mem;
+use std::os::fd::RawFd;
+use std::ptr;
+
+/// A descriptor that polls readable when an armed queue gets a completion.
+#[derive(Debug)]
+pub struct CompletionChannel {
+    raw: *mut ibv_comp_channel,
+}
+
+impl CompletionChannel {
+    /// A channel on a device; non-blocking, closed on exec.
+    ///
+    /// # Errors
+    /// If the device or the process has no descriptor left.
+    pub fn new(device: Device) -> Result<Self, Error> {
+        // SAFETY: a live context.
+        let raw = unsafe { library::ibv_create_comp_channel(device.0) };
+        if raw.is_null() {
+            return Err(Error::last("create a completion channel"));
+        }
+        let channel = Self { raw };
+        set_nonblocking(channel.fd())?;
+        Ok(channel)
+    }
+
+    /// The descriptor.
+    pub fn fd(&self) -> RawFd {
+        // SAFETY: live as long as `self`.
+        unsafe { (*self.raw).fd }
+    }
+
+    /// Takes one event off the channel and acknowledges it. Returns whether there was one.
+    pub fn take_event(&self) -> bool {
+        let mut cq = ptr::null_mut();
+        let mut context = ptr::null_mut();
+        // SAFETY: a live channel and places for the answer; the queue is live,
+        // since destroying one takes its events off the channel.
+        unsafe {
+            if library::ibv_get_cq_event(self.raw, &mut cq, &mut context) != 0 {
+                return false;
+            }
+            library::ibv_ack_cq_events(cq, 1);
+        }
+        true
+    }
+}
+
+impl Drop for CompletionChannel {
+    fn drop(&mut self) {
+        // SAFETY: created by us, destroyed here alone; its queues are gone.
+        unsafe { library::ibv_destroy_comp_channel(self.raw) };
+    }
+}
+
+/// A completion queue.
+#[derive(Debug)]
+pub struct CompletionQueue {
+    raw: *mut ibv_cq,
+}
+
+/// One completion, reduced to what the transport needs.
+#[derive(Clone, Copy, Debug)]
+pub struct Completion {
+    /// The work request's id.
+    pub work_request: u64,
+    /// What happened.
+    pub outcome: Outcome,
+}
+
+/// What a completion says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// A SEND of so many bytes arrived in the posted receive.
+    Received(u32),
+    /// An RDMA WRITE arrived with this immediate, in host order.
+    Immediate(u32),
+    /// One of our own work requests is over.
+    Sent,
+    /// Something that no work request of ours asks for.
+    Unexpected(u32),
+    /// The work request failed; the queue pair is in error.
+    Failed(Status),
+}
+
+/// Why a work request failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Status(u32);
+
+impl Status {
+    /// Whether the work request only followed the queue pair into error.
+    pub fn is_flush(self) -> bool {
+        self.0 == ibv_wc_status::IBV_WC_WR_FLUSH_ERR
+    }
+
+    /// The library's words for it.
+    pub fn text(self) -> String {
+        // SAFETY: the function answers any number with a static string.
+        unsafe {
+            let text = library::ibv_wc_status_str(self.0);
+            CStr::from_ptr(text).to_string_lossy().into_owned()
+        }
+    }
+}
+
+/// Completions taken by one call of [`CompletionQueue::poll`].
+pub const BATCH: usize = 32;
+
+impl CompletionQueue {
+    /// A queue of at least `entries`, whose events go to `channel`.
+    ///
+    /// # Errors
+    /// If the device can't.
+    pub fn new(
+        device: Device,
+        channel: &CompletionChannel,
+        entries: u32,
+        vector: u32,
+    ) -> Result<Self, Error> {
+        // SAFETY: a live context and channel.
+        let raw = unsafe {
+            library::ibv_create_cq(
+                device.0,
+                entries as i32,
+                ptr::null_mut(),
+                channel.raw,
+                vector as i32,
+            )
+        };
+        if raw.is_null() {
+            return Err(Error::last("create a completion queue"));
+        }
+        Ok(Self { raw })
+    }
+
+    pub(super) fn raw(&self) -> *mut ibv_cq {
+        self.raw
+    }
+
+    /// Asks for one event at the next completion.
+    ///
+    /// # Errors
+    /// If the device can't: the connections of this queue can't be served then.
+    pub fn arm(&self) -> Result<(), Error> {
+        // SAFETY: a live queue.
+        Error::check_number("arm a completion queue", unsafe { ibv_req_notify_cq(self.raw, 0) })
+    }
+
+    /// Takes up to [`BATCH`] completions and hands each to `each`. Returns how many.
+    ///
+    /// # Errors
+    /// If the queue can't be polled, which means that it overran or its device is gone.
+    pub fn poll(&self, mut each: impl FnMut(Completion)) -> Result<usize, Error> {
+        // SAFETY: completions are plain numbers; the call fills as many as it returns.
+        let mut raw: [ibv_wc; BATCH] = unsafe { mem::zeroed() };
+        // SAFETY: a live queue and room for BATCH completions.
+        let count = unsafe { ibv_poll_cq(self.raw, BATCH as i32, raw.as_mut_ptr()) };
+        if count < 0 {
+            return Err(Error::last("poll a completion queue"));
+        }
+        for wc in &raw[..count as usize] {
+            each(Completion { work_request: wc.wr_id, outcome: outcome(wc) });
+        }
+        Ok(count as usize)
+    }
+}
+
+fn outcome(wc: &ibv_wc) -> Outcome {
+    // After a failure only id and status are valid.
+    if wc.status != ibv_wc_status::IBV_WC_SUCCESS {
+        return Outcome::Failed(Status(wc.status));
+    }
+    match wc.opcode {
+        ibv_wc_opcode::IBV_WC_RECV => Outcome::Received(wc.byte_len),
+        ibv_wc_opcode::IBV_WC_RECV_RDMA_WITH_IMM => {
+            // SAFETY: a successful completion with this opcode carries an immediate.
+            Outcome::Immediate(u32::from_be(unsafe { wc.imm_data_invalidated_rkey_union.imm_data }))
+        }
+        ibv_wc_opcode::IBV_WC_SEND | ibv_wc_opcode::IBV_WC_RDMA_WRITE => Outcome::Sent,
+        other => Outcome::Unexpected(other),
+    }
+}
+
+impl Drop for CompletionQueue {
+    fn drop(&mut self) {
+        // SAFETY: created by us, destroyed here alone; its queue pairs are gone
+        // and its events are acknowledged as they are taken.
+        unsafe { library::ibv_destroy_cq(self.raw) };
+    }
+}

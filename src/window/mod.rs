@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! The hand-overs between the poller and whoever reads or writes a connection.
+//!
+//! The poller is the server's main thread; the reader and the writer are the
+//! main thread or any of its I/O threads, at most one of each at a time. Each
+//! type here has one producer and one consumer, and every field has one owner
+//! who stores into it; the other side only loads. Nothing here does I/O, blocks
+//! or allocates, so that loom can drive the same types (`--cfg loom`).
+//!
+//! * [`ReceiveWindow`]: bytes that the peer wrote into our buffer, on their way
+//!   to the reader.
+//! * [`SendWindow`]: the peer's announced buffer, on its way to the writer.
+//! * [`SendLedger`]: work requests and staging bytes in flight, given back by
+//!   their completions.
+
+mod ledger;
+mod receive;
+mod send;
+mod sync;
+
+pub use ledger::{Chunk, SendLedger, Writer};
+pub use receive::{Overrun, ReceiveWindow};
+pub use send::{Announcement, Refused, SendWindow};
