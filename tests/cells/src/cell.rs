@@ -156,12 +156,6 @@ impl<'a> Cell<'a> {
         Server::launch(self.lab, &self.id.server, &folder, &self.settings)
     }
 
-    /// Starts a second server beside the cell's own.
-    pub fn start_another(&mut self, settings: &Settings) -> Result<Server> {
-        let folder = self.server_folder();
-        Server::start(self.lab, &self.id.server, &folder, settings)
-    }
-
     fn server_folder(&mut self) -> PathBuf {
         self.servers_started += 1;
         self.folder.join(format!("server-{}", self.servers_started))
@@ -272,7 +266,14 @@ impl<'a> Cell<'a> {
     /// at most 2 × hz cycles a second more.
     pub fn check_idle(&mut self, idle: f64, when: &str) -> Result<()> {
         let hz = self.info()?.number("hz")? as f64;
+        let busy = self.server().main_thread_cpu()?;
+        let started = Instant::now();
         let rate = self.loop_rate(Duration::from_secs(3))?;
+        let busy = (self.server().main_thread_cpu()? - busy).as_secs_f64();
+        self.figure(
+            &format!("main thread's CPU {when}"),
+            format!("{:.0} %", 100.0 * busy / started.elapsed().as_secs_f64()),
+        );
         self.figure(&format!("event loop cycles/s {when}"), format!("{rate:.0} (idle {idle:.0})"));
         ensure!(
             rate <= idle + 2.0 * hz,

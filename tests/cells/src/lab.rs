@@ -96,12 +96,36 @@ impl Lab {
             .ok_or_else(|| anyhow!("no server of line {line}: run scripts/setup.sh servers"))
     }
 
-    /// The command that becomes the stock server of a line, wherever that one runs.
-    pub fn server_command(&self, line: &str) -> Result<Command> {
+    /// The command that becomes the stock server of a line, wherever that one runs, by way of
+    /// `prefix`.
+    pub fn server_command(&self, line: &str, prefix: &[String]) -> Result<Command> {
         self.stock(line)?;
-        let mut command = Command::new(self.repo.join("scripts/chroot.sh"));
+        let script = self.repo.join("scripts/chroot.sh");
+        let mut command = match prefix {
+            [] => Command::new(script),
+            [program, arguments @ ..] => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg(script);
+                command
+            }
+        };
         command.args([line, "valkey-server"]);
         Ok(command)
+    }
+
+    /// A helper that is built along with this program.
+    pub fn example(&self, name: &str) -> Result<PathBuf> {
+        let path = std::env::current_exe()?
+            .parent()
+            .context("a program without a folder")?
+            .join("examples")
+            .join(name);
+        anyhow::ensure!(
+            path.exists(),
+            "{} is missing: cargo build -p cells --examples",
+            path.display()
+        );
+        Ok(path)
     }
 
     /// How long one call of a client may take on this fabric, before it counts as hanging.

@@ -34,8 +34,8 @@ use report::{Record, State};
 struct Options {
     /// What carries the bytes: soft has to be run through scripts/softrdma.sh, vm inside
     /// scripts/guest.sh.
-    #[arg(long)]
-    fabric: Fabric,
+    #[arg(long, required_unless_present = "report")]
+    fabric: Option<Fabric>,
     /// How much of the matrix.
     #[arg(long, default_value = "full")]
     level: Level,
@@ -52,7 +52,7 @@ struct Options {
     /// module.
     #[arg(long)]
     state: Option<PathBuf>,
-    /// Writes the state of the whole matrix to this file, as a table.
+    /// Writes what the state says of the whole matrix to this file, and runs nothing.
     #[arg(long, requires = "state")]
     report: Option<PathBuf>,
     /// Prints the chosen cells and runs none.
@@ -86,17 +86,12 @@ fn run(options: &Options) -> Result<bool> {
         }
         return Ok(true);
     }
-    ensure!(
-        !chosen.is_empty(),
-        "no cell of {} is selected; --list shows what there is",
-        options.fabric
-    );
+    ensure!(!chosen.is_empty(), "no cell of {fabric} is selected; --list shows what there is");
 
     let repo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize()?;
     let built = std::env::var_os("CARGO_TARGET_DIR").map_or(repo.join("target"), PathBuf::from);
     let module = options.module.clone().unwrap_or(built.join("release/libvalkey_rdma.so"));
-    let lab = Lab::new(&repo, &module, options.fabric, options.address)?;
-    let mut state = options.state.as_deref().map(State::open).transpose()?;
+    let lab = Lab::new(&repo, &module, fabric, options.address)?;
     let commit = report::commit(&repo)?;
     let date = report::today()?;
 
@@ -131,9 +126,6 @@ fn run(options: &Options) -> Result<bool> {
     progress.finish_and_clear();
     if totals.failed == 0 {
         let _ = std::fs::remove_dir_all(&lab.scratch);
-    }
-    if let (Some(path), Some(state)) = (&options.report, &state) {
-        std::fs::write(path, state.table(&cells))?;
     }
     println!("{} passed, {} failed, {} skipped", totals.passed, totals.failed, totals.skipped);
     Ok(totals.failed == 0)

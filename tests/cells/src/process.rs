@@ -49,8 +49,7 @@ impl Process {
         }
     }
 
-    /// Sends it a signal.
-    pub fn signal(&self, signal: i32) {
+    fn signal(&self, signal: i32) {
         if self.status.is_none() {
             // SAFETY: a pid that this process has not yet waited for can't be another's.
             unsafe { libc::kill(self.id() as i32, signal) };

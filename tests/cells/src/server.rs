@@ -32,6 +32,10 @@ pub struct Settings {
     pub port: u16,
     /// The RDMA address and port that the arguments name.
     pub rdma: SocketAddr,
+    /// A whole configuration file instead of what the fields above say.
+    pub configuration: Option<String>,
+    /// A command that runs the server's command.
+    pub prefix: Vec<String>,
     /// Variables of the environment.
     pub environment: Vec<(String, String)>,
 }
@@ -46,6 +50,8 @@ impl Settings {
             arguments: vec![format!("bind={}", rdma.ip()), format!("port={}", rdma.port())],
             port: free_port()?,
             rdma,
+            configuration: None,
+            prefix: Vec::new(),
             environment: Vec::new(),
         };
         settings.directive("save \"\"");
@@ -65,6 +71,25 @@ impl Settings {
     /// Adds a line of configuration.
     pub fn directive(&mut self, line: &str) {
         self.directives.push(line.to_owned());
+    }
+
+    /// The configuration file. The module comes last, behind what directives load.
+    fn text(&self, folder: &Path) -> String {
+        if let Some(text) = &self.configuration {
+            return text.clone();
+        }
+        let mut lines = vec![
+            format!("bind {LOOPBACK}"),
+            format!("port {}", self.port),
+            format!("dir {}", folder.display()),
+            format!("logfile {}", log_path(folder).display()),
+        ];
+        lines.extend(self.directives.iter().cloned());
+        if let Some(module) = &self.module {
+            let arguments = self.arguments.join(" ");
+            lines.push(format!("loadmodule {} {arguments}", module.display()));
+        }
+        lines.join("\n") + "\n"
     }
 
     /// Replaces the module's arguments.
@@ -89,23 +114,10 @@ impl Server {
     /// Starts the stock server of `line` in `folder`, and does not wait for it.
     pub fn launch(lab: &Lab, line: &str, folder: &Path, settings: &Settings) -> Result<Self> {
         std::fs::create_dir_all(folder)?;
-        let mut text = format!(
-            "bind {LOOPBACK}\nport {}\ndir {}\nlogfile {}\n",
-            settings.port,
-            folder.display(),
-            log_path(folder).display(),
-        );
-        if let Some(module) = &settings.module {
-            text += &format!("loadmodule {} {}\n", module.display(), settings.arguments.join(" "));
-        }
-        for line in &settings.directives {
-            text += line;
-            text += "\n";
-        }
         let configuration = folder.join("valkey.conf");
-        std::fs::write(&configuration, text)?;
+        std::fs::write(&configuration, settings.text(folder))?;
         let output = File::create(folder.join("output"))?;
-        let mut command = lab.server_command(line)?;
+        let mut command = lab.server_command(line, &settings.prefix)?;
         command
             .arg(configuration)
             .envs(settings.environment.iter().cloned())
@@ -234,11 +246,6 @@ impl Server {
         self.process
             .wait(timeout)?
             .with_context(|| format!("the server did not end within {} s", timeout.as_secs()))
-    }
-
-    /// Sends it a signal.
-    pub fn signal(&self, signal: i32) {
-        self.process.signal(signal);
     }
 
     /// Shuts it down.

@@ -4,14 +4,28 @@
 use crate::cell::Case;
 
 mod basics;
+mod churn;
+mod config;
 mod deadlock;
+mod lifecycle;
+mod refusals;
 mod sizes;
 mod stalled;
 mod stock_clients;
 
 /// Every case there is.
 pub fn all() -> impl Iterator<Item = &'static Case> {
-    [basics::CASES, sizes::CASES, stock_clients::CASES, deadlock::CASES, stalled::CASES]
-        .into_iter()
-        .flatten()
+    [
+        basics::CASES,
+        sizes::CASES,
+        stock_clients::CASES,
+        deadlock::CASES,
+        stalled::CASES,
+        churn::CASES,
+        lifecycle::CASES,
+        config::CASES,
+        refusals::CASES,
+    ]
+    .into_iter()
+    .flatten()
 }

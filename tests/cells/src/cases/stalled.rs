@@ -139,7 +139,7 @@ fn stalled_client(cell: &Cell) -> Result<Client<rdma::Connection>> {
 }
 
 /// Waits until the server has no RDMA connection left.
-fn settle(cell: &Cell) -> Result<()> {
+pub fn settle(cell: &Cell) -> Result<()> {
     cell.wait_info("no RDMA connections", |info| {
         Ok(info.sum(&[
             "rdma_connections_handshaking",

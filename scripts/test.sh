@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: BSD-3-Clause
+#
+# scripts/test.sh [quick|full] [SELECTOR…] — all tests, with all that they need:
+# unit tests, then the cells of tests/matrix.toml on the software fabric and in a
+# virtual machine with Soft-RoCE. quick is the default. full runs every cell,
+# picks up where it was interrupted (until the module changes), and writes
+# docs/test-report.md.
+#
+# A SELECTOR runs those cells alone: CASE, or CASE/SERVER/FABRIC/IO-THREADS with
+# any of them left out, such as deadlock-10mb, 8.0/soft or 'sizes-*/vm/4'.
+#
+# The last line sums up: N passed, N failed, N skipped.
+# shellcheck source=scripts/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+passed=0 failed=0 skipped=0
+
+main() {
+    local level=quick log
+    case ${1:-} in
+    quick | full) level=$1; shift ;;
+    -h | --help) sed -n '4,15s/^# \{0,1\}//p' "$0"; return ;;
+    esac
+    local start=$SECONDS
+    cd "$repo"
+    say "Setting up"
+    "$repo/scripts/setup.sh" servers clients guest
+    build_environment=$("$repo/scripts/setup.sh" env)
+    eval "$build_environment"
+    target=${CARGO_TARGET_DIR:-$repo/target}
+    log=$(mktemp -d "${TMPDIR:-/tmp}/valkey-rdma-test.XXXXXX")
+
+    say "Building"
+    step "cargo: the module, the fabric, clients and cells" \
+        cargo build --locked --release --workspace --examples --bins --lib
+    cells=("$target/release/cells" --level "$level")
+    guest_limit=1800
+    if [[ $level == full ]]; then
+        mkdir -p "$cache/cells"
+        cells+=(--state "$cache/cells/state.json")
+        guest_limit=14400
+    fi
+
+    if ((!$#)); then
+        say "Unit tests"
+        units "$log/units"
+    fi
+    run_cells soft "$log/soft" "$@"
+    run_cells vm "$log/vm" "$@"
+    if [[ $level == full ]]; then
+        "${cells[@]}" --report docs/test-report.md
+        say "docs/test-report.md is written"
+    fi
+    rm -r "$log"
+    say "Done in $((SECONDS - start)) s"
+    printf '%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
+    ((!failed && passed))
+}
+
+# Unit tests, and the tests of the test members themselves.
+units() {
+    local log=$1 start=$SECONDS status=0 p f s
+    printf '  %-58s ' "cargo test" >&2
+    cargo test --locked --workspace >"$log" 2>&1 </dev/null || status=$?
+    read -r p f s < <(awk '/^test result:/ { p += $4; f += $6; s += $8 } END { print p+0, f+0, s+0 }' "$log")
+    # What did not compile, or crashed, counts no test as failed.
+    ((!status || f)) || f=1
+    ((!f)) || tail -n 60 "$log" >&2
+    say "$((SECONDS - start)) s: $p passed, $f failed, $s skipped"
+    ((passed += p, failed += f, skipped += s)) || true
+}
+
+# run_cells FABRIC LOG SELECTOR… — the chosen cells of a fabric, shown as they
+# end. A run that does not get to its sum has failed all of them.
+run_cells() {
+    local fabric=$1 log=$2 start=$SECONDS count sum p f s where=()
+    shift 2
+    count=$("${cells[@]}" --fabric "$fabric" --list "$@" | wc -l)
+    ((count)) || return 0
+    case $fabric in
+    soft)
+        say "Cells on the software fabric: $count"
+        where=("$repo/scripts/softrdma.sh")
+        ;;
+    vm)
+        say "Cells in a virtual machine: $count"
+        where=("$repo/scripts/guest.sh" --timeout "$guest_limit")
+        [[ $target != /tmp/* ]] || where+=(--ro "$target")
+        [[ ! -d $cache/cells ]] || where+=(--rw "$cache/cells")
+        ;;
+    esac
+    "${where[@]}" "${cells[@]}" --fabric "$fabric" "$@" </dev/null | tee "$log" >&2 || true
+    say "  $((SECONDS - start)) s"
+    sum=$(grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$' "$log" | tail -n 1) ||
+        sum="0 passed, $count failed, 0 skipped"
+    read -r p _ f _ s _ <<<"$sum"
+    ((passed += p, failed += f, skipped += s)) || true
+}
+
+main "$@"

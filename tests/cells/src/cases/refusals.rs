@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! Input that can't work: one clear line in the log that says what is wrong, and never a
+//! crash.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::basics::expect;
+use crate::cell::{Case, Cell, no_crash};
+
+pub const CASES: &[Case] = &[
+    Case::new("bad-arguments", bad_arguments).unstarted(),
+    Case::new("bad-address", bad_address).unstarted(),
+    Case::new("no-device", no_device).unstarted(),
+    Case::new("no-rdma-core", no_rdma_core).unstarted(),
+    Case::new("low-memlock", low_memlock).unstarted(),
+    Case::new("falsified-server", falsified_server).unstarted(),
+    Case::new("loaded-twice", loaded_twice).unstarted(),
+    Case::new("loaded-late", loaded_late).with(|settings| {
+        settings.module = None;
+        settings.directive("enable-module-command yes");
+    }),
+    Case::new("unload", unload).with(|settings| settings.directive("enable-module-command yes")),
+];
+
+/// Starts a server that has to refuse, and returns the one line of its log that has all of
+/// `words` in it.
+fn refusal(cell: &mut Cell, words: &[&str]) -> Result<String> {
+    let mut server = cell.launch()?;
+    let status = server
+        .wait_exit(cell.lab.patience())
+        .with_context(|| format!("with {:?}", cell.settings.arguments))?;
+    no_crash(&server)?;
+    ensure!(
+        status.code() == Some(1),
+        "the server ended with {status} instead of refusing to start"
+    );
+    let log = server.log()?;
+    let lines: Vec<&str> =
+        log.lines().filter(|line| words.iter().all(|word| line.contains(word))).collect();
+    ensure!(
+        lines.len() == 1,
+        "{} lines of the log have {words:?}, for {:?}; it says:\n{log}",
+        lines.len(),
+        cell.settings.arguments
+    );
+    Ok(lines[0].to_owned())
+}
+
+fn bad_arguments(cell: &mut Cell) -> Result<()> {
+    let bind = format!("bind={}", cell.settings.rdma.ip());
+    for (argument, words) in [
+        ("frobnicate=1", &["frobnicate"][..]),
+        ("frobnicate", &["frobnicate"]),
+        ("port=abc", &["port", "abc"]),
+        ("port=65536", &["port", "65536", "65535"]),
+        ("port=-1", &["port", "-1"]),
+        ("port=", &["port"]),
+        ("bind=", &["bind"]),
+        ("rx-size=", &["rx-size"]),
+        ("rx-size=lots", &["rx-size", "lots"]),
+        ("rx-size=1", &["rx-size"]),
+        ("rx-size=64g", &["rx-size", "64g"]),
+        ("comp-vector=x", &["comp-vector", "x"]),
+    ] {
+        cell.settings.arguments(&[&bind, argument]);
+        let line = refusal(cell, &[&["rdma"], words].concat())?;
+        cell.figure(argument, line);
+    }
+    Ok(())
+}
+
+/// An address that no RDMA device owns.
+fn bad_address(cell: &mut Cell) -> Result<()> {
+    let port = format!("port={}", cell.settings.rdma.port());
+    for address in ["192.0.2.77", "2001:db8::77"] {
+        cell.settings.arguments(&[&format!("bind={address}"), &port]);
+        let line = refusal(cell, &["rdma", address])?;
+        cell.figure(address, line);
+    }
+    cell.settings.arguments(&["bind=not-an-address.invalid", &port]);
+    refusal(cell, &["rdma", "not-an-address.invalid"])?;
+    Ok(())
+}
+
+/// A machine without an RDMA device: the real libraries, natively.
+fn no_device(cell: &mut Cell) -> Result<()> {
+    cell.settings.environment.push(("LD_LIBRARY_PATH".to_owned(), String::new()));
+    let line = refusal(cell, &["rdma", "device"])?;
+    cell.figure("no device", line);
+    Ok(())
+}
+
+/// A machine without rdma-core: the line says which package to install.
+fn no_rdma_core(cell: &mut Cell) -> Result<()> {
+    // In a mount namespace of the server's own, its library folder without the library.
+    const HIDE: &str = r#"
+        libraries=/usr/lib/x86_64-linux-gnu
+        mount -t tmpfs tmpfs /mnt && mkdir /mnt/upper /mnt/work &&
+        mount -t overlay -o "lowerdir=$libraries,upperdir=/mnt/upper,workdir=/mnt/work" overlay $libraries &&
+        rm "$libraries"/librdmacm.so.1* && unset LD_LIBRARY_PATH && exec "$@""#;
+    let prefix = ["unshare", "--mount", "--propagation", "private", "sh", "-c", HIDE, "sh"];
+    cell.settings.prefix = prefix.map(str::to_owned).to_vec();
+    let line = refusal(cell, &["librdmacm1"])?;
+    cell.figure("no rdma-core", line);
+    Ok(())
+}
+
+/// Too little locked memory for a server without the privilege to exceed it.
+fn low_memlock(cell: &mut Cell) -> Result<()> {
+    let prefix = [
+        "setpriv",
+        "--bounding-set=-ipc_lock",
+        "--inh-caps=-ipc_lock",
+        "prlimit",
+        "--memlock=65536:65536",
+    ];
+    cell.settings.prefix = prefix.map(str::to_owned).to_vec();
+    let line = refusal(cell, &["rdma", "memlock"])?;
+    cell.figure("64 KiB of locked memory", line);
+    Ok(())
+}
+
+/// A server that is not what it says: of a line that was never run, or with a connection type
+/// whose slots are not where they should be. `tests/cells/examples/falsify.rs` makes it so.
+fn falsified_server(cell: &mut Cell) -> Result<()> {
+    let falsify = cell.lab.example("libfalsify.so")?;
+    let usual = cell.settings.clone();
+    for (change, words) in [
+        ("version=0x00090002", &["9.0.2"][..]),
+        ("version=0x00080200", &["8.2.0"]),
+        ("version=0x000a0000", &["10.0.0"]),
+        ("null=16", &["connection type"]),
+        ("null=12", &["connection type"]),
+        ("shift=9", &["connection type"]),
+        ("shift=20", &["connection type"]),
+    ] {
+        cell.settings = usual.clone();
+        cell.settings.directive(&format!("loadmodule {} {change}", falsify.display()));
+        let line = refusal(cell, &[&["rdma"], words].concat())
+            .with_context(|| format!("a server with {change}"))?;
+        cell.figure(change, line);
+    }
+    Ok(())
+}
+
+/// A second `loadmodule` of the same file.
+fn loaded_twice(cell: &mut Cell) -> Result<()> {
+    let again = format!("loadmodule {}", cell.lab.module.display());
+    cell.settings.directive(&again);
+    let mut server = cell.launch()?;
+    let status = server.wait_exit(cell.lab.patience())?;
+    no_crash(&server)?;
+    ensure!(status.code() == Some(1), "the server ended with {status}");
+    Ok(())
+}
+
+/// MODULE LOAD into a running server: refused, and the server lives on.
+fn loaded_late(cell: &mut Cell) -> Result<()> {
+    let mut client = cell.tcp()?;
+    let module = cell.lab.module.display().to_string();
+    for _ in 0..3 {
+        let reply = client.words(&format!("MODULE LOAD {module} port=0"))?;
+        ensure!(reply.is_error(), "MODULE LOAD: {reply}");
+    }
+    let line = cell.server().wait_log("loadmodule", Duration::from_secs(2))?;
+    cell.figure("MODULE LOAD", line);
+    expect(&mut client, "PING", "PONG")
+}
+
+/// MODULE UNLOAD: refused, and everything goes on.
+fn unload(cell: &mut Cell) -> Result<()> {
+    let mut fast = cell.rdma()?;
+    let reply = cell.tcp()?.words("MODULE UNLOAD rdma")?;
+    ensure!(reply.is_error(), "MODULE UNLOAD: {reply}");
+    cell.figure("MODULE UNLOAD", reply);
+    let reply = fast.words("MODULE UNLOAD rdma")?;
+    ensure!(reply.is_error(), "MODULE UNLOAD: {reply}");
+    expect(&mut fast, "PING", "PONG")?;
+    expect(&mut cell.rdma()?, "PING", "PONG")?;
+    cell.moved(28, 14);
+    Ok(())
+}
