@@ -79,7 +79,13 @@ fn run(options: &Options) -> Result<bool> {
         .with_context(|| options.matrix.display().to_string())?;
     let names: Vec<&str> = cases::all().map(|case| case.name).collect();
     let cells = matrix::read(&text, &names)?;
-    let chosen = matrix::select(cells.clone(), options.fabric, options.level, &options.selectors);
+    let mut state = options.state.as_deref().map(State::open).transpose()?;
+    if let (Some(path), Some(state)) = (&options.report, &state) {
+        std::fs::write(path, state.table(&cells))?;
+        return Ok(true);
+    }
+    let fabric = options.fabric.expect("clap asks for it when there is no report to write");
+    let chosen = matrix::select(cells, fabric, options.level, &options.selectors);
     if options.list {
         for cell in &chosen {
             println!("{}", cell.id);
