@@ -6,9 +6,9 @@
 # without a change to the machine's own apt lists.
 set -euo pipefail
 
-repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+repo=$(cd "${BASH_SOURCE[0]%/*}/.." && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/valkey-rdma
-mkdir -p "$cache"
+[[ -d $cache ]] || mkdir -p "$cache"
 
 # Everything a person reads goes to stderr: stdout belongs to the result.
 say() { printf '%s\n' "$*" >&2; }
@@ -37,7 +37,7 @@ step() {
 
 # need_root WHAT — ends with a sentence unless this is root.
 need_root() {
-    [[ $(id -u) == 0 ]] || die "$1 needs root; run this command as root (or with sudo -E)"
+    ((EUID == 0)) || die "$1 needs root; run this command as root (or with sudo -E)"
 }
 
 # need_packages PACKAGE… — installs those of the machine's own release that
@@ -50,7 +50,8 @@ need_packages() {
     done
     ((${#missing[@]})) || return 0
     need_root "installing ${missing[*]}"
-    step "apt: lists of this machine's release" apt-get update
+    ((${lists_are_new:-0})) || step "apt: lists of this machine's release" apt-get update
+    lists_are_new=1
     step "apt: install ${missing[*]}" env DEBIAN_FRONTEND=noninteractive \
         apt-get install -y --no-install-recommends "${missing[@]}"
 }
