@@ -19,6 +19,9 @@ const START: Duration = Duration::from_secs(60);
 /// How long it may take to shut down.
 const STOP: Duration = Duration::from_secs(30);
 
+/// What makes a server use its I/O threads for everything: on the 8.x lines, and since.
+const IO_THREADS_ALWAYS: [&str; 2] = ["events-per-io-thread 0", "io-threads-always-active yes"];
+
 /// What a server is started with. A case changes what it is about.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -60,12 +63,14 @@ impl Settings {
             settings.directive(&format!("io-threads {io_threads}"));
             // Left alone, both kinds use I/O threads only when they think it worth it, and
             // a test of what I/O threads do would test nothing.
-            settings.directive(match line.starts_with("8.") {
-                true => "events-per-io-thread 0",
-                false => "io-threads-always-active yes",
-            });
+            settings.directive(IO_THREADS_ALWAYS[usize::from(!line.starts_with("8."))]);
         }
         Ok(settings)
+    }
+
+    /// Leaves it to the server when to use its I/O threads.
+    pub fn io_threads_as_they_are(&mut self) {
+        self.directives.retain(|line| !IO_THREADS_ALWAYS.contains(&line.as_str()));
     }
 
     /// Adds a line of configuration.
@@ -299,15 +304,18 @@ impl Server {
 
     /// The files mapped into it whose name ends in `name`, as this process can open them.
     pub fn mapped(&self, name: &str) -> Result<Vec<PathBuf>> {
-        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid()))?;
-        let mut files: Vec<PathBuf> = maps
-            .lines()
-            .filter(|line| line.ends_with(name))
-            .filter_map(|line| line.find('/').map(|at| &line[at..]))
-            .map(|path| PathBuf::from(format!("/proc/{}/root{path}", self.pid())))
-            .collect();
-        files.dedup();
-        Ok(files)
+        let process = PathBuf::from(format!("/proc/{}", self.pid()));
+        let maps = std::fs::read_to_string(process.join("maps"))?;
+        let lines = maps.lines().filter(|line| line.ends_with(name));
+        let files = lines.filter_map(|line| {
+            // The link leads to the very file, also where the server sees it under another
+            // name; it is for root only.
+            let range = line.split_whitespace().next()?;
+            let link = process.join("map_files").join(range);
+            let shown = line.find('/').map(|at| PathBuf::from(&line[at..]));
+            if File::open(&link).is_ok() { Some(link) } else { shown }
+        });
+        Ok(files.collect())
     }
 }
 

@@ -7,9 +7,31 @@ use anyhow::{Result, ensure};
 use client::pattern;
 
 use crate::cell::{Case, Cell};
+use crate::server::Settings;
 use crate::tools::Load;
 
-pub const CASES: &[Case] = &[Case::new("cli", cli), Case::new("benchmark", benchmark)];
+pub const CASES: &[Case] = &[
+    Case::new("cli", cli),
+    Case::new("benchmark", benchmark),
+    Case::new("offload", offload).with(Settings::io_threads_as_they_are),
+];
+
+/// As they are set out of the box, I/O threads take part when many clients are busy at once.
+fn offload(cell: &mut Cell) -> Result<()> {
+    let load = Load {
+        tests: vec!["set", "get"],
+        requests: if cell.lab.is_slow() { 10_000 } else { 100_000 },
+        clients: 50,
+        size: 512,
+        pipeline: 8,
+    };
+    cell.benchmark(&load, cell.lab.cell_limit())?;
+    let info = cell.info()?;
+    let (reads, writes) = (info.number("rdma_reads_io")?, info.number("rdma_writes_io")?);
+    cell.figure("reads and writes by I/O threads", format!("{reads} and {writes}"));
+    ensure!(reads > 0 && writes > 0, "I/O threads did {reads} reads and {writes} writes");
+    Ok(())
+}
 
 fn cli(cell: &mut Cell) -> Result<()> {
     for (arguments, wanted) in [
