@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! The sockets of the handshake: listeners and connections, as the progress
+//! thread serves them.
+//!
+//! A connection's socket stays open as long as the connection. Its end is the
+//! sign that the other process died, because the kernel closes it in any case.
+
+use super::id::CmId;
+use super::message::{self, Message};
+use crate::engine::{Source, Watch, engine};
+use crate::link::Link;
+use crate::sys::{self, Fd};
+use std::io::ErrorKind;
+use std::os::fd::RawFd;
+use std::sync::{Arc, Mutex, Weak};
+
+/// A listening socket.
+pub struct Listener {
+    socket: Fd,
+    id: Weak<CmId>,
+    watch: Mutex<Option<Watch>>,
+}
+
+impl Listener {
+    /// Starts to accept on a bound socket.
+    pub fn start(socket: Fd, id: &Arc<CmId>, backlog: i32) -> Result<Arc<Listener>, i32> {
+        // 0 is the largest backlog to librdmacm, the smallest to listen(2).
+        let backlog = if backlog > 0 { backlog } else { 1024 };
+        sys::listen(&socket, backlog).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))?;
+        let listener = Arc::new(Listener { socket, id: Arc::downgrade(id), watch: Mutex::new(None) });
+        let watch = engine().watch(listener.socket.raw(), false, listener.clone());
+        *listener.watch.lock().unwrap() = Some(watch);
+        Ok(listener)
+    }
+
+    pub fn stop(&self) {
+        if let Some(watch) = self.watch.lock().unwrap().take() {
+            engine().unwatch(watch, self.socket.raw());
+        }
+    }
+}
+
+impl Source for Listener {
+    fn ready(self: Arc<Self>) {
+        while let Ok(socket) = sys::accept(&self.socket) {
+            // It becomes an identifier when its REQ is there.
+            Connection::start(socket, Owner::Listener(self.id.clone()));
+        }
+    }
+}
+
+enum Owner {
+    /// Accepted, but no REQ has come yet.
+    Listener(Weak<CmId>),
+    Id(Weak<CmId>),
+    Nobody,
+}
+
+/// A connection's socket.
+pub struct Connection {
+    socket: Fd,
+    owner: Mutex<Owner>,
+    link: Mutex<Option<(Arc<Link>, u32)>>,
+    watch: Mutex<Option<Watch>>,
+}
+
+impl Connection {
+    fn start(socket: Fd, owner: Owner) -> Arc<Connection> {
+        let connection = Arc::new(Connection {
+            socket,
+            owner: Mutex::new(owner),
+            link: Mutex::new(None),
+            watch: Mutex::new(None),
+        });
+        let mut watch = connection.watch.lock().unwrap();
+        *watch = Some(engine().watch(connection.socket.raw(), false, connection.clone()));
+        drop(watch);
+        connection
+    }
+
+    /// Takes over a connected socket for `id`.
+    pub fn of(socket: Fd, id: &Arc<CmId>) -> Arc<Connection> {
+        Connection::start(socket, Owner::Id(Arc::downgrade(id)))
+    }
+
+    /// Sends a message; a dead peer is noticed by the socket's end instead.
+    pub fn send(&self, message: &Message, fds: &[RawFd]) {
+        let _ = sys::send_packet(&self.socket, message.as_bytes(), fds);
+    }
+
+    /// The wire of this connection and the local queue pair that it goes to.
+    pub fn set_link(&self, link: Arc<Link>, qp_num: u32) {
+        *self.link.lock().unwrap() = Some((link, qp_num));
+    }
+
+    pub fn link(&self) -> Option<Arc<Link>> {
+        self.link.lock().unwrap().as_ref().map(|(link, _)| link.clone())
+    }
+
+    /// Which queue pair uses the wire on this side.
+    pub fn set_qp(&self, qp_num: u32) {
+        if let Some((_, num)) = self.link.lock().unwrap().as_mut() {
+            *num = qp_num;
+        }
+    }
+
+    /// Nobody wants to hear of this connection any more.
+    pub fn stop(&self) {
+        *self.owner.lock().unwrap() = Owner::Nobody;
+        self.unwatch();
+    }
+
+    fn unwatch(&self) {
+        if let Some(watch) = self.watch.lock().unwrap().take() {
+            engine().unwatch(watch, self.socket.raw());
+        }
+    }
+
+    fn ended(self: &Arc<Self>) {
+        self.unwatch();
+        let link = self.link.lock().unwrap().take();
+        if let Some((link, qp_num)) = link {
+            link.set_dead();
+            if let Some(qp) = crate::verbs::qp::Qp::by_number(qp_num) {
+                qp.link_down();
+            }
+        }
+        if let Owner::Id(id) = &*self.owner.lock().unwrap()
+            && let Some(id) = id.upgrade()
+        {
+            engine().soon(move || id.peer_ended());
+        }
+    }
+
+    fn deliver(self: &Arc<Self>, message: Message, fds: Vec<Fd>) {
+        let mut owner = self.owner.lock().unwrap();
+        match &*owner {
+            Owner::Id(id) => {
+                let id = id.upgrade();
+                drop(owner);
+                if let Some(id) = id {
+                    id.message(message);
+                }
+            }
+            Owner::Listener(listener) if message.kind == message::kind::REQ => {
+                let Some(listener) = listener.upgrade() else { return };
+                let Ok([memory, maker_bell, my_bell]) = <[Fd; 3]>::try_from(fds) else { return };
+                let Ok(link) = Link::attach(memory, maker_bell, my_bell) else { return };
+                self.set_link(Arc::new(link), 0);
+                *owner = match listener.request(self.clone(), message) {
+                    Some(id) => Owner::Id(id),
+                    None => Owner::Nobody,
+                };
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Source for Connection {
+    fn ready(self: Arc<Self>) {
+        loop {
+            let mut bytes = [0; message::SIZE];
+            let mut fds = Vec::new();
+            match sys::recv_packet(&self.socket, &mut bytes, &mut fds) {
+                Ok(0) => return self.ended(),
+                Ok(n) => {
+                    if let Some(message) = Message::from_bytes(&bytes[..n]) {
+                        self.deliver(message, fds);
+                    }
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return self.ended(),
+            }
+        }
+    }
+}

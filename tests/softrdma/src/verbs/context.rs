@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! The one device, its contexts and what a query says about it.
+
+use super::cq::Cq;
+use super::qp::Qp;
+use super::srq::Srq;
+use crate::notice::Notices;
+use rdma_sys::*;
+use std::mem::{offset_of, size_of, zeroed};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+/// What the device can do; a request beyond one of these fails.
+pub mod limit {
+    pub const QP: i32 = 65_536;
+    pub const QP_WR: u32 = 16_384;
+    pub const SGE: u32 = 32;
+    pub const INLINE: u32 = 512;
+    pub const CQE: i32 = 1 << 22;
+    pub const SRQ_WR: u32 = 1 << 20;
+    pub const READS: u8 = 128;
+    pub const MESSAGE: u32 = 1 << 31;
+    pub const MR_SIZE: u64 = 1 << 46;
+}
+
+/// An asynchronous event and the object it concerns.
+pub struct AsyncEvent {
+    pub kind: ibv_event_type,
+    pub about: About,
+}
+
+/// What an asynchronous event is about.
+#[derive(Clone)]
+pub enum About {
+    Cq(Arc<Cq>),
+    Qp(Arc<Qp>),
+    Srq(Arc<Srq>),
+    Device,
+}
+
+/// An open device, as the application sees it plus our part.
+#[repr(C)]
+pub struct Context {
+    pub verbs: verbs_context,
+    pub events: Notices<AsyncEvent>,
+}
+
+// SAFETY: the C part is written before the context is shared and constant after.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+struct SharedDevice(ibv_device);
+// SAFETY: written once, before it is shared.
+unsafe impl Send for SharedDevice {}
+// SAFETY: as above.
+unsafe impl Sync for SharedDevice {}
+
+fn copy_name<const N: usize>(to: &mut [std::ffi::c_char; N], name: &str) {
+    for (dst, src) in to.iter_mut().zip(name.bytes()) {
+        *dst = src as _;
+    }
+}
+
+/// The device.
+pub fn device() -> *mut ibv_device {
+    static DEVICE: OnceLock<SharedDevice> = OnceLock::new();
+    let shared = DEVICE.get_or_init(|| {
+        // SAFETY: all zeroes is a valid ibv_device.
+        let mut d: ibv_device = unsafe { zeroed() };
+        d.node_type = ibv_node_type::IBV_NODE_CA;
+        d.transport_type = ibv_transport_type::IBV_TRANSPORT_IB;
+        copy_name(&mut d.name, "softrdma0");
+        copy_name(&mut d.dev_name, "softrdma0");
+        SharedDevice(d)
+    });
+    (&raw const shared.0).cast_mut()
+}
+
+impl Context {
+    /// Opens the device.
+    pub fn open() -> Option<Arc<Context>> {
+        crate::engine::engine();
+        let events = Notices::new().ok()?;
+        // SAFETY: null function pointers and zeroes are what an unimplemented
+        // verb looks like.
+        let mut verbs: verbs_context = unsafe { zeroed() };
+        verbs.sz = size_of::<verbs_context>();
+        super::exports::fill(&mut verbs);
+        let c = &mut verbs.context;
+        c.device = device();
+        c.cmd_fd = -1;
+        c.async_fd = events.fd();
+        c.num_comp_vectors = std::thread::available_parallelism().map_or(1, |n| n.get() as i32);
+        // The mark of a context that has the extended verbs before it.
+        c.abi_compat = usize::MAX as *mut _;
+        Some(Arc::new(Context { verbs, events }))
+    }
+
+    pub fn as_c(self: &Arc<Self>) -> *mut ibv_context {
+        (&raw const self.verbs.context).cast_mut()
+    }
+
+    /// The context behind a C pointer.
+    ///
+    /// # Safety
+    /// The pointer came from [`Context::as_c`] of a context that is still open.
+    pub unsafe fn share(c: *mut ibv_context) -> Arc<Context> {
+        let start = c.wrapping_byte_sub(offset_of!(Context, verbs.context));
+        // SAFETY: the caller's word.
+        unsafe { crate::handle::share(start) }
+    }
+
+    pub fn notify(&self, kind: ibv_event_type, about: About) {
+        self.events.push(AsyncEvent { kind, about });
+    }
+}
+
+/// The context that the connection manager uses for its identifiers.
+pub fn cm_context() -> &'static Arc<Context> {
+    static CONTEXT: OnceLock<Arc<Context>> = OnceLock::new();
+    CONTEXT.get_or_init(|| Context::open().expect("softrdma: no descriptor for a context"))
+}
+
+/// A number that no two objects of the process share.
+pub fn unique() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+pub fn device_attributes(a: &mut ibv_device_attr) {
+    // SAFETY: all zeroes is a valid ibv_device_attr.
+    *a = unsafe { zeroed() };
+    copy_name(&mut a.fw_ver, "softrdma");
+    a.node_guid = GUID.to_be();
+    a.sys_image_guid = GUID.to_be();
+    a.max_mr_size = limit::MR_SIZE;
+    a.page_size_cap = 0xffff_f000;
+    a.max_qp = limit::QP;
+    a.max_qp_wr = limit::QP_WR as i32;
+    a.device_cap_flags = ibv_device_cap_flags::IBV_DEVICE_MEM_WINDOW.0
+        | ibv_device_cap_flags::IBV_DEVICE_MEM_WINDOW_TYPE_2B.0
+        | ibv_device_cap_flags::IBV_DEVICE_MEM_MGT_EXTENSIONS.0
+        | ibv_device_cap_flags::IBV_DEVICE_RC_RNR_NAK_GEN.0
+        | ibv_device_cap_flags::IBV_DEVICE_SRQ_RESIZE.0;
+    a.max_sge = limit::SGE as i32;
+    a.max_sge_rd = limit::SGE as i32;
+    a.max_cq = 65_536;
+    a.max_cqe = limit::CQE;
+    a.max_mr = 1 << 20;
+    a.max_pd = 65_536;
+    a.max_qp_rd_atom = i32::from(limit::READS);
+    a.max_res_rd_atom = i32::from(limit::READS) * limit::QP;
+    a.max_qp_init_rd_atom = i32::from(limit::READS);
+    a.atomic_cap = ibv_atomic_cap::IBV_ATOMIC_NONE;
+    a.max_mw = 1 << 20;
+    a.max_srq = 65_536;
+    a.max_srq_wr = limit::SRQ_WR as i32;
+    a.max_srq_sge = limit::SGE as i32;
+    a.max_pkeys = 1;
+    a.local_ca_ack_delay = 15;
+    a.phys_port_cnt = 1;
+}
+
+pub const GUID: u64 = 0x0250_5eff_fe50_f700;
+
+pub fn port_attributes(a: &mut ibv_port_attr) {
+    // SAFETY: all zeroes is a valid ibv_port_attr.
+    *a = unsafe { zeroed() };
+    a.state = ibv_port_state::IBV_PORT_ACTIVE;
+    a.max_mtu = ibv_mtu::IBV_MTU_4096;
+    a.active_mtu = ibv_mtu::IBV_MTU_4096;
+    a.gid_tbl_len = 1;
+    a.max_msg_sz = limit::MESSAGE;
+    a.pkey_tbl_len = 1;
+    a.max_vl_num = 1;
+    a.active_width = 1;
+    a.active_speed = 1;
+    a.phys_state = 5;
+    a.link_layer = 2; // Ethernet: addresses are IP addresses, as with RoCE.
+}
+
+/// The port's only GID: the IPv4 loopback address, mapped.
+pub fn gid() -> ibv_gid {
+    ibv_gid { raw: std::net::Ipv4Addr::LOCALHOST.to_ipv6_mapped().octets() }
+}

@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! Completion queues and completion channels.
+
+use super::context::{About, Context, limit};
+use super::qp::Qp;
+use crate::engine::engine;
+use crate::handle::Acks;
+use crate::notice::Notices;
+use rdma_sys::*;
+use std::collections::VecDeque;
+use std::mem::zeroed;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, RwLock, Weak};
+
+/// A completion channel.
+#[repr(C)]
+pub struct Channel {
+    pub c: ibv_comp_channel,
+    pub notices: Notices<Arc<Cq>>,
+    pub users: AtomicUsize,
+    pub context: Arc<Context>,
+}
+
+// SAFETY: the C part is constant after creation.
+unsafe impl Send for Channel {}
+// SAFETY: as above.
+unsafe impl Sync for Channel {}
+
+impl Channel {
+    pub fn new(context: Arc<Context>) -> Option<Arc<Channel>> {
+        let notices = Notices::new().ok()?;
+        let c = ibv_comp_channel { context: context.as_c(), fd: notices.fd(), refcnt: 0 };
+        Some(Arc::new(Channel { c, notices, users: AtomicUsize::new(0), context }))
+    }
+}
+
+/// One completion.
+pub struct Completion {
+    pub wr_id: u64,
+    pub status: ibv_wc_status::Type,
+    pub opcode: ibv_wc_opcode::Type,
+    pub byte_len: u32,
+    pub imm: u32,
+    pub flags: u32,
+    pub qp: u32,
+    /// The peer asked for a solicited event, or this is an error.
+    pub solicited: bool,
+    /// The send queue whose slots up to this number are free once this is polled.
+    pub frees: Option<(Arc<AtomicU64>, u64)>,
+}
+
+/// What an armed queue waits for.
+#[derive(Clone, Copy, PartialEq)]
+enum Armed {
+    No,
+    Solicited,
+    Any,
+}
+
+struct Inner {
+    queue: VecDeque<Completion>,
+    armed: Armed,
+    overrun: bool,
+}
+
+/// A completion queue.
+#[repr(C)]
+pub struct Cq {
+    pub c: ibv_cq,
+    inner: Mutex<Inner>,
+    pub channel: Option<Arc<Channel>>,
+    pub context: Arc<Context>,
+    /// The queue pairs that complete here.
+    qps: RwLock<Vec<Arc<Qp>>>,
+    pub acks: Acks,
+    pub async_acks: Acks,
+    armed: AtomicBool,
+    weak: Weak<Cq>,
+}
+
+// SAFETY: the C part is constant after creation.
+unsafe impl Send for Cq {}
+// SAFETY: as above.
+unsafe impl Sync for Cq {}
+
+impl Cq {
+    pub fn new(
+        context: Arc<Context>,
+        cqe: i32,
+        user: *mut std::ffi::c_void,
+        channel: Option<Arc<Channel>>,
+    ) -> Result<Arc<Cq>, i32> {
+        if cqe < 1 || cqe > limit::CQE {
+            return Err(libc::EINVAL);
+        }
+        // SAFETY: all zeroes is a valid ibv_cq (an initialised mutex and condition).
+        let mut c: ibv_cq = unsafe { zeroed() };
+        c.context = context.as_c();
+        c.channel = channel.as_ref().map_or(std::ptr::null_mut(), |ch| (&raw const ch.c).cast_mut());
+        c.cq_context = user;
+        c.cqe = cqe;
+        if let Some(channel) = &channel {
+            channel.users.fetch_add(1, Ordering::Relaxed);
+        }
+        let inner = Inner { queue: VecDeque::new(), armed: Armed::No, overrun: false };
+        Ok(Arc::new_cyclic(|weak| Cq {
+            c,
+            inner: Mutex::new(inner),
+            channel,
+            context,
+            qps: RwLock::new(Vec::new()),
+            acks: Acks::default(),
+            async_acks: Acks::default(),
+            armed: AtomicBool::new(false),
+            weak: weak.clone(),
+        }))
+    }
+
+    pub fn attach(&self, qp: &Arc<Qp>) {
+        let mut qps = self.qps.write().unwrap();
+        if !qps.iter().any(|q| Arc::ptr_eq(q, qp)) {
+            qps.push(qp.clone());
+        }
+    }
+    pub fn detach(&self, qp: &Qp) {
+        self.qps.write().unwrap().retain(|q| !std::ptr::eq(Arc::as_ptr(q), qp));
+    }
+    pub fn in_use(&self) -> bool {
+        !self.qps.read().unwrap().is_empty()
+    }
+
+    /// True while a completion would raise an event.
+    pub fn is_armed(&self) -> bool {
+        self.armed.load(Ordering::SeqCst)
+    }
+
+    /// Adds a completion. A full queue is an overrun (11.6.3.1 "CQ Error"): the queue is
+    /// dead from then on, and every queue pair on it with it.
+    pub fn push(&self, completion: Completion) {
+        let mut inner = self.inner.lock().unwrap();
+        if inner.overrun {
+            return;
+        }
+        if inner.queue.len() >= self.c.cqe as usize {
+            inner.overrun = true;
+            drop(inner);
+            let Some(cq) = self.weak.upgrade() else { return };
+            // Not here: the caller holds a queue pair's lock.
+            engine().soon(move || cq.fail());
+            return;
+        }
+        let fire = match inner.armed {
+            Armed::No => false,
+            Armed::Solicited => completion.solicited,
+            Armed::Any => true,
+        };
+        inner.queue.push_back(completion);
+        if fire {
+            self.fire(&mut inner);
+        }
+    }
+
+    fn fire(&self, inner: &mut Inner) {
+        inner.armed = Armed::No;
+        self.armed.store(false, Ordering::SeqCst);
+        if let (Some(channel), Some(cq)) = (&self.channel, self.weak.upgrade()) {
+            channel.notices.push(cq);
+        }
+    }
+
+    fn fail(self: Arc<Self>) {
+        self.context.notify(ibv_event_type::IBV_EVENT_CQ_ERR, About::Cq(self.clone()));
+        for qp in self.qps.read().unwrap().iter() {
+            qp.fatal();
+        }
+    }
+
+    /// Takes up to `n` completions. When none is there, looks for work that the
+    /// progress thread has not done yet: a polling application waits for nobody.
+    ///
+    /// # Safety
+    /// `out` has room for `n` completions.
+    pub unsafe fn poll(&self, n: i32, out: *mut ibv_wc) -> i32 {
+        // SAFETY: the caller's word, here and below.
+        let taken = unsafe { self.take(n, out) };
+        if taken != 0 {
+            return taken;
+        }
+        let mut progress = false;
+        for qp in self.qps.read().unwrap().iter() {
+            progress |= qp.progress_inline();
+        }
+        // SAFETY: as above.
+        if progress { unsafe { self.take(n, out) } } else { 0 }
+    }
+
+    unsafe fn take(&self, n: i32, out: *mut ibv_wc) -> i32 {
+        let mut inner = self.inner.lock().unwrap();
+        if inner.overrun && inner.queue.is_empty() {
+            return -1;
+        }
+        let mut taken = 0;
+        while taken < n
+            && let Some(completion) = inner.queue.pop_front()
+        {
+            if let Some((released, upto)) = &completion.frees {
+                released.fetch_max(*upto, Ordering::Relaxed);
+            }
+            // SAFETY: below `n`, for which the caller has room.
+            unsafe { out.add(taken as usize).write(completion.to_c()) };
+            taken += 1;
+        }
+        taken
+    }
+
+    /// Arms the queue for one event (11.4.2.2 "Request Completion Notification").
+    pub fn arm(&self, solicited_only: bool) {
+        {
+            let mut inner = self.inner.lock().unwrap();
+            // A request for any completion is not weakened by a later one.
+            if !(solicited_only && inner.armed == Armed::Any) {
+                inner.armed = if solicited_only { Armed::Solicited } else { Armed::Any };
+            }
+            self.armed.store(true, Ordering::SeqCst);
+        }
+        if self.channel.is_some() {
+            for qp in self.qps.read().unwrap().iter() {
+                qp.completion_wanted();
+            }
+        }
+    }
+}
+
+impl Completion {
+    fn to_c(&self) -> ibv_wc {
+        // SAFETY: all zeroes is a valid ibv_wc.
+        let mut wc: ibv_wc = unsafe { zeroed() };
+        wc.wr_id = self.wr_id;
+        wc.status = self.status;
+        wc.opcode = self.opcode;
+        wc.byte_len = self.byte_len;
+        wc.imm_data_invalidated_rkey_union.imm_data = self.imm;
+        wc.qp_num = self.qp;
+        wc.wc_flags = self.flags;
+        wc
+    }
+}
