@@ -6,6 +6,7 @@
 # without a change to the machine's own apt lists.
 set -euo pipefail
 
+# shellcheck disable=SC2034
 repo=$(cd "${BASH_SOURCE[0]%/*}/.." && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/valkey-rdma
 [[ -d $cache ]] || mkdir -p "$cache"
