@@ -90,6 +90,9 @@ unsafe extern "C" fn rdma_create_ep(
     // SAFETY: live objects of the application; `init` may be null.
     unsafe {
         let info = &*info;
+        if let Some(init) = init.as_mut() {
+            init.qp_type = info.ai_qp_type as u32;
+        }
         let mut id = null_mut();
         if rdma_create_id(null_mut(), &raw mut id, null_mut(), info.ai_port_space as u32) != 0 {
             return -1;

@@ -180,6 +180,23 @@ unsafe extern "C" fn _ibv_query_gid_ex(
     0
 }
 
+/// For ibv_devinfo, which names a private function of rdma-core's.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_query_gid_type(
+    _context: *mut ibv_context,
+    port: u8,
+    index: c_uint,
+    out: *mut c_uint,
+) -> c_int {
+    const ROCE_V2: c_uint = 1;
+    if port != 1 || index != 0 {
+        return failed(libc::EINVAL);
+    }
+    // SAFETY: see above.
+    unsafe { out.write(ROCE_V2) };
+    0
+}
+
 #[unsafe(no_mangle)]
 unsafe extern "C" fn _ibv_query_gid_table(
     context: *mut ibv_context,
