@@ -1,6 +1,29 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Valkey over RDMA as a module for stock valkey-server binaries.
+//!
+//! From the wire inwards, dependencies in this direction only:
+//!
+//! * [`wire`]: the control messages.
+//! * [`window`]: the lock-free hand-overs between poller, reader and writer.
+//! * [`session`]: one connection's protocol state, without I/O.
+//! * [`verbs`]: owners of RDMA objects.
+//! * [`host`]: the server's ABI.
+//! * [`config`], [`metrics`]: what is set and what is counted.
+//! * [`transport`]: all of it together, and the table that the server calls.
+//! * [`module`]: loading and `INFO`.
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu")))]
+compile_error!(
+    "valkey-rdma is for x86-64 Linux with glibc: the layouts of the server's structures are \
+     known for that target only (see docs/abi.md)"
+);
+
+pub mod config;
 pub mod host;
+pub mod metrics;
+pub mod module;
+pub mod session;
+pub mod transport;
 pub mod verbs;
 pub mod window;
 pub mod wire;

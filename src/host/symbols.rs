@@ -13,7 +13,7 @@ pub const TYPE_NUMBER: c_int = 3;
 pub const TYPE_NAME: &CStr = c"rdma";
 
 /// The server's functions, of one line.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Symbols {
     line: Line,
     register: unsafe extern "C" fn(*mut c_void) -> c_int,
@@ -29,8 +29,13 @@ unsafe impl Send for Symbols {}
 unsafe impl Sync for Symbols {}
 
 fn find(name: &'static CStr) -> Option<*mut c_void> {
-    // SAFETY: a NUL-terminated name; the default scope starts at the executable.
-    let address = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    // SAFETY: the handle of the main program is always there; a NUL-terminated name.
+    // Not RTLD_DEFAULT: that would look into this module too, which defines
+    // functions of librdmacm (`verbs::library`).
+    let address = unsafe {
+        let program = libc::dlopen(std::ptr::null(), libc::RTLD_NOW);
+        libc::dlsym(program, name.as_ptr())
+    };
     (!address.is_null()).then_some(address)
 }
 

@@ -176,6 +176,20 @@ impl<T> Writer<'_, T> {
         (posted as u32 & 0x00ff_ffff, signal)
     }
 
+    /// Takes back the last [`enter`](Self::enter), whose work request the send queue
+    /// refused.
+    pub fn take_back(&mut self, length: usize) {
+        let posted = self.ledger.posted.load(Ordering::Relaxed) - 1;
+        self.with(|s| {
+            s.produced -= length as u64;
+            if s.signalled.0 > posted {
+                // As if nothing were signalled yet: the next work request will be.
+                s.signalled = (0, 0);
+            }
+        });
+        self.ledger.posted.store(posted, Ordering::Release);
+    }
+
     /// Other staging memory of `capacity` bytes is used from now on. Work requests
     /// in flight still read from the one before: the caller keeps it.
     pub fn install(&mut self, capacity: usize) {
@@ -277,6 +291,18 @@ mod tests {
         assert_eq!(writer.chunk(1), None, "the old memory's bytes are not the new one's");
         assert!(ledger.retire(second + 1));
         assert_eq!(writer.free(), 1000);
+    }
+
+    #[test]
+    fn a_refused_work_request_leaves_no_trace() {
+        let ledger = SendLedger::new(8, 64, ());
+        let mut writer = ledger.writer().unwrap();
+        writer.chunk(40).unwrap();
+        assert_eq!(writer.enter(40), (0, true));
+        writer.take_back(40);
+        assert!(ledger.is_idle());
+        assert_eq!(writer.chunk(64), Some(Chunk { offset: 0, length: 64 }));
+        assert_eq!(writer.enter(1), (0, true), "a completion that was lost is asked for again");
     }
 
     #[test]

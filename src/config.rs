@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! What the operator sets: the arguments of `loadmodule`.
+
+use crate::session::Timing;
+use std::fmt;
+
+/// Bounds of the receive buffer of one connection, as the core's `rdma-rx-size` has them.
+pub const RX_SIZE: std::ops::RangeInclusive<u64> = 64 * 1024..=16 * 1024 * 1024;
+
+/// Bounds of the completion vector, as the core's `rdma-completion-vector` has them;
+/// −1 means any.
+pub const COMPLETION_VECTOR: std::ops::RangeInclusive<i64> = -1..=1024;
+
+/// The module's settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Addresses to listen on, as the operator wrote them; empty means all.
+    pub bind: Vec<String>,
+    /// Port to listen on; 0 means none.
+    pub port: u16,
+    /// Size of a connection's receive buffer in bytes.
+    pub rx_size: u32,
+    /// Completion vector, or −1 for any.
+    pub completion_vector: i32,
+    /// Most connections in handshake at a time.
+    pub max_handshakes: u32,
+    /// Most bytes of registered memory in all.
+    pub max_registered: u64,
+    /// Durations of sessions.
+    pub timing: Timing,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            bind: Vec::new(),
+            port: 0,
+            rx_size: 1024 * 1024,
+            completion_vector: -1,
+            max_handshakes: 1024,
+            max_registered: u64::MAX,
+            timing: Timing { handshake: 10_000, liveness: 5_000, linger: 500, delivery: 10_000 },
+        }
+    }
+}
+
+/// An argument that can't be used: which, and what it should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ArgumentError {
+    argument: String,
+    expected: String,
+}
+
+impl fmt::Display for ArgumentError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "argument \"{}\": expected {}", self.argument, self.expected)
+    }
+}
+
+impl std::error::Error for ArgumentError {}
+
+const NAMES: &str = "one of bind=ADDRESS, port=NUMBER, rx-size=BYTES, comp-vector=NUMBER, \
+     max-handshakes=NUMBER, max-registered=BYTES, handshake-timeout=MS, liveness-interval=MS, \
+     linger-time=MS";
+
+impl Settings {
+    /// Reads the arguments of `loadmodule`, each `name=value`; `bind` may be repeated
+    /// and may hold several addresses.
+    ///
+    /// # Errors
+    /// The first argument that can't be used.
+    pub fn from_arguments<'a>(
+        arguments: impl IntoIterator<Item = &'a str>,
+    ) -> Result<Self, ArgumentError> {
+        let mut settings = Self::default();
+        for argument in arguments {
+            let error = |expected: &str| ArgumentError {
+                argument: argument.to_owned(),
+                expected: expected.to_owned(),
+            };
+            let (name, value) = argument.split_once('=').ok_or_else(|| error(NAMES))?;
+            let number = |low: u64, high: u64| {
+                let text = if high == u64::MAX {
+                    format!("a number from {low}")
+                } else {
+                    format!("a number from {low} to {high}")
+                };
+                let number = value.parse().ok().filter(|n| (low..=high).contains(n));
+                number.ok_or_else(|| error(&text))
+            };
+            match name.to_ascii_lowercase().as_str() {
+                "bind" => {
+                    let addresses: Vec<_> = value.split_ascii_whitespace().collect();
+                    if addresses.is_empty() || addresses.contains(&"-") {
+                        return Err(error("an address, `*`, or `-` and an address"));
+                    }
+                    settings.bind.extend(addresses.into_iter().map(str::to_owned));
+                    if settings.bind.len() > crate::host::layout::MAX_BINDS {
+                        return Err(error("at most 16 addresses in all"));
+                    }
+                }
+                "port" => settings.port = number(0, 65_535)? as u16,
+                "rx-size" => {
+                    settings.rx_size = bytes(value)
+                        .filter(|n| RX_SIZE.contains(n))
+                        .ok_or_else(|| error("64k to 16m bytes"))?
+                        as u32;
+                }
+                "comp-vector" => {
+                    settings.completion_vector = value
+                        .parse()
+                        .ok()
+                        .filter(|n| COMPLETION_VECTOR.contains(n))
+                        .ok_or_else(|| error("a number from -1 to 1024"))?
+                        as i32;
+                }
+                "max-handshakes" => settings.max_handshakes = number(1, 1_000_000)? as u32,
+                "max-registered" => {
+                    settings.max_registered = bytes(value)
+                        .filter(|n| *n >= 1 << 20)
+                        .ok_or_else(|| error("a number of bytes, at least 1m"))?;
+                }
+                "handshake-timeout" => settings.timing.handshake = number(100, 600_000)?,
+                "liveness-interval" => settings.timing.liveness = number(100, 86_400_000)?,
+                "linger-time" => settings.timing.linger = number(0, 60_000)?,
+                _ => return Err(error(NAMES)),
+            }
+        }
+        Ok(settings)
+    }
+}
+
+/// A number of bytes, with or without k, m or g (powers of 1024).
+fn bytes(text: &str) -> Option<u64> {
+    let lower = text.to_ascii_lowercase();
+    let digits = lower.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let factor = match &lower[digits.len()..] {
+        "" | "b" => 1,
+        "k" | "kb" => 1 << 10,
+        "m" | "mb" => 1 << 20,
+        "g" | "gb" => 1 << 30,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(factor)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<Settings, ArgumentError> {
+        Settings::from_arguments(arguments.iter().copied())
+    }
+
+    #[test]
+    fn arguments_are_understood() {
+        let settings = parse(&[
+            "bind=10.0.0.1 -::1",
+            "BIND=*",
+            "port=6380",
+            "rx-size=128k",
+            "comp-vector=3",
+            "max-registered=1g",
+            "linger-time=0",
+        ])
+        .unwrap();
+        assert_eq!(settings.bind, ["10.0.0.1", "-::1", "*"]);
+        assert_eq!((settings.port, settings.rx_size), (6380, 131_072));
+        assert_eq!((settings.completion_vector, settings.max_registered), (3, 1 << 30));
+        assert_eq!(settings.timing.linger, 0);
+        assert_eq!(parse(&[]).unwrap(), Settings::default());
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_named_with_what_can() {
+        for (argument, expected) in [
+            ("prot=1", "one of bind="),
+            ("port", "one of bind="),
+            ("port=65536", "a number from 0 to 65535"),
+            ("port=-1", "a number from 0 to 65535"),
+            ("port=", "a number from 0 to 65535"),
+            ("rx-size=63k", "64k to 16m bytes"),
+            ("rx-size=17m", "64k to 16m bytes"),
+            ("rx-size=1x", "64k to 16m bytes"),
+            ("comp-vector=-2", "a number from -1 to 1024"),
+            ("bind=", "an address"),
+            ("max-registered=99999999999g", "a number of bytes"),
+        ] {
+            let text = parse(&[argument]).unwrap_err().to_string();
+            assert!(text.contains(argument) && text.contains(expected), "{text}");
+        }
+        let many = ["bind=1.1.1.1"; 17];
+        assert!(parse(&many).unwrap_err().to_string().contains("at most 16"));
+    }
+}

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! Loading, refusing, `INFO`.
+
+use crate::config::Settings;
+use crate::host::line::{Line, Version};
+use crate::host::main_cell::declare_main_thread;
+use crate::host::symbols::{Symbols, server_has_own_rdma};
+use crate::host::{api, fingerprint};
+use crate::metrics::METRICS;
+use crate::transport::{Transport, listener, table};
+use crate::verbs::{library, memory};
+use redis_module::raw;
+use std::ffi::{CString, c_char, c_int};
+
+/// The module's name, which is also that of the connection type.
+const NAME: &std::ffi::CStr = c"rdma";
+
+const OK: c_int = raw::REDISMODULE_OK as c_int;
+const ERR: c_int = raw::REDISMODULE_ERR as c_int;
+
+/// Descriptors that may fire together with a device's: two for each I/O thread, and
+/// no more than a part of what the event loop reserves.
+const MOST_ECHOES: usize = 24;
+
+/// The version as one number, as `MODULE LIST` shows it: 1.2.3 is 10203.
+fn version_number() -> c_int {
+    env!("CARGO_PKG_VERSION")
+        .split(['.', '-'])
+        .take(3)
+        .fold(0, |number, part| number * 100 + part.parse::<c_int>().unwrap_or(0))
+}
+
+/// The server's entry point.
+///
+/// # Safety
+/// Called by the server, with its context and arguments.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ValkeyModule_OnLoad(
+    ctx: *mut raw::RedisModuleCtx,
+    argv: *mut *mut raw::RedisModuleString,
+    argc: c_int,
+) -> c_int {
+    table::guard("loading", ERR, || {
+        declare_main_thread();
+        let version = version_number();
+        // SAFETY: the server's own context; the name is a C string.
+        unsafe {
+            if raw::Export_RedisModule_Init(
+                ctx,
+                NAME.as_ptr(),
+                version,
+                raw::REDISMODULE_APIVER_1 as c_int,
+            ) == ERR
+            {
+                // The server's API is not filled in when the name is taken.
+                return ERR;
+            }
+            api::start(ctx);
+            match load(ctx, argv, argc) {
+                Ok(()) => OK,
+                Err(why) => {
+                    log::error!("not loaded: {why}");
+                    ERR
+                }
+            }
+        }
+    })
+}
+
+/// The server asks before it unmaps us. The connection type that we registered can't
+/// be taken back, and its functions must stay: we refuse.
+///
+/// # Safety
+/// Called by the server.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ValkeyModule_OnUnload(_ctx: *mut raw::RedisModuleCtx) -> c_int {
+    log::warn!(
+        "a connection type can't be unloaded; to be rid of it, or for another version of it, \
+         restart the server"
+    );
+    ERR
+}
+
+/// # Safety
+/// As [`ValkeyModule_OnLoad`], with the API in place.
+unsafe fn load(
+    ctx: *mut raw::RedisModuleCtx,
+    argv: *mut *mut raw::RedisModuleString,
+    argc: c_int,
+) -> Result<(), String> {
+    // SAFETY: by the caller's promise.
+    let (flags, version, arguments) = unsafe {
+        (
+            raw::RedisModule_GetContextFlags.expect("server API")(ctx),
+            Version(raw::RedisModule_GetServerVersion.expect("server API")() as u32),
+            arguments(argv, argc),
+        )
+    };
+    if flags & raw::REDISMODULE_CTX_FLAGS_SERVER_STARTUP as c_int == 0 {
+        return Err(String::from(
+            "a connection type can be loaded only while the server starts: \
+             put `loadmodule` into its configuration file and restart it",
+        ));
+    }
+    let line = Line::of(version).ok_or_else(|| {
+        format!("the server is {version}; this module knows the lines {}", Line::SUPPORTED)
+    })?;
+    if server_has_own_rdma() {
+        return Err(String::from(
+            "this server was built with an RDMA transport of its own; use that one, or a server \
+             without it",
+        ));
+    }
+    let settings = Settings::from_arguments(arguments.iter().map(String::as_str))
+        .map_err(|error| error.to_string())?;
+    let foreign = |what: String| {
+        format!(
+            "the server says it is {version}, but {what}; it is no build that this module knows"
+        )
+    };
+    let symbols =
+        Symbols::find(line).map_err(|name| foreign(format!("it exports no function {name}")))?;
+    // SAFETY: the server's own table.
+    unsafe { fingerprint::check_live(line, symbols.tcp_table()) }
+        .map_err(|mismatch| foreign(mismatch.to_string()))?;
+    library::load().map_err(|error| error.to_string())?;
+    library::prepare_for_fork().map_err(|error| error.to_string())?;
+    memory::limit_registered(settings.max_registered);
+
+    // SAFETY: by the caller's promise.
+    let io_threads = unsafe { io_threads(ctx) };
+    let transport = Transport::start(line, symbols, settings)?;
+    let echoes = if line.wakes_threads_by_descriptors() && io_threads > 1 {
+        (2 * io_threads).min(MOST_ECHOES)
+    } else {
+        0
+    };
+    if !transport.poller.watch(echoes) {
+        return Err(String::from("the server's event loop takes no more descriptors (maxclients)"));
+    }
+    // From here on nothing may fail: a registered type can't be taken back.
+    let kind = table::of(line);
+    transport.set_kind(kind);
+    // SAFETY: the line's table, which lives for ever; the listener is our type's own.
+    unsafe {
+        if !symbols.register(kind) {
+            return Err(String::from("the server has a connection type \"rdma\" already"));
+        }
+        listener::configure(symbols.listener(), kind);
+        raw::RedisModule_RegisterInfoFunc.expect("server API")(ctx, Some(info));
+    }
+    log::info!(
+        "valkey-rdma {} loaded into valkey-server {version} (line {line})",
+        env!("CARGO_PKG_VERSION")
+    );
+    Ok(())
+}
+
+/// # Safety
+/// As [`ValkeyModule_OnLoad`].
+unsafe fn arguments(argv: *mut *mut raw::RedisModuleString, argc: c_int) -> Vec<String> {
+    (0..argc.max(0) as usize)
+        .map(|index| {
+            // SAFETY: the server passes `argc` strings.
+            unsafe {
+                let mut length = 0;
+                let text = raw::RedisModule_StringPtrLen.expect("server API")(
+                    *argv.add(index),
+                    &mut length,
+                );
+                let bytes = std::slice::from_raw_parts(text.cast::<u8>(), length);
+                String::from_utf8_lossy(bytes).into_owned()
+            }
+        })
+        .collect()
+}
+
+/// The server's `io-threads`, or 1 if it does not say.
+///
+/// # Safety
+/// As [`ValkeyModule_OnLoad`], with the API in place.
+unsafe fn io_threads(ctx: *mut raw::RedisModuleCtx) -> usize {
+    let context = redis_module::Context::new(ctx);
+    let answer = context.call("CONFIG", &["GET", "io-threads"]);
+    let Ok(redis_module::RedisValue::Array(pair)) = answer else { return 1 };
+    match pair.get(1) {
+        Some(redis_module::RedisValue::SimpleString(text)) => text.parse().unwrap_or(1),
+        Some(redis_module::RedisValue::BulkString(text)) => text.parse().unwrap_or(1),
+        _ => 1,
+    }
+}
+
+unsafe extern "C" fn info(ctx: *mut raw::RedisModuleInfoCtx, _for_crash_report: c_int) {
+    table::guard("INFO", (), || {
+        // SAFETY: the server's own context, C strings, numbers.
+        unsafe {
+            if raw::RedisModule_InfoAddSection.expect("server API")(ctx, c"".as_ptr()) == ERR {
+                return;
+            }
+            let text = |name: &str, value: &str| {
+                let name = CString::new(name).unwrap_or_default();
+                let value = CString::new(value).unwrap_or_default();
+                let add = raw::RedisModule_InfoAddFieldCString.expect("server API");
+                add(ctx, name.as_ptr().cast::<c_char>(), value.as_ptr());
+            };
+            let transport = Transport::get();
+            text("version", env!("CARGO_PKG_VERSION"));
+            text("line", &transport.line.to_string());
+            text("devices", &transport.poller.device_names().join(" "));
+            for (name, value) in METRICS.fields() {
+                let name = CString::new(name).unwrap_or_default();
+                let add = raw::RedisModule_InfoAddFieldULongLong.expect("server API");
+                add(ctx, name.as_ptr(), value);
+            }
+        }
+    });
+}

@@ -1,0 +1,395 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! One connection's protocol state, as the poller keeps it: no I/O, no clock, no FFI.
+//!
+//! Completions and the time go in; what to do comes out. The payload does not
+//! pass through here: it goes through the types of [`crate::window`], which other
+//! threads share. The life of a session:
+//!
+//! 1. *Handshake*: until the connection manager says "established" and the peer's
+//!    first announcement is here, in either order. Only then does the server hear
+//!    of the connection, so that whatever it says first, an error included, has a
+//!    window to go to.
+//! 2. *Open*: messages and immediates.
+//! 3. *Lingering*: the server closed. What it had written is delivered and the peer
+//!    gets time to read it, since a peer may look for the disconnect before it
+//!    looks for the data; then the connection ends.
+//!
+//! Whatever the peer sends is checked before it is used; a [`Violation`] ends the
+//! session.
+
+use crate::window::{Announcement, Overrun, ReceiveWindow, Refused, SendWindow};
+use crate::wire::{DecodeError, Memory, Message};
+use std::collections::VecDeque;
+use std::fmt;
+
+/// Milliseconds on a clock that never goes back.
+pub type Millis = u64;
+
+/// Durations that a session goes by, in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    /// A handshake that takes longer is given up.
+    pub handshake: Millis,
+    /// After so long without anything from the peer it is probed.
+    pub liveness: Millis,
+    /// Time that a peer has to read what was delivered before we disconnect.
+    pub linger: Millis,
+    /// Time for delivering it, after which we disconnect all the same.
+    pub delivery: Millis,
+}
+
+/// What a peer did that the protocol forbids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Violation {
+    /// A SEND that is no control message.
+    Message(DecodeError),
+    /// An immediate that exceeds our window.
+    Overrun(Overrun),
+    /// An announcement before the last one was used up.
+    Early(Refused),
+    /// A buffer that would end beyond the address space.
+    Wraps { address: u64, length: u32 },
+    /// A feature was switched on that this side does not have.
+    Feature(u64),
+    /// A completion that no protocol operation leads to.
+    Operation(u32),
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Message(error) => error.fmt(f),
+            Self::Overrun(error) => error.fmt(f),
+            Self::Early(error) => error.fmt(f),
+            Self::Wraps { address, length } => {
+                write!(f, "receive buffer of {length} bytes at {address:#x} wraps around")
+            }
+            Self::Feature(bits) => write!(f, "unknown feature bits {bits:#x} switched on"),
+            Self::Operation(code) => write!(f, "unexpected operation (completion opcode {code})"),
+        }
+    }
+}
+
+/// What a control message asks of the transport.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reaction {
+    /// Nothing; the receive may be posted again.
+    Nothing,
+    /// The peer's buffer is open to us; the receive may be posted again.
+    WindowOpened,
+    /// An answer is due. Its receive stays unposted until the answer is sent, so
+    /// that a peer that asks without end is held back by its own questions.
+    AnswerDue,
+}
+
+/// What is to be done at a given time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Duty {
+    /// Nothing yet.
+    Wait,
+    /// Post a probe.
+    Probe,
+    /// Disconnect and free.
+    End,
+    /// Disconnect and free; the handshake took too long.
+    TimedOut,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Handshake { deadline: Millis },
+    Open,
+    Lingering { deadline: Millis, delivered: Option<Millis> },
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Session {
+    timing: Timing,
+    phase: Phase,
+    established: bool,
+    announced: bool,
+    /// `select` and receive slot of the questions that wait for an answer.
+    questions: VecDeque<(u16, u16)>,
+    probing: bool,
+    last_heard: Millis,
+}
+
+impl Session {
+    /// A session whose handshake begins now.
+    pub fn new(timing: Timing, now: Millis) -> Self {
+        Self {
+            timing,
+            phase: Phase::Handshake { deadline: now + timing.handshake },
+            established: false,
+            announced: false,
+            questions: VecDeque::new(),
+            probing: false,
+            last_heard: now,
+        }
+    }
+
+    /// The connection manager has established the connection. Returns whether the
+    /// handshake is complete by that.
+    pub fn establish(&mut self) -> bool {
+        self.established = true;
+        self.complete_handshake()
+    }
+
+    /// Whether the connection manager has established the connection.
+    pub fn is_established(&self) -> bool {
+        self.established
+    }
+
+    fn complete_handshake(&mut self) -> bool {
+        let complete =
+            matches!(self.phase, Phase::Handshake { .. }) && self.established && self.announced;
+        if complete {
+            self.phase = Phase::Open;
+        }
+        complete
+    }
+
+    /// Whether the handshake is complete and the server has not closed.
+    pub fn is_open(&self) -> bool {
+        self.phase == Phase::Open
+    }
+
+    /// The peer's SEND of `bytes` arrived in receive `slot`.
+    ///
+    /// # Errors
+    /// [`Violation`]: the connection must end.
+    pub fn message(
+        &mut self,
+        bytes: &[u8],
+        slot: u16,
+        outbound: &SendWindow,
+        now: Millis,
+    ) -> Result<Reaction, Violation> {
+        self.last_heard = now;
+        match Message::decode(bytes).map_err(Violation::Message)? {
+            Message::Keepalive => Ok(Reaction::Nothing),
+            Message::SetClientFeature { features: 0, .. } => Ok(Reaction::Nothing),
+            Message::SetClientFeature { features, .. } => Err(Violation::Feature(features)),
+            Message::GetServerFeature { select, .. } => {
+                self.questions.push_back((select, slot));
+                Ok(Reaction::AnswerDue)
+            }
+            Message::RegisterXferMemory(Memory { address, length, rkey }) => {
+                if address.checked_add(u64::from(length)).is_none() {
+                    return Err(Violation::Wraps { address, length });
+                }
+                outbound
+                    .announce(Announcement { address, length, rkey })
+                    .map_err(Violation::Early)?;
+                self.announced = true;
+                Ok(Reaction::WindowOpened)
+            }
+        }
+    }
+
+    /// To be asked after a [`Reaction::WindowOpened`]: whether it completed the handshake.
+    pub fn handshake_completed_by_window(&mut self) -> bool {
+        self.complete_handshake()
+    }
+
+    /// The peer's RDMA WRITE with this immediate arrived.
+    ///
+    /// # Errors
+    /// [`Violation`]: the connection must end.
+    pub fn immediate(
+        &mut self,
+        count: u32,
+        inbound: &ReceiveWindow,
+        now: Millis,
+    ) -> Result<(), Violation> {
+        self.last_heard = now;
+        inbound.arrived(count).map_err(Violation::Overrun)
+    }
+
+    /// The next answer to send, if one is due, and the receive slot that its
+    /// question occupies: post both.
+    pub fn next_answer(&mut self) -> Option<(Message, u16)> {
+        let (select, slot) = self.questions.pop_front()?;
+        // No feature is defined yet, so none is offered.
+        Some((Message::GetServerFeature { select, features: 0 }, slot))
+    }
+
+    /// Puts an answer back that could not be sent yet.
+    pub fn answer_not_sent(&mut self, answer: Message, slot: u16) {
+        if let Message::GetServerFeature { select, .. } = answer {
+            self.questions.push_front((select, slot));
+        }
+    }
+
+    /// The server closed the connection. `quiet` says that nothing was written for
+    /// so long that the peer has had its time already.
+    pub fn close(&mut self, quiet: bool, now: Millis) {
+        let deadline = now + if quiet { 0 } else { self.timing.delivery };
+        self.phase = Phase::Lingering { deadline, delivered: None };
+    }
+
+    /// A probe completed: everything posted before it has arrived, and the peer lives.
+    pub fn probe_completed(&mut self, now: Millis) {
+        self.probing = false;
+        self.last_heard = now;
+    }
+
+    /// What the time asks for. `delivered` says that no work request is in flight.
+    pub fn duty(&mut self, now: Millis, delivered: bool) -> Duty {
+        match &mut self.phase {
+            Phase::Handshake { deadline } if now >= *deadline => Duty::TimedOut,
+            Phase::Handshake { .. } => Duty::Wait,
+            Phase::Open => {
+                if self.probing || now < self.last_heard + self.timing.liveness {
+                    return Duty::Wait;
+                }
+                self.probing = true;
+                Duty::Probe
+            }
+            Phase::Lingering { deadline, delivered: since } => {
+                if now >= *deadline {
+                    return Duty::End;
+                }
+                if !delivered {
+                    if self.probing {
+                        return Duty::Wait;
+                    }
+                    // The last work requests may not be signalled: the probe's
+                    // completion stands for theirs.
+                    self.probing = true;
+                    return Duty::Probe;
+                }
+                let since = *since.get_or_insert(now);
+                if now >= since + self.timing.linger { Duty::End } else { Duty::Wait }
+            }
+        }
+    }
+
+    /// A probe could not be posted: it is tried again at the next [`duty`](Self::duty).
+    pub fn probe_not_sent(&mut self) {
+        self.probing = false;
+    }
+
+    /// Whether the session needs the fast clock: it is short-lived now.
+    pub fn is_transient(&self) -> bool {
+        self.phase != Phase::Open
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TIMING: Timing = Timing { handshake: 100, liveness: 50, linger: 20, delivery: 200 };
+
+    fn announcement(length: u32) -> [u8; 32] {
+        Message::RegisterXferMemory(Memory { address: 0x1000, length, rkey: 1 }).encode()
+    }
+
+    fn open() -> (Session, SendWindow, ReceiveWindow) {
+        let (mut session, send) = (Session::new(TIMING, 0), SendWindow::default());
+        session.message(&announcement(64), 0, &send, 0).unwrap();
+        assert!(!session.handshake_completed_by_window());
+        assert!(session.establish());
+        (session, send, ReceiveWindow::new())
+    }
+
+    #[test]
+    fn the_handshake_needs_both_halves_in_either_order() {
+        let (session, ..) = open();
+        assert!(session.is_open());
+
+        let (mut session, send) = (Session::new(TIMING, 0), SendWindow::default());
+        assert!(!session.establish());
+        assert_eq!(
+            session.message(&announcement(0), 0, &send, 0),
+            Ok(Reaction::WindowOpened),
+            "no room is an announcement too"
+        );
+        assert!(session.handshake_completed_by_window());
+        assert!(!session.handshake_completed_by_window(), "only once");
+    }
+
+    #[test]
+    fn a_handshake_that_takes_too_long_ends() {
+        let mut session = Session::new(TIMING, 1000);
+        session.establish();
+        assert_eq!(session.duty(1099, true), Duty::Wait);
+        assert_eq!(session.duty(1100, true), Duty::TimedOut);
+    }
+
+    #[test]
+    fn violations_are_told_apart() {
+        let (mut session, send, receive) = open();
+        let mut violation = |bytes: &[u8]| session.message(bytes, 0, &send, 0).unwrap_err();
+        assert_eq!(violation(&[0; 3]), Violation::Message(DecodeError::Length(3)));
+        assert_eq!(violation(&announcement(9)), Violation::Early(Refused { left: 64 }));
+        let wraps = Message::RegisterXferMemory(Memory { address: u64::MAX, length: 2, rkey: 0 });
+        assert!(matches!(violation(&wraps.encode()), Violation::Wraps { length: 2, .. }));
+        let feature = Message::SetClientFeature { select: 0, features: 4 };
+        assert_eq!(violation(&feature.encode()), Violation::Feature(4));
+        assert_eq!(
+            session.immediate(1, &receive, 0),
+            Err(Violation::Overrun(Overrun { claimed: 1, room: 0 }))
+        );
+    }
+
+    #[test]
+    fn questions_hold_their_receives_until_they_are_answered() {
+        let (mut session, send, _) = open();
+        for slot in 0..3 {
+            let question = Message::GetServerFeature { select: 40 + slot, features: 0 };
+            assert_eq!(
+                session.message(&question.encode(), slot, &send, 0),
+                Ok(Reaction::AnswerDue)
+            );
+        }
+        let (answer, slot) = session.next_answer().unwrap();
+        assert_eq!((answer, slot), (Message::GetServerFeature { select: 40, features: 0 }, 0));
+        session.answer_not_sent(answer, slot);
+        assert_eq!(session.next_answer().unwrap().1, 0);
+        assert_eq!(session.next_answer().unwrap().1, 1);
+        assert_eq!(session.next_answer().unwrap().1, 2);
+        assert_eq!(session.next_answer(), None);
+    }
+
+    #[test]
+    fn a_silent_peer_is_probed_once_at_a_time() {
+        let (mut session, send, _) = open();
+        assert_eq!(session.duty(49, true), Duty::Wait);
+        assert_eq!(session.duty(50, true), Duty::Probe);
+        assert_eq!(session.duty(500, true), Duty::Wait, "one is out");
+        session.probe_completed(501);
+        assert_eq!(session.duty(550, true), Duty::Wait);
+        session.message(&Message::Keepalive.encode(), 0, &send, 540).unwrap();
+        assert_eq!(session.duty(589, true), Duty::Wait, "heard of it since");
+        assert_eq!(session.duty(590, true), Duty::Probe);
+    }
+
+    #[test]
+    fn closing_waits_for_delivery_and_then_for_the_reader() {
+        let (mut session, ..) = open();
+        session.close(false, 1000);
+        assert!(!session.is_open());
+        assert_eq!(session.duty(1000, false), Duty::Probe);
+        assert_eq!(session.duty(1050, false), Duty::Wait);
+        session.probe_completed(1060);
+        assert_eq!(session.duty(1060, true), Duty::Wait);
+        assert_eq!(session.duty(1079, true), Duty::Wait);
+        assert_eq!(session.duty(1080, true), Duty::End);
+    }
+
+    #[test]
+    fn closing_is_bounded_and_immediate_when_nothing_was_said() {
+        let (mut session, ..) = open();
+        session.close(false, 1000);
+        assert_eq!(session.duty(1000, false), Duty::Probe);
+        assert_eq!(session.duty(1199, false), Duty::Wait);
+        assert_eq!(session.duty(1200, false), Duty::End, "a peer that takes nothing");
+
+        let (mut session, ..) = open();
+        session.close(true, 1000);
+        assert_eq!(session.duty(1000, true), Duty::End);
+    }
+}

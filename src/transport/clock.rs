@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! What the time asks for.
+//!
+//! Two clocks, each running only while it has something to look at: a slow one for
+//! all endpoints (liveness, idle memory), a fast one for those in handshake or
+//! lingering. Both are timers of the module API; a pending one also makes the
+//! server refuse to unload us.
+
+use super::Transport;
+use super::endpoint::{Endpoint, Fate, Reason};
+use super::key::Key;
+use crate::host::{MainCell, api};
+use crate::session::{Duty, Millis};
+use redis_module::raw::RedisModuleCtx;
+use std::ffi::c_void;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+const SLOW: Duration = Duration::from_secs(1);
+const FAST: Duration = Duration::from_millis(50);
+
+static START: OnceLock<Instant> = OnceLock::new();
+
+#[derive(Debug)]
+struct Clocks {
+    slow_runs: bool,
+    fast_runs: bool,
+    /// Endpoints in handshake or lingering.
+    attended: Vec<Key>,
+}
+
+static CLOCKS: MainCell<Clocks> =
+    MainCell::new(Clocks { slow_runs: false, fast_runs: false, attended: Vec::new() });
+
+/// Milliseconds since the module began.
+pub fn now() -> Millis {
+    START.get_or_init(Instant::now).elapsed().as_millis() as Millis
+}
+
+/// Watches an endpoint that is in handshake or lingers, from now on.
+pub fn attend(endpoint: &Arc<Endpoint>) {
+    step(endpoint);
+    let mut clocks = CLOCKS.open();
+    clocks.attended.push(endpoint.key());
+    if !std::mem::replace(&mut clocks.fast_runs, true) {
+        api::after(FAST, on_fast);
+    }
+    if !std::mem::replace(&mut clocks.slow_runs, true) {
+        api::after(SLOW, on_slow);
+    }
+}
+
+/// Does what an endpoint's session asks for now.
+fn step(endpoint: &Arc<Endpoint>) {
+    let poller = &Transport::get().poller;
+    let delivered = endpoint.is_delivered();
+    let duty = endpoint.own().session.duty(now(), delivered);
+    match duty {
+        Duty::Wait => {}
+        Duty::Probe => {
+            if let Err(error) = endpoint.post_probe() {
+                endpoint.own().session.probe_not_sent();
+                log::debug!("connection of {}: {error}", endpoint.peer_text());
+            }
+        }
+        Duty::End => poller.remove(Arc::clone(endpoint), Reason::Server),
+        Duty::TimedOut => {
+            log::info!("connection of {}: handshake not completed in time", endpoint.peer_text());
+            poller.lose(endpoint, Fate::Gone, Reason::Timeout);
+        }
+    }
+}
+
+unsafe extern "C" fn on_fast(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
+    super::table::guard("fast clock", (), || {
+        let poller = &Transport::get().poller;
+        let attended = std::mem::take(&mut CLOCKS.open().attended);
+        let mut kept = Vec::with_capacity(attended.len());
+        for key in attended {
+            let Some(endpoint) = poller.find(key) else { continue };
+            if endpoint.own().session.is_transient() {
+                step(&endpoint);
+                kept.push(key);
+            }
+        }
+        let mut clocks = CLOCKS.open();
+        clocks.attended.append(&mut kept);
+        clocks.fast_runs = !clocks.attended.is_empty();
+        if clocks.fast_runs {
+            api::after(FAST, on_fast);
+        }
+    });
+}
+
+unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
+    super::table::guard("slow clock", (), || {
+        let poller = &Transport::get().poller;
+        let endpoints = poller.endpoints();
+        for endpoint in &endpoints {
+            step(endpoint);
+            endpoint.shrink_if_idle();
+            if endpoint.take_refused() {
+                poller.mark_if_ready(endpoint);
+            }
+        }
+        poller.shrink_echoes();
+        let mut clocks = CLOCKS.open();
+        clocks.slow_runs = !endpoints.is_empty();
+        if clocks.slow_runs {
+            api::after(SLOW, on_slow);
+        }
+    });
+}

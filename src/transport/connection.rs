@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! The server's `connection` of our type, and the calling of its handlers.
+
+use super::endpoint::Endpoint;
+use crate::host::connection::{
+    Connection, FLAG_CLOSE_SCHEDULED, FLAG_WRITE_BARRIER, Handler, State,
+};
+use std::ffi::c_void;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+/// Pieces that the server may hand to one `writev`, as for its TCP connections.
+/// They are copied before `writev` returns, so the number costs us nothing.
+const PIECES: u16 = 1024;
+
+/// What the server holds as `connection *`: its own structure first.
+#[repr(C)]
+#[derive(Debug)]
+pub struct RdmaConnection {
+    pub base: Connection,
+    /// The RDMA side; gone once the server has closed.
+    pub endpoint: Option<Arc<Endpoint>>,
+    /// The last `postpone_update_state`, which any thread may call: a hint for
+    /// whoever looks at a connection, and no more.
+    postponed: AtomicI32,
+    /// The server prints a descriptor, and calls shutdown(2) and the like on it.
+    /// This one is the connection's own and answers those with a harmless error.
+    descriptor: Option<OwnedFd>,
+}
+
+impl RdmaConnection {
+    /// A connection of the registered type `kind`, without an endpoint yet. Freed
+    /// by [`free`](Self::free).
+    pub fn create(kind: *const c_void, state: State) -> *mut Self {
+        // SAFETY: no pointers; a new descriptor or −1.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        // SAFETY: the descriptor is new and nobody else's.
+        let descriptor = (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) });
+        let mut base = Connection::new(kind, state, PIECES);
+        base.fd = descriptor.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        Box::into_raw(Box::new(Self {
+            base,
+            endpoint: None,
+            postponed: AtomicI32::new(0),
+            descriptor,
+        }))
+    }
+
+    /// Whether the connection has its descriptor.
+    pub fn has_descriptor(&self) -> bool {
+        self.descriptor.is_some()
+    }
+
+    /// Ends the life of a connection.
+    ///
+    /// # Safety
+    /// `connection` is from [`create`](Self::create) and is not used afterwards.
+    pub unsafe fn free(connection: *mut Self) {
+        // SAFETY: by the caller's promise.
+        drop(unsafe { Box::from_raw(connection) });
+    }
+
+    /// Stores the hint; any thread.
+    pub fn postpone(&self, mask: i32) {
+        self.postponed.store(mask, Ordering::Relaxed);
+    }
+
+    /// The hint; any thread.
+    pub fn postponed(&self) -> i32 {
+        self.postponed.load(Ordering::Relaxed)
+    }
+}
+
+/// Whether the write handler is to go first.
+///
+/// # Safety
+/// `connection` is live.
+pub unsafe fn has_write_barrier(connection: *mut RdmaConnection) -> bool {
+    // SAFETY: by the caller's promise.
+    unsafe { (*connection).base.flags & FLAG_WRITE_BARRIER != 0 }
+}
+
+/// Calls a handler of the server as the server does it: while it runs, a close is
+/// only noted, and carried out afterwards. Returns whether the connection is still
+/// there. Main thread, no cell open.
+///
+/// # Safety
+/// `connection` is live.
+pub unsafe fn call_handler(connection: *mut RdmaConnection, handler: Option<Handler>) -> bool {
+    // SAFETY: `refs` keeps the connection alive while the handler runs; no
+    // reference to it is held across the call, since the handler changes it.
+    unsafe {
+        (*connection).base.refs += 1;
+        if let Some(handler) = handler {
+            handler(connection.cast());
+        }
+        (*connection).base.refs -= 1;
+        if (*connection).base.flags & FLAG_CLOSE_SCHEDULED != 0 {
+            if (*connection).base.refs == 0 {
+                RdmaConnection::free(connection);
+            }
+            return false;
+        }
+    }
+    true
+}

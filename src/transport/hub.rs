@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! What the connections of one device share: the completion channel and the
+//! completion queues.
+//!
+//! A queue serves many connections and must never overrun, since that would end
+//! them all: each connection reserves an entry for every work request that it may
+//! ever have outstanding. A reservation is given back only when the queue was
+//! seen empty after the queue pair was destroyed, so that a completion which
+//! lingers still has its place.
+
+use crate::host::MainCell;
+use crate::verbs::Error;
+use crate::verbs::cm::{Device, Limits};
+use crate::verbs::completion::{Completion, CompletionChannel, CompletionQueue};
+
+/// Entries of the first queue of a device; each further one has twice as many as
+/// the one before, up to [`MOST_ENTRIES`] or the device's limit.
+const FIRST_ENTRIES: u32 = 2048;
+const MOST_ENTRIES: u32 = 32_768;
+
+/// Completions taken from a queue in one pass, in batches: enough for any burst,
+/// few enough that the event loop gets its turn.
+const BATCHES_PER_PASS: usize = 64;
+
+/// See the module's text. Main thread only.
+#[derive(Debug)]
+pub struct Hub {
+    // Before the channel, which must outlive its queues.
+    queues: MainCell<Vec<Shared>>,
+    channel: CompletionChannel,
+    device: Device,
+    limits: Limits,
+    name: String,
+    vector: u32,
+}
+
+#[derive(Debug)]
+struct Shared {
+    queue: CompletionQueue,
+    capacity: u32,
+    reserved: u32,
+    /// Part of `reserved` whose queue pairs are gone.
+    stale: u32,
+}
+
+/// Whether a device has more completions than one pass took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    Empty,
+    More,
+}
+
+impl Hub {
+    /// Opens a device for connections.
+    ///
+    /// # Errors
+    /// If the device does not answer or a descriptor can't be had.
+    pub fn new(device: Device, completion_vector: i32) -> Result<Self, Error> {
+        let limits = device.limits()?;
+        let vector = match u32::try_from(completion_vector) {
+            Ok(vector) => vector % limits.vectors,
+            // Any will do; spread servers of one machine by their process id.
+            Err(_) => std::process::id() % limits.vectors,
+        };
+        Ok(Self {
+            queues: MainCell::new(Vec::new()),
+            channel: CompletionChannel::new(device)?,
+            device,
+            limits,
+            name: device.name(),
+            vector,
+        })
+    }
+
+    /// The device.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The device's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The device's limits.
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Descriptor that polls readable when completions wait.
+    pub fn fd(&self) -> std::os::fd::RawFd {
+        self.channel.fd()
+    }
+
+    /// Reserves `entries` in a queue and hands that queue to `with`; what `with`
+    /// makes on it must end in [`release`](Self::release) of the returned index.
+    ///
+    /// # Errors
+    /// Those of a new queue, if one is needed, and of `with`.
+    pub fn reserve<T>(
+        &self,
+        entries: u32,
+        with: impl FnOnce(&CompletionQueue) -> Result<T, Error>,
+    ) -> Result<(usize, T), Error> {
+        let mut queues = self.queues.open();
+        let free = |shared: &Shared| shared.capacity - shared.reserved >= entries;
+        let index = match queues.iter().position(free) {
+            Some(index) => index,
+            None => {
+                let wish = FIRST_ENTRIES << queues.len().min(4);
+                let limit = self.limits.completion_entries.min(MOST_ENTRIES);
+                let capacity = wish.max(entries).min(limit);
+                let queue =
+                    CompletionQueue::new(self.device, &self.channel, capacity, self.vector)?;
+                queue.arm()?;
+                queues.push(Shared { queue, capacity, reserved: 0, stale: 0 });
+                queues.len() - 1
+            }
+        };
+        let made = with(&queues[index].queue)?;
+        queues[index].reserved += entries;
+        Ok((index, made))
+    }
+
+    /// The queue pair of a reservation is gone.
+    pub fn release(&self, index: usize, entries: u32) {
+        self.queues.open()[index].stale += entries;
+    }
+
+    /// Takes the events off the channel. Returns whether there were any.
+    pub fn take_events(&self) -> bool {
+        // One-shot arming: there is at most one event for each queue.
+        let most = self.queues.open().len();
+        (0..most).take_while(|_| self.channel.take_event()).count() > 0
+    }
+
+    /// Asks for an event at the next completion of any queue.
+    ///
+    /// # Errors
+    /// If the device is gone.
+    pub fn arm(&self) -> Result<(), Error> {
+        self.queues.open().iter().try_for_each(|shared| shared.queue.arm())
+    }
+
+    /// Takes all completions that are there, up to the bound of a pass, and hands
+    /// them to `each`.
+    ///
+    /// # Errors
+    /// If a queue can't be polled: its connections are lost.
+    pub fn poll(&self, mut each: impl FnMut(Completion)) -> Result<Progress, Error> {
+        let mut progress = Progress::Empty;
+        let count = self.queues.open().len();
+        let mut batch = Vec::with_capacity(crate::verbs::completion::BATCH);
+        for index in 0..count {
+            for round in 0.. {
+                // The cell is closed again before `each` runs.
+                self.queues.open()[index].queue.poll(|completion| batch.push(completion))?;
+                let found = batch.len();
+                batch.drain(..).for_each(&mut each);
+                if found < crate::verbs::completion::BATCH {
+                    let shared = &mut self.queues.open()[index];
+                    shared.reserved -= std::mem::take(&mut shared.stale);
+                    break;
+                }
+                if round == BATCHES_PER_PASS {
+                    progress = Progress::More;
+                    break;
+                }
+            }
+        }
+        Ok(progress)
+    }
+}

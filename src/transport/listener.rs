@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! Listening and accepting.
+//!
+//! The server keeps one `connListener` for our type: addresses and a port go in,
+//! descriptors come out, on which it calls our accept handler. What it gets are
+//! *copies* of the event channels' descriptors: it may deregister and close them
+//! by its own functions, at a rebind, at shutdown, in 8.0 which knows no other way,
+//! and nothing of ours is closed by that.
+
+use super::endpoint::Reason;
+use super::{Transport, clock};
+use crate::config::Settings;
+use crate::host::layout::{ConnectionType91, EventLoop, Listener81, MAX_BINDS, RdmaSettings};
+use crate::metrics::METRICS;
+use crate::session::Millis;
+use crate::verbs::cm::{Device, EventChannel, EventKind, Id, IdKey};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+
+/// Connection requests that wait in the kernel; it caps the number itself.
+const BACKLOG: i32 = 1024;
+/// Events of a listener handled in one go, as many as the server accepts of others.
+const EVENTS_PER_GO: usize = 10;
+
+/// What the server listens on when it is told no address.
+const EVERYWHERE: [&str; 2] = ["*", "-::*"];
+
+/// State of the server's listener of our type. Main thread only.
+#[derive(Debug)]
+pub struct Listeners {
+    open: Vec<Listener>,
+    /// The arguments of `loadmodule`: what counts where no directive does.
+    argument_bind: Vec<String>,
+    argument_port: u16,
+    /// Whether the present port is that of the arguments.
+    by_argument: bool,
+    /// The names that `bindaddr` of the server's structure points to, for `INFO`.
+    names: Vec<CString>,
+    pointers: Box<[*mut c_char; MAX_BINDS]>,
+    last_refusal_logged: Option<Millis>,
+    refusals_unlogged: u64,
+}
+
+#[derive(Debug)]
+struct Listener {
+    // Before the channel, which must outlive its ids.
+    _id: Id,
+    channel: EventChannel,
+    /// The number of the descriptor that the server has.
+    given: RawFd,
+}
+
+impl Listeners {
+    /// Nothing is listened on yet.
+    pub fn new(settings: &Settings) -> Self {
+        Self {
+            open: Vec::new(),
+            argument_bind: settings.bind.clone(),
+            argument_port: settings.port,
+            by_argument: false,
+            names: Vec::new(),
+            pointers: Box::new([std::ptr::null_mut(); MAX_BINDS]),
+            last_refusal_logged: None,
+            refusals_unlogged: 0,
+        }
+    }
+}
+
+/// Tells the server, while we are loaded, what to listen on.
+///
+/// # Safety
+/// `listener` is the server's own, of our registered type.
+pub unsafe fn configure(listener: *mut Listener81, kind: *const c_void) {
+    let mut listeners = Transport::get().listeners.open();
+    if listeners.argument_port == 0 {
+        return;
+    }
+    listeners.by_argument = true;
+    let port = listeners.argument_port;
+    // SAFETY: by the caller's promise. The addresses are not given here: `listen`
+    // takes them from the arguments.
+    unsafe {
+        (*listener).ct = kind;
+        (*listener).port = c_int::from(port);
+    }
+}
+
+/// `ConnectionType.listen`.
+///
+/// # Safety
+/// `listener` is the server's own, of our type.
+pub unsafe fn listen(listener: *mut Listener81) -> bool {
+    let transport = Transport::get();
+    // SAFETY: by the caller's promise; the fields are those of all lines.
+    let (port, server_binds) = unsafe { ((*listener).port, server_binds(listener)) };
+    // SAFETY: as above.
+    let core = unsafe { core_settings(listener) };
+    let mut listeners = transport.listeners.open();
+    let by_argument =
+        listeners.by_argument && core.is_none() && port == c_int::from(listeners.argument_port);
+    if core.is_some() && listeners.argument_port != 0 {
+        log::info!(
+            "the directive rdma-port ({port}) wins over the module's argument port={}",
+            listeners.argument_port
+        );
+    }
+    listeners.by_argument = by_argument;
+    if let Some((rx_size, vector)) = core {
+        let mut settings = transport.settings.open();
+        settings.rx_size = rx_size;
+        settings.completion_vector = vector;
+    }
+    if port == 0 {
+        return true;
+    }
+    let binds = if !server_binds.is_empty() {
+        server_binds
+    } else if !listeners.argument_bind.is_empty() {
+        listeners.argument_bind.clone()
+    } else {
+        EVERYWHERE.map(str::to_owned).to_vec()
+    };
+    listeners.open.clear();
+    listeners.names.clear();
+    let mut given = Vec::new();
+    for bind in &binds {
+        let (optional, address) = match bind.strip_prefix('-') {
+            Some(rest) => (true, rest),
+            None => (false, bind.as_str()),
+        };
+        match open(address, port as u16) {
+            Ok((opened, descriptor)) => {
+                listeners.open.push(opened);
+                listeners.names.push(CString::new(address).unwrap_or_default());
+                given.push(descriptor);
+            }
+            Err(error) if optional => {
+                log::debug!("not listening on {address} port {port}, which is optional: {error}");
+            }
+            Err(error) => {
+                log::error!("cannot listen on {address} port {port}: {error} ({})", device_hint());
+                listeners.open.clear();
+                listeners.names.clear();
+                return false;
+            }
+        }
+    }
+    if given.is_empty() {
+        log::error!("none of the optional addresses could be listened on ({})", device_hint());
+        return false;
+    }
+    let names: Vec<_> = listeners.names.iter().map(|name| name.as_ptr().cast_mut()).collect();
+    listeners.pointers[..names.len()].copy_from_slice(&names);
+    // SAFETY: by the caller's promise. `INFO` prints `bindaddr` for each descriptor,
+    // so it must name what is listened on; the server frees none of it.
+    unsafe {
+        for (index, descriptor) in given.into_iter().enumerate() {
+            (&raw mut (*listener).fd).cast::<c_int>().add(index).write(descriptor.into_raw_fd());
+            (*listener).count = index as c_int + 1;
+        }
+        (*listener).bindaddr = (&raw mut *listeners.pointers).cast();
+        (*listener).bindaddr_count = (*listener).count;
+    }
+    true
+}
+
+/// The addresses that the server was told, unless they are our own names.
+///
+/// # Safety
+/// As [`listen`].
+unsafe fn server_binds(listener: *mut Listener81) -> Vec<String> {
+    let listeners = Transport::get().listeners.open();
+    // SAFETY: `bindaddr` has `bindaddr_count` strings, or is our own array.
+    unsafe {
+        let array = (*listener).bindaddr;
+        let own: *const *mut c_char = (&raw const *listeners.pointers).cast();
+        if array.is_null() || std::ptr::eq(array.cast_const(), own) {
+            return Vec::new();
+        }
+        let count = (*listener).bindaddr_count.clamp(0, MAX_BINDS as c_int) as usize;
+        (0..count)
+            .map(|index| *array.add(index))
+            .filter(|text| !text.is_null())
+            .map(|text| CStr::from_ptr(text).to_string_lossy().into_owned())
+            .collect()
+    }
+}
+
+/// Receive size and completion vector of the core's own settings, if the listener
+/// has them: only where the line knows the directives, and `rdma-port` was set when
+/// the server started.
+///
+/// # Safety
+/// As [`listen`].
+unsafe fn core_settings(listener: *mut Listener81) -> Option<(u32, i32)> {
+    if !Transport::get().line.has_directives() {
+        return None;
+    }
+    // SAFETY: the line's listener has `priv`, null or the core's settings.
+    let settings: *const RdmaSettings = unsafe { (*listener).private }.cast();
+    if settings.is_null() {
+        return None;
+    }
+    // SAFETY: as above.
+    let (rx_size, vector) = unsafe { ((*settings).rx_size, (*settings).completion_vector) };
+    let sane = crate::config::RX_SIZE.contains(&u64::try_from(rx_size).unwrap_or(0))
+        && crate::config::COMPLETION_VECTOR.contains(&i64::from(vector));
+    sane.then_some((rx_size as u32, vector))
+}
+
+/// What is there to listen on, in words.
+fn device_hint() -> String {
+    let names = Device::names();
+    if names.is_empty() {
+        String::from("this machine has no RDMA device; see `rdma link`")
+    } else {
+        format!(
+            "RDMA devices: {}; see `rdma link` and `ip addr` for their addresses",
+            names.join(", ")
+        )
+    }
+}
+
+/// Opens one listener and a descriptor of it for the server.
+fn open(address: &str, port: u16) -> Result<(Listener, OwnedFd), String> {
+    let address = resolve(address, port)?;
+    let channel = EventChannel::new().map_err(|error| error.to_string())?;
+    let id = Id::new(&channel).map_err(|error| error.to_string())?;
+    id.listen(address, BACKLOG).map_err(|error| error.to_string())?;
+    // SAFETY: a copy of a live descriptor, or −1.
+    let copy = unsafe { libc::fcntl(channel.fd(), libc::F_DUPFD_CLOEXEC, 0) };
+    if copy < 0 {
+        return Err(format!("no descriptor left: {}", std::io::Error::last_os_error()));
+    }
+    // SAFETY: new, nobody else's.
+    let descriptor = unsafe { OwnedFd::from_raw_fd(copy) };
+    let given = descriptor.as_raw_fd();
+    Ok((Listener { _id: id, channel, given }, descriptor))
+}
+
+/// The address behind a name; `*` and `::*` are all of a family.
+pub fn resolve(name: &str, port: u16) -> Result<SocketAddr, String> {
+    match name {
+        "*" => return Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port)),
+        "::*" => return Ok(SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)),
+        _ => {}
+    }
+    let mut found = (name, port).to_socket_addrs().map_err(|error| error.to_string())?;
+    found.next().ok_or_else(|| String::from("the name has no address"))
+}
+
+/// Gives up what is listened on, after the server closed its copies.
+pub fn close_ours() {
+    let listeners = &Transport::get().listeners;
+    let open = std::mem::take(&mut listeners.open().open);
+    drop(open);
+}
+
+/// `ConnectionType.closeListener`, of 8.1 and on.
+///
+/// # Safety
+/// `listener` is the server's own, of our type.
+pub unsafe fn close(listener: *mut Listener81) {
+    let transport = Transport::get();
+    // SAFETY: 8.1's table and 9.1's agree up to this member, which only wants the
+    // listener's descriptors: it deregisters and closes them.
+    unsafe {
+        let tcp: *const ConnectionType91 = transport.symbols.tcp_table().cast();
+        if let Some(close_listener) = (*tcp).close_listener {
+            close_listener(listener);
+        }
+    }
+    close_ours();
+    let listeners = transport.listeners.open();
+    // SAFETY: by the caller's promise. A port of 0 comes here for two reasons: the
+    // operator set rdma-port to 0, or set rdma-bind while rdma-port was 0 all along
+    // and the arguments' port is in use. The second must not stop us listening.
+    unsafe {
+        if (*listener).port == 0 && listeners.by_argument {
+            (*listener).port = c_int::from(listeners.argument_port);
+        }
+    }
+}
+
+/// `ConnectionType.accept_handler`: connection requests of one listener.
+pub fn on_readable(_el: *mut EventLoop, fd: RawFd) {
+    let transport = Transport::get();
+    for _ in 0..EVENTS_PER_GO {
+        let event = {
+            let listeners = transport.listeners.open();
+            let Some(listener) = listeners.open.iter().find(|l| l.given == fd) else { return };
+            listener.channel.next()
+        };
+        match event {
+            Ok(Some(event)) => match event.kind {
+                // SAFETY: a connection request that nobody took over yet.
+                EventKind::ConnectRequest => unsafe { accept(event.id) },
+                EventKind::DeviceRemoval => {
+                    log::warn!("the RDMA device of a listener was removed");
+                }
+                EventKind::AddressChange => log::info!("the address of a listener changed"),
+                other => log::debug!("listener: {other:?}, status {}", event.status),
+            },
+            Ok(None) => return,
+            Err(error) => {
+                log::warn!("listener: {error}");
+                return;
+            }
+        }
+    }
+}
+
+/// Accepts a connection request, or refuses it.
+///
+/// # Safety
+/// The key is that of a connection request that nobody took over.
+unsafe fn accept(key: IdKey) {
+    let transport = Transport::get();
+    // SAFETY: by the caller's promise.
+    let id = unsafe { Id::from_request(key) };
+    let peer = id.peer_address().map_or_else(String::new, |peer| peer.to_string());
+    let most = u64::from(transport.settings.open().max_handshakes);
+    if transport.poller.handshakes() >= most {
+        id.reject();
+        refused(&peer, &format!("{most} connections are in handshake (max-handshakes)"));
+        return;
+    }
+    let result = id
+        .migrate(transport.poller.channel())
+        .and_then(|()| transport.poller.enter(id))
+        .and_then(|endpoint| {
+            let accepted = endpoint.id().accept();
+            if accepted.is_err() {
+                endpoint.id().reject();
+                transport.poller.remove(endpoint, Reason::Error);
+            }
+            accepted
+        });
+    if let Err(error) = result {
+        refused(&peer, &error.to_string());
+    }
+}
+
+/// Counts a refusal and says so, once a minute.
+fn refused(peer: &str, why: &str) {
+    METRICS.connections_refused.add(1);
+    let mut listeners = Transport::get().listeners.open();
+    let now = clock::now();
+    if listeners.last_refusal_logged.is_some_and(|last| now < last + 60_000) {
+        listeners.refusals_unlogged += 1;
+        return;
+    }
+    listeners.last_refusal_logged = Some(now);
+    let more = std::mem::take(&mut listeners.refusals_unlogged);
+    log::warn!("client {peer} refused: {why} ({more} more since the last such line)");
+}

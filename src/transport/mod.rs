@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! The transport: listeners, endpoints, the poller, and the table that the server
+//! calls us through.
+//!
+//! * [`key`]: what a work request's id says.
+//! * [`hub`]: what the connections of one device share.
+//! * [`endpoint`]: one RDMA connection.
+//! * [`connection`]: the server's `connection` of our type.
+//! * [`poller`]: completions in, handlers called, the ready queue.
+//! * [`listener`]: listening and accepting.
+//! * [`clock`]: what the time asks for.
+//! * [`outgoing`]: connections that this server opens.
+//! * [`table`]: the functions of `ConnectionType`, the door to C.
+
+pub mod clock;
+pub mod connection;
+pub mod endpoint;
+pub mod hub;
+pub mod key;
+pub mod listener;
+pub mod outgoing;
+pub mod poller;
+pub mod table;
+
+use crate::config::Settings;
+use crate::host::symbols::Symbols;
+use crate::host::{Line, MainCell};
+use listener::Listeners;
+use poller::Poller;
+use std::ffi::c_void;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Everything of the running module.
+#[derive(Debug)]
+pub struct Transport {
+    pub line: Line,
+    pub symbols: Symbols,
+    pub settings: MainCell<Settings>,
+    pub poller: Poller,
+    pub listeners: MainCell<Listeners>,
+    kind: OnceLock<usize>,
+}
+
+static TRANSPORT: OnceLock<Transport> = OnceLock::new();
+
+/// Whether this process is a child that the server forked. It shares memory and
+/// devices with its parent and must touch neither.
+static IN_CHILD: AtomicBool = AtomicBool::new(false);
+
+impl Transport {
+    /// Sets the transport up; once, while the module loads.
+    ///
+    /// # Errors
+    /// In words, if something of the system's can't be had.
+    pub fn start(
+        line: Line,
+        symbols: Symbols,
+        settings: Settings,
+    ) -> Result<&'static Self, String> {
+        unsafe extern "C" fn in_child() {
+            IN_CHILD.store(true, Ordering::Relaxed);
+        }
+        // SAFETY: the callback stores to an atomic, which is allowed after fork.
+        unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+        let transport = Self {
+            line,
+            symbols,
+            poller: Poller::new().map_err(|error| error.to_string())?,
+            listeners: MainCell::new(Listeners::new(&settings)),
+            settings: MainCell::new(settings),
+            kind: OnceLock::new(),
+        };
+        Ok(TRANSPORT.get_or_init(|| transport))
+    }
+
+    /// The running transport.
+    ///
+    /// # Panics
+    /// Before [`start`](Self::start).
+    pub fn get() -> &'static Self {
+        TRANSPORT.get().expect("the module is loaded")
+    }
+
+    /// The registered `ConnectionType`.
+    pub fn kind(&self) -> *const c_void {
+        *self.kind.get().expect("the type is registered") as *const c_void
+    }
+
+    /// Keeps the address of the registered `ConnectionType`.
+    pub fn set_kind(&self, table: *const c_void) {
+        let _ = self.kind.set(table as usize);
+    }
+}
+
+/// Whether this process is a forked child of the server.
+pub fn in_child() -> bool {
+    IN_CHILD.load(Ordering::Relaxed)
+}

@@ -1,0 +1,329 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! Connections that this server opens, and the calls of the server that block.
+//!
+//! No stock server calls these for RDMA yet (replication and the cluster use TCP),
+//! but the table has them, and they do what TCP's do.
+
+use super::Transport;
+use super::connection::{RdmaConnection, call_handler};
+use super::endpoint::{Endpoint, Fate, ReadOutcome, Reason, Stage, WriteOutcome};
+use super::listener::resolve;
+use crate::host::MainCell;
+use crate::host::connection::{Handler, State};
+use crate::host::main_cell::is_main_thread;
+use crate::metrics::METRICS;
+use crate::verbs::cm::{Event, EventKind, Id};
+use std::net::SocketAddr;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Time for resolving an address, and again for a route, in milliseconds.
+const RESOLVE_MS: i32 = 2000;
+
+/// Connections whose address or route is being resolved.
+static RESOLVING: MainCell<Vec<Resolving>> = MainCell::new(Vec::new());
+
+#[derive(Debug)]
+struct Resolving {
+    id: Id,
+    connection: *mut RdmaConnection,
+}
+
+/// `ConnectionType.connect`. Returns whether it is under way; `handler` follows.
+///
+/// # Safety
+/// `connection` is live and new.
+pub unsafe fn connect(
+    connection: *mut RdmaConnection,
+    to: &str,
+    port: u16,
+    from: Option<&str>,
+    handler: Option<Handler>,
+) -> bool {
+    // SAFETY: by the caller's promise.
+    let base = unsafe { &mut (*connection).base };
+    match start(connection, to, port, from) {
+        Ok(()) => {
+            base.conn_handler = handler;
+            base.set_state(State::Connecting);
+            true
+        }
+        Err((errno, why)) => {
+            log::debug!("cannot connect to {to} port {port}: {why}");
+            base.fail(errno);
+            false
+        }
+    }
+}
+
+fn start(
+    connection: *mut RdmaConnection,
+    to: &str,
+    port: u16,
+    from: Option<&str>,
+) -> Result<(), (i32, String)> {
+    let address = |name: &str, port| resolve(name, port).map_err(|why| (libc::EADDRNOTAVAIL, why));
+    let target: SocketAddr = address(to, port)?;
+    let source = from.map(|name| address(name, 0)).transpose()?;
+    let channel = Transport::get().poller.channel();
+    let id = Id::new(channel).map_err(|error| (error.errno, error.to_string()))?;
+    id.resolve_address(source, target, RESOLVE_MS)
+        .map_err(|error| (error.errno, error.to_string()))?;
+    RESOLVING.open().push(Resolving { id, connection });
+    Ok(())
+}
+
+/// An event of an id that has no endpoint: one that is being resolved.
+pub fn event(event: Event) {
+    let mut resolving = RESOLVING.open();
+    let Some(index) = resolving.iter().position(|entry| entry.id.key() == event.id) else {
+        return;
+    };
+    match event.kind {
+        EventKind::AddressResolved => {
+            if resolving[index].id.resolve_route(RESOLVE_MS).is_ok() {
+                return;
+            }
+        }
+        EventKind::RouteResolved => {
+            let Resolving { id, connection } = resolving.swap_remove(index);
+            drop(resolving);
+            join(id, connection);
+            return;
+        }
+        EventKind::Failed | EventKind::Rejected | EventKind::DeviceRemoval => {}
+        _ => return,
+    }
+    let Resolving { id, connection } = resolving.swap_remove(index);
+    drop(resolving);
+    drop(id);
+    fail(connection, libc::ENETUNREACH);
+}
+
+/// Gives a resolved id its endpoint and asks for the connection.
+fn join(id: Id, connection: *mut RdmaConnection) {
+    let poller = &Transport::get().poller;
+    let joined = poller.enter(id).and_then(|endpoint| {
+        endpoint.own().connection = connection;
+        // SAFETY: a connection that is being resolved is live: its close removes it
+        // from the list.
+        unsafe { (*connection).endpoint = Some(Arc::clone(&endpoint)) };
+        endpoint.id().connect()
+    });
+    if let Err(error) = joined {
+        log::debug!("cannot connect: {error}");
+        // SAFETY: as above.
+        let endpoint = unsafe { (*connection).endpoint.take() };
+        if let Some(endpoint) = endpoint {
+            endpoint.own().connection = std::ptr::null_mut();
+            poller.remove(endpoint, Reason::Error);
+        }
+        fail(connection, error.errno);
+    }
+}
+
+/// The attempt failed: the server hears of it through its handler.
+fn fail(connection: *mut RdmaConnection, errno: i32) {
+    // SAFETY: live, see `join`; no cell is open during the call.
+    unsafe {
+        (*connection).base.fail(errno);
+        let handler = (*connection).base.conn_handler.take();
+        call_handler(connection, handler);
+    }
+}
+
+/// The handshake of a connecting endpoint is complete, or has failed.
+pub fn finish(endpoint: &Arc<Endpoint>, connection: *mut RdmaConnection) {
+    if !settle(endpoint, connection) {
+        return;
+    }
+    // SAFETY: the endpoint's connection is live; no cell is open during the call.
+    unsafe {
+        let handler = (*connection).base.conn_handler.take();
+        if !call_handler(connection, handler) {
+            return;
+        }
+    }
+    if !endpoint.own().connection.is_null() {
+        Transport::get().poller.mark_if_ready(endpoint);
+    }
+}
+
+/// Takes over the outcome of a handshake. Returns whether there is one.
+fn settle(endpoint: &Arc<Endpoint>, connection: *mut RdmaConnection) -> bool {
+    // SAFETY: the endpoint's connection is live.
+    let base = unsafe { &(*connection).base };
+    if base.state() != State::Connecting {
+        return false;
+    }
+    if endpoint.fate() != Fate::Alive {
+        base.fail(libc::ECONNREFUSED);
+        return true;
+    }
+    if !endpoint.own().session.is_open() {
+        return false;
+    }
+    base.set_state(State::Connected);
+    endpoint.enter_stage(Some(Stage::Established));
+    METRICS.connections_opened.add(1);
+    true
+}
+
+/// The server closes a connection that is still being resolved.
+pub fn forget(connection: *mut RdmaConnection) {
+    let mut resolving = RESOLVING.open();
+    let found = resolving.iter().position(|entry| entry.connection == connection);
+    let entry = found.map(|index| resolving.swap_remove(index));
+    drop(resolving);
+    drop(entry);
+}
+
+/// Waits for completions and connection events until `done` says so or the time is
+/// over. No handler of the server runs meanwhile. Returns what `done` said.
+fn wait_for<T>(deadline: Instant, mut done: impl FnMut() -> Option<T>) -> Option<T> {
+    let poller = &Transport::get().poller;
+    loop {
+        if let Some(answer) = done() {
+            return Some(answer);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return None;
+        }
+        if is_main_thread() {
+            sleep_until_readable(&poller.descriptors(), left);
+            poller.run_quietly();
+        } else {
+            // The poller is at work on the main thread and can't be waited for by a
+            // descriptor of its own.
+            std::thread::sleep(left.min(Duration::from_millis(1)));
+        }
+    }
+}
+
+fn sleep_until_readable(descriptors: &[RawFd], left: Duration) {
+    let mut polled: Vec<_> = descriptors
+        .iter()
+        .map(|&fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 })
+        .collect();
+    // At most a while, since time alone may have ended a handshake.
+    let ms = left.as_millis().clamp(1, 50) as i32;
+    // SAFETY: as many structures as said.
+    unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, ms) };
+}
+
+/// `ConnectionType.blocking_connect`. Returns whether it is connected.
+///
+/// # Safety
+/// `connection` is live and new.
+pub unsafe fn blocking_connect(
+    connection: *mut RdmaConnection,
+    to: &str,
+    port: u16,
+    timeout: Duration,
+) -> bool {
+    // SAFETY: by the caller's promise.
+    if !unsafe { connect(connection, to, port, None, None) } {
+        return false;
+    }
+    let outcome = wait_for(Instant::now() + timeout, || {
+        // SAFETY: nobody closes the connection while its owner waits here.
+        let (state, endpoint) =
+            unsafe { ((*connection).base.state(), (*connection).endpoint.clone()) };
+        if let Some(endpoint) = endpoint {
+            settle(&endpoint, connection);
+        }
+        // SAFETY: as above.
+        let state =
+            if state == State::Connecting { unsafe { (*connection).base.state() } } else { state };
+        (state != State::Connecting).then_some(state == State::Connected)
+    });
+    if outcome.is_none() {
+        // SAFETY: as above.
+        unsafe { (*connection).base.fail(libc::ETIMEDOUT) };
+    }
+    outcome == Some(true)
+}
+
+/// Why a blocking call came to nothing, as an error number.
+type Failed = i32;
+
+/// `ConnectionType.sync_write`: all of `bytes`, or an error.
+///
+/// # Errors
+/// `ETIMEDOUT`, or `ECONNRESET` if the connection is not there any more.
+pub fn sync_write(endpoint: &Arc<Endpoint>, bytes: &[u8], timeout: Duration) -> Result<(), Failed> {
+    let mut done = 0;
+    wait_for(Instant::now() + timeout, || {
+        while done < bytes.len() && endpoint.fate() == Fate::Alive {
+            let rest = &bytes[done..];
+            // SAFETY: a piece of a slice.
+            match unsafe { endpoint.write(&[(rest.as_ptr(), rest.len())]) } {
+                WriteOutcome::Bytes(count) => done += count,
+                WriteOutcome::Again => return None,
+                WriteOutcome::Broken => return Some(Err(libc::ECONNRESET)),
+            }
+        }
+        Some(if done == bytes.len() { Ok(()) } else { Err(libc::ECONNRESET) })
+    })
+    .unwrap_or(Err(libc::ETIMEDOUT))
+}
+
+/// `ConnectionType.sync_read`: fills `to`, or an error.
+///
+/// # Errors
+/// As [`sync_write`].
+pub fn sync_read(endpoint: &Arc<Endpoint>, to: &mut [u8], timeout: Duration) -> Result<(), Failed> {
+    let mut done = 0;
+    wait_for(Instant::now() + timeout, || {
+        while done < to.len() {
+            let rest = &mut to[done..];
+            // SAFETY: a piece of a slice.
+            match unsafe { endpoint.read(rest.as_mut_ptr(), rest.len()) } {
+                ReadOutcome::Bytes(count) => {
+                    done += count;
+                    if is_main_thread() {
+                        let poller = &Transport::get().poller;
+                        poller.attempt(endpoint, endpoint.announce_if_consumed());
+                    }
+                }
+                ReadOutcome::Again => return None,
+                ReadOutcome::End | ReadOutcome::Broken => return Some(Err(libc::ECONNRESET)),
+            }
+        }
+        Some(Ok(()))
+    })
+    .unwrap_or(Err(libc::ETIMEDOUT))
+}
+
+/// `ConnectionType.sync_readline`: a line without its end, and a NUL, in `to`.
+/// Returns its length, counted as the server's own function counts it: with a
+/// carriage return, which is overwritten all the same.
+///
+/// # Errors
+/// As [`sync_write`].
+pub fn sync_readline(
+    endpoint: &Arc<Endpoint>,
+    to: &mut [u8],
+    timeout: Duration,
+) -> Result<usize, Failed> {
+    let deadline = Instant::now() + timeout;
+    let mut length = 0;
+    while length + 1 < to.len() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut byte = [0];
+        sync_read(endpoint, &mut byte, left)?;
+        if byte[0] == b'\n' {
+            to[length] = 0;
+            if length > 0 && to[length - 1] == b'\r' {
+                to[length - 1] = 0;
+            }
+            return Ok(length);
+        }
+        to[length] = byte[0];
+        length += 1;
+        to[length] = 0;
+    }
+    Ok(length)
+}

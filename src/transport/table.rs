@@ -1,0 +1,588 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! The functions of `ConnectionType`: the door to C.
+//!
+//! Each checks what it must, calls what does the work, and turns the answer into
+//! the number that the server expects. A panic ends the connection that it
+//! happened on and nothing else.
+
+use super::connection::RdmaConnection;
+use super::endpoint::{Fate, ReadOutcome, WriteOutcome};
+use super::{Transport, in_child, listener, outgoing};
+use crate::host::Line;
+use crate::host::connection::{
+    Connection, FLAG_CLOSE_SCHEDULED, FLAG_WRITE_BARRIER, Handler, State,
+};
+use crate::host::layout::{
+    ConnectionType80, ConnectionType81, ConnectionType91, EventLoop, Listener80, Listener81,
+};
+use crate::host::main_cell::is_main_thread;
+use crate::host::symbols::{TYPE_NAME, TYPE_NUMBER};
+use libc::{iovec, ssize_t};
+use std::ffi::{CStr, c_char, c_int, c_longlong, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
+
+const OK: c_int = 0;
+const ERR: c_int = -1;
+
+/// Runs `work`; a panic in it is logged and answered by `otherwise`.
+pub fn guard<T>(what: &str, otherwise: T, work: impl FnOnce() -> T) -> T {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        log::error!("panic in {what}: this is a bug in valkey-rdma, please report it");
+        otherwise
+    })
+}
+
+/// As [`guard`], for work on a connection, which ends by a panic.
+fn guard_on<T>(
+    what: &str,
+    connection: *mut Connection,
+    otherwise: T,
+    work: impl FnOnce() -> T,
+) -> T {
+    let mut finished = false;
+    let answer = guard(what, otherwise, || {
+        let answer = work();
+        finished = true;
+        answer
+    });
+    if !finished && !connection.is_null() {
+        // SAFETY: the server passed a live connection, and what panicked did not
+        // come so far as to free it.
+        unsafe {
+            (*connection).fail(libc::EIO);
+            if let Some(endpoint) = &(*connection.cast::<RdmaConnection>()).endpoint {
+                endpoint.worsen(Fate::Broken);
+            }
+        }
+    }
+    answer
+}
+
+/// The connection as ours.
+fn ours(connection: *mut Connection) -> *mut RdmaConnection {
+    connection.cast()
+}
+
+unsafe extern "C" fn type_name(_connection: *mut Connection) -> *const c_char {
+    TYPE_NAME.as_ptr()
+}
+
+unsafe extern "C" fn type_number() -> c_int {
+    TYPE_NUMBER
+}
+
+/// We register no descriptor with this handler, so the server never calls it.
+unsafe extern "C" fn ae_handler(_: *mut EventLoop, _: c_int, _: *mut c_void, _: c_int) {}
+
+unsafe extern "C" fn accept_handler(el: *mut EventLoop, fd: c_int, _: *mut c_void, _: c_int) {
+    guard("accept_handler", (), || listener::on_readable(el, fd));
+}
+
+unsafe extern "C" fn addr(
+    connection: *mut Connection,
+    ip: *mut c_char,
+    ip_len: usize,
+    port: *mut c_int,
+    remote: c_int,
+) -> c_int {
+    guard_on("addr", connection, ERR, || {
+        // SAFETY: the server passes a live connection.
+        let endpoint = unsafe { (*ours(connection)).endpoint.as_ref() };
+        let address = endpoint.and_then(|e| if remote != 0 { e.peer() } else { e.local() });
+        let text = address.map_or_else(|| String::from("?"), |a| a.ip().to_string());
+        // SAFETY: `ip` has room for `ip_len` bytes, `port` for one number, if given.
+        unsafe {
+            if !ip.is_null() && ip_len > 0 {
+                let count = text.len().min(ip_len - 1);
+                std::ptr::copy_nonoverlapping(text.as_ptr().cast(), ip, count);
+                *ip.add(count) = 0;
+            }
+            if !port.is_null() {
+                *port = address.map_or(0, |a| c_int::from(a.port()));
+            }
+        }
+        if address.is_some() { OK } else { ERR }
+    })
+}
+
+unsafe extern "C" fn is_local(connection: *mut Connection) -> c_int {
+    guard_on("is_local", connection, ERR, || {
+        // SAFETY: the server passes a live connection.
+        let endpoint = unsafe { (*ours(connection)).endpoint.as_ref() };
+        endpoint.and_then(|e| e.peer()).map_or(ERR, |peer| c_int::from(peer.ip().is_loopback()))
+    })
+}
+
+unsafe extern "C" fn listen(listener: *mut Listener81) -> c_int {
+    guard("listen", ERR, || {
+        // SAFETY: the server passes its own listener.
+        if unsafe { listener::listen(listener) } { OK } else { ERR }
+    })
+}
+
+unsafe extern "C" fn listen_80(listener: *mut Listener80) -> c_int {
+    // SAFETY: up to and with `ct` the structure is the later one, and 8.0's has no
+    // member that `listen` would look at behind it.
+    unsafe { listen(listener.cast()) }
+}
+
+unsafe extern "C" fn close_listener(listener: *mut Listener81) {
+    // SAFETY: the server passes its own listener.
+    guard("closeListener", (), || unsafe { listener::close(listener) });
+}
+
+unsafe extern "C" fn conn_create() -> *mut Connection {
+    guard("conn_create", std::ptr::null_mut(), || {
+        RdmaConnection::create(Transport::get().kind(), State::None).cast()
+    })
+}
+
+/// The server itself never calls this one: accepted connections come from us.
+unsafe extern "C" fn conn_create_accepted(_fd: c_int, _private: *mut c_void) -> *mut Connection {
+    guard("conn_create_accepted", std::ptr::null_mut(), || {
+        RdmaConnection::create(Transport::get().kind(), State::Accepting).cast()
+    })
+}
+
+/// As shutdown(2) of both directions: the peer is told, the connection stays to be closed.
+unsafe extern "C" fn shutdown(connection: *mut Connection) {
+    guard_on("shutdown", connection, (), || {
+        if in_child() {
+            return;
+        }
+        // SAFETY: the server passes a live connection.
+        if let Some(endpoint) = unsafe { (*ours(connection)).endpoint.clone() } {
+            endpoint.worsen(Fate::Gone);
+            endpoint.id().disconnect();
+        }
+    });
+}
+
+unsafe extern "C" fn close(connection: *mut Connection) {
+    guard("close", (), || {
+        if in_child() {
+            return;
+        }
+        let own = ours(connection);
+        // SAFETY: the server passes a live connection and does not use it after this
+        // call, except for a handler that is running (`refs`).
+        unsafe {
+            outgoing::forget(own);
+            if let Some(endpoint) = (*own).endpoint.take() {
+                Transport::get().poller.close(&endpoint);
+            }
+            (*connection).read_handler = None;
+            (*connection).write_handler = None;
+            (*connection).set_state(State::Closed);
+            if (*connection).refs > 0 {
+                (*connection).flags |= FLAG_CLOSE_SCHEDULED;
+            } else {
+                RdmaConnection::free(own);
+            }
+        }
+    });
+}
+
+unsafe extern "C" fn connect(
+    connection: *mut Connection,
+    address: *const c_char,
+    port: c_int,
+    source: *const c_char,
+    handler: Option<Handler>,
+) -> c_int {
+    guard_on("connect", connection, ERR, || {
+        let port = u16::try_from(port).ok();
+        // SAFETY: the server passes a live connection and strings, or null.
+        unsafe {
+            let (Some(to), Some(port), false) = (text(address), port, in_child()) else {
+                (*connection).fail(libc::EINVAL);
+                return ERR;
+            };
+            let source = text(source);
+            let started =
+                outgoing::connect(ours(connection), &to, port, source.as_deref(), handler);
+            if started { OK } else { ERR }
+        }
+    })
+}
+
+unsafe extern "C" fn connect_multipath(
+    connection: *mut Connection,
+    address: *const c_char,
+    port: c_int,
+    source: *const c_char,
+    _multipath: c_int,
+    handler: Option<Handler>,
+) -> c_int {
+    // SAFETY: as for `connect`; multipath TCP is TCP's.
+    unsafe { connect(connection, address, port, source, handler) }
+}
+
+unsafe extern "C" fn blocking_connect(
+    connection: *mut Connection,
+    address: *const c_char,
+    port: c_int,
+    timeout: c_longlong,
+) -> c_int {
+    guard_on("blocking_connect", connection, ERR, || {
+        let port = u16::try_from(port).ok();
+        // SAFETY: the server passes a live connection and a string.
+        unsafe {
+            let (Some(to), Some(port), false) = (text(address), port, in_child()) else {
+                (*connection).fail(libc::EINVAL);
+                return ERR;
+            };
+            if outgoing::blocking_connect(ours(connection), &to, port, millis(timeout)) {
+                OK
+            } else {
+                set_errno((*connection).last_errno());
+                ERR
+            }
+        }
+    })
+}
+
+unsafe extern "C" fn accept(connection: *mut Connection, handler: Option<Handler>) -> c_int {
+    guard_on("accept", connection, ERR, || {
+        // SAFETY: the server passes a live connection, and keeps it alive over this call.
+        unsafe {
+            if (*connection).state() != State::Accepting {
+                return ERR;
+            }
+            (*connection).set_state(State::Connected);
+            if super::connection::call_handler(ours(connection), handler) { OK } else { ERR }
+        }
+    })
+}
+
+unsafe extern "C" fn write(
+    connection: *mut Connection,
+    data: *const c_void,
+    length: usize,
+) -> c_int {
+    guard_on("write", connection, ERR, || {
+        // SAFETY: the server passes a live connection and `length` readable bytes.
+        unsafe { write_pieces(connection, &[(data.cast(), length)]) }
+    })
+}
+
+unsafe extern "C" fn writev(
+    connection: *mut Connection,
+    pieces: *const iovec,
+    count: c_int,
+) -> c_int {
+    guard_on("writev", connection, ERR, || {
+        // SAFETY: the server passes `count` pieces.
+        let pieces = unsafe { std::slice::from_raw_parts(pieces, count.max(0) as usize) };
+        let pieces: Vec<_> = pieces
+            .iter()
+            .map(|piece| (piece.iov_base.cast_const().cast(), piece.iov_len))
+            .collect();
+        // SAFETY: as above; each piece is readable.
+        unsafe { write_pieces(connection, &pieces) }
+    })
+}
+
+/// # Safety
+/// A live connection, readable pieces.
+unsafe fn write_pieces(connection: *mut Connection, pieces: &[(*const u8, usize)]) -> c_int {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        if in_child() {
+            return ERR;
+        }
+        let Some(endpoint) = &(*ours(connection)).endpoint else {
+            (*connection).fail(libc::ENOTCONN);
+            return ERR;
+        };
+        match endpoint.write(pieces) {
+            WriteOutcome::Bytes(count) => c_int::try_from(count).unwrap_or(c_int::MAX),
+            WriteOutcome::Again => {
+                set_errno(libc::EAGAIN);
+                ERR
+            }
+            WriteOutcome::Broken => {
+                (*connection).fail(libc::EPIPE);
+                ERR
+            }
+        }
+    }
+}
+
+unsafe extern "C" fn read(connection: *mut Connection, to: *mut c_void, length: usize) -> c_int {
+    guard_on("read", connection, ERR, || {
+        // SAFETY: the server passes a live connection and `length` writable bytes.
+        unsafe {
+            if in_child() {
+                return ERR;
+            }
+            let Some(endpoint) = &(*ours(connection)).endpoint else {
+                (*connection).fail(libc::ENOTCONN);
+                return ERR;
+            };
+            match endpoint.read(to.cast(), length.min(c_int::MAX as usize)) {
+                ReadOutcome::Bytes(count) => {
+                    if is_main_thread() {
+                        // Soonest is best: the peer may be waiting for this window.
+                        let poller = &Transport::get().poller;
+                        poller.attempt(endpoint, endpoint.announce_if_consumed());
+                    }
+                    count as c_int
+                }
+                ReadOutcome::Again => {
+                    set_errno(libc::EAGAIN);
+                    ERR
+                }
+                ReadOutcome::End => {
+                    (*connection).set_state(State::Closed);
+                    0
+                }
+                ReadOutcome::Broken => {
+                    (*connection).fail(libc::ECONNRESET);
+                    ERR
+                }
+            }
+        }
+    })
+}
+
+unsafe extern "C" fn set_write_handler(
+    connection: *mut Connection,
+    handler: Option<Handler>,
+    barrier: c_int,
+) -> c_int {
+    guard_on("set_write_handler", connection, ERR, || {
+        // SAFETY: the server passes a live connection, on the main thread.
+        unsafe {
+            (*connection).write_handler = handler;
+            if barrier != 0 {
+                (*connection).flags |= FLAG_WRITE_BARRIER;
+            } else {
+                (*connection).flags &= !FLAG_WRITE_BARRIER;
+            }
+            look_again(connection, handler.is_some());
+        }
+        OK
+    })
+}
+
+unsafe extern "C" fn set_read_handler(
+    connection: *mut Connection,
+    handler: Option<Handler>,
+) -> c_int {
+    guard_on("set_read_handler", connection, ERR, || {
+        // SAFETY: the server passes a live connection, on the main thread.
+        unsafe {
+            (*connection).read_handler = handler;
+            look_again(connection, handler.is_some());
+        }
+        OK
+    })
+}
+
+/// Readiness is a level: what waits already is noticed when a handler comes.
+///
+/// # Safety
+/// A live connection.
+unsafe fn look_again(connection: *mut Connection, has_handler: bool) {
+    // SAFETY: by the caller's promise.
+    let (state, endpoint) =
+        unsafe { ((*connection).state(), (*ours(connection)).endpoint.as_ref()) };
+    // While accepting nothing may be called; the accepting itself looks afterwards.
+    if has_handler
+        && state != State::Accepting
+        && !in_child()
+        && let Some(endpoint) = endpoint
+    {
+        Transport::get().poller.mark_if_ready(endpoint);
+    }
+}
+
+unsafe extern "C" fn get_last_error(connection: *mut Connection) -> *const c_char {
+    // SAFETY: the server passes a live connection; strerror takes any number, and its
+    // answer is used at once, on the main thread.
+    unsafe { libc::strerror((*connection).last_errno()) }
+}
+
+unsafe extern "C" fn sync_write(
+    connection: *mut Connection,
+    data: *mut c_char,
+    size: ssize_t,
+    timeout: c_longlong,
+) -> ssize_t {
+    guard_on("sync_write", connection, -1, || {
+        // SAFETY: the server passes a live connection and `size` readable bytes.
+        let bytes = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), size.max(0) as usize) };
+        blocking(connection, |endpoint| {
+            outgoing::sync_write(endpoint, bytes, millis(timeout)).map(|()| bytes.len())
+        })
+    })
+}
+
+unsafe extern "C" fn sync_read(
+    connection: *mut Connection,
+    to: *mut c_char,
+    size: ssize_t,
+    timeout: c_longlong,
+) -> ssize_t {
+    guard_on("sync_read", connection, -1, || {
+        // SAFETY: the server passes a live connection and `size` writable bytes.
+        let to = unsafe { std::slice::from_raw_parts_mut(to.cast::<u8>(), size.max(0) as usize) };
+        blocking(connection, |endpoint| {
+            outgoing::sync_read(endpoint, to, millis(timeout)).map(|()| to.len())
+        })
+    })
+}
+
+unsafe extern "C" fn sync_readline(
+    connection: *mut Connection,
+    to: *mut c_char,
+    size: ssize_t,
+    timeout: c_longlong,
+) -> ssize_t {
+    guard_on("sync_readline", connection, -1, || {
+        // SAFETY: the server passes a live connection and `size` writable bytes.
+        let to = unsafe { std::slice::from_raw_parts_mut(to.cast::<u8>(), size.max(0) as usize) };
+        blocking(connection, |endpoint| outgoing::sync_readline(endpoint, to, millis(timeout)))
+    })
+}
+
+fn blocking(
+    connection: *mut Connection,
+    work: impl FnOnce(&Arc<super::endpoint::Endpoint>) -> Result<usize, i32>,
+) -> ssize_t {
+    // SAFETY: the server passes a live connection.
+    let endpoint = unsafe { (*ours(connection)).endpoint.clone() };
+    let result = match endpoint {
+        Some(endpoint) if !in_child() => work(&endpoint),
+        _ => Err(libc::ENOTCONN),
+    };
+    match result {
+        Ok(count) => count as ssize_t,
+        Err(errno) => {
+            if errno != libc::ETIMEDOUT {
+                // SAFETY: as above.
+                unsafe { (*connection).fail(errno) };
+            }
+            set_errno(errno);
+            -1
+        }
+    }
+}
+
+unsafe extern "C" fn has_pending_data() -> c_int {
+    guard("has_pending_data", 0, || {
+        c_int::from(!in_child() && Transport::get().poller.is_pending())
+    })
+}
+
+unsafe extern "C" fn process_pending_data() -> c_int {
+    guard("process_pending_data", 0, || {
+        if in_child() { 0 } else { Transport::get().poller.run() as c_int }
+    })
+}
+
+/// Any thread: 9.1 calls it from its I/O threads too.
+unsafe extern "C" fn postpone_update_state(connection: *mut Connection, mask: c_int) {
+    // SAFETY: the server passes a live connection; the field is an atomic.
+    unsafe { (*ours(connection)).postpone(mask) };
+}
+
+/// Main thread, after an I/O thread did something. Calls no handler: the server may
+/// be in the middle of its own loop over connections.
+unsafe extern "C" fn update_state(connection: *mut Connection) {
+    guard_on("update_state", connection, (), || {
+        // SAFETY: the server passes a live connection.
+        let endpoint = unsafe { (*ours(connection)).endpoint.clone() };
+        if let Some(endpoint) = endpoint
+            && !in_child()
+        {
+            let poller = &Transport::get().poller;
+            poller.attempt(&endpoint, endpoint.announce_if_consumed());
+            poller.mark_if_ready(&endpoint);
+        }
+    });
+}
+
+fn millis(timeout: c_longlong) -> Duration {
+    Duration::from_millis(u64::try_from(timeout).unwrap_or(0))
+}
+
+fn set_errno(errno: i32) {
+    // SAFETY: the calling thread's own errno.
+    unsafe { *libc::__errno_location() = errno };
+}
+
+/// # Safety
+/// A C string, or null.
+unsafe fn text(string: *const c_char) -> Option<String> {
+    // SAFETY: by the caller's promise.
+    (!string.is_null()).then(|| unsafe { CStr::from_ptr(string) }.to_string_lossy().into_owned())
+}
+
+/// Fills in the members that all lines share; the three lists differ in what stands
+/// beside it.
+macro_rules! table {
+    ($type:ident { $($field:ident: $value:expr,)* }) => {
+        Box::into_raw(Box::new($type {
+            init: None,
+            cleanup: None,
+            configure: None,
+            ae_handler: Some(ae_handler),
+            accept_handler: Some(accept_handler),
+            addr: Some(addr),
+            is_local: Some(is_local),
+            conn_create: Some(conn_create),
+            conn_create_accepted: Some(conn_create_accepted),
+            shutdown: Some(shutdown),
+            close: Some(close),
+            blocking_connect: Some(blocking_connect),
+            accept: Some(accept),
+            write: Some(write),
+            writev: Some(writev),
+            read: Some(read),
+            set_write_handler: Some(set_write_handler),
+            set_read_handler: Some(set_read_handler),
+            get_last_error: Some(get_last_error),
+            sync_write: Some(sync_write),
+            sync_read: Some(sync_read),
+            sync_readline: Some(sync_readline),
+            has_pending_data: Some(has_pending_data),
+            process_pending_data: Some(process_pending_data),
+            postpone_update_state: Some(postpone_update_state),
+            update_state: Some(update_state),
+            get_peer_cert: None,
+            $($field: $value,)*
+        }))
+        .cast()
+    };
+}
+
+/// The table of a line, for the life of the process.
+pub fn of(line: Line) -> *mut c_void {
+    match line {
+        Line::V8_0 => table!(ConnectionType80 {
+            get_type: Some(type_name),
+            listen: Some(listen_80),
+            connect: Some(connect),
+        }),
+        Line::V8_1 => table!(ConnectionType81 {
+            get_type: Some(type_name),
+            listen: Some(listen),
+            close_listener: Some(close_listener),
+            connect: Some(connect),
+            integrity_checked: None,
+        }),
+        Line::V9_1 => table!(ConnectionType91 {
+            get_type: Some(type_number),
+            listen: Some(listen),
+            close_listener: Some(close_listener),
+            connect: Some(connect_multipath),
+            sync_handlers_in_update_state: 0,
+            get_peer_user: None,
+            integrity_checked: None,
+        }),
+    }
+}
