@@ -181,7 +181,12 @@ fn run_cell(lab: &Lab, cell: &Expected, commit: &str, date: &str) -> (String, Op
                 "FAIL  {} ({seconds:.1} s){}\n        {}",
                 cell.id,
                 shown.concat(),
-                format!("{error:?}").replace('\n', "\n        ")
+                error
+                    .chain()
+                    .map(ToString::to_string)
+                    .collect::<Vec<_>>()
+                    .join("\n")
+                    .replace('\n', "\n        ")
             ),
             None,
         ),
