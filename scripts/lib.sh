@@ -9,6 +9,7 @@ set -euo pipefail
 # shellcheck disable=SC2034
 repo=$(cd "${BASH_SOURCE[0]%/*}/.." && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/valkey-rdma
+PATH=$PATH:/usr/sbin:/sbin # an unprivileged user's may lack them
 [[ -d $cache ]] || mkdir -p "$cache"
 
 # Everything a person reads goes to stderr: stdout belongs to the result.
