@@ -302,11 +302,6 @@ impl Link {
         self.mine().ack_at.store(n, Ordering::SeqCst);
         self.ask(want::ACK);
     }
-    /// Takes back a wish: the caller is awake anyway.
-    pub fn unask(&self, what: u32) {
-        self.mine().want.0.fetch_and(!what, Ordering::Relaxed);
-    }
-
     /// Wakes the other side if it wants one of `what`.
     pub fn ring_for(&self, what: u32) {
         fence(Ordering::SeqCst);

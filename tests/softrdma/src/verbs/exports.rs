@@ -516,6 +516,7 @@ pub unsafe extern "C" fn ibv_destroy_srq(c: *mut ibv_srq) -> c_int {
     }
     srq.context.events.remove(|e| matches!(&e.about, About::Srq(other) if Arc::ptr_eq(other, &srq)));
     srq.async_acks.wait();
+    srq.pd.release();
     // SAFETY: see above.
     drop(unsafe { handle::take::<Srq, _>(c) });
     0

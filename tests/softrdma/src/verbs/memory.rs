@@ -6,7 +6,7 @@ use crate::handle;
 use crate::keys::{self, Grant};
 use rdma_sys::*;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// A protection domain.
 #[repr(C)]
@@ -23,17 +23,28 @@ unsafe impl Send for Pd {}
 unsafe impl Sync for Pd {}
 
 /// Something in a protection domain, which can't be deallocated meanwhile.
-pub struct InPd(pub Arc<Pd>);
+pub struct InPd {
+    pub pd: Arc<Pd>,
+    released: AtomicBool,
+}
 
 impl InPd {
     pub fn new(pd: Arc<Pd>) -> InPd {
         pd.users.fetch_add(1, Ordering::Relaxed);
-        InPd(pd)
+        InPd { pd, released: AtomicBool::new(false) }
+    }
+
+    /// Leaves the domain now: the application has destroyed the object, though
+    /// the progress thread may still hold it for a moment.
+    pub fn release(&self) {
+        if !self.released.swap(true, Ordering::Relaxed) {
+            self.pd.users.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 impl Drop for InPd {
     fn drop(&mut self) {
-        self.0.users.fetch_sub(1, Ordering::Relaxed);
+        self.release();
     }
 }
 
@@ -134,7 +145,7 @@ pub unsafe fn deregister(mr: *mut ibv_mr) -> i32 {
 impl Mr {
     /// The protection domain's number.
     pub fn pd(&self) -> u64 {
-        self.pd.0.id
+        self.pd.pd.id
     }
     pub fn key(&self) -> u32 {
         self.c.lkey

@@ -136,6 +136,8 @@ impl Qp {
         {
             return Err(libc::EINVAL);
         }
+        // As Soft-RoCE does: inline data may fill the room of the gather list.
+        cap.max_inline_data = cap.max_inline_data.max(cap.max_send_sge * 16);
         // SAFETY: the application passes live objects of ours.
         let (send_cq, recv_cq, srq) = unsafe {
             let srq = (!init.srq.is_null()).then(|| handle::share::<Srq, _>(init.srq));
@@ -220,6 +222,7 @@ impl Qp {
         if let Some(srq) = &self.srq {
             srq.users.fetch_sub(1, Ordering::Relaxed);
         }
+        self.pd.release();
         QPS.lock().unwrap().get_or_insert_default().remove(&self.num);
         unlay(self.num);
     }
@@ -512,7 +515,7 @@ impl Qp {
             (handle::borrow::<Mw, _>(bind.mw), mr)
         };
         // 10.6.7.2.1: window, region and queue pair share a protection domain.
-        if mw.pd.0.id != self.pd.0.id || mr.is_some_and(|mr| mr.pd() != self.pd.0.id) {
+        if mw.pd.pd.id != self.pd.pd.id || mr.is_some_and(|mr| mr.pd() != self.pd.pd.id) {
             return Err(libc::EINVAL);
         }
         Ok(Operation::Bind {

@@ -74,7 +74,7 @@ impl Inner {
             if work.inline.is_none() {
                 let access = if header.kind == kind::READ { keys::LOCAL_WRITE } else { 0 };
                 let keys = keys::read();
-                if !walk(&keys, qp.pd.0.id, &work.sges, access, 0, header.len as usize, |_, _| ()) {
+                if !walk(&keys, qp.pd.pd.id, &work.sges, access, 0, header.len as usize, |_, _| ()) {
                     return Step::Failed(IBV_WC_LOC_PROT_ERR);
                 }
             }
@@ -102,7 +102,7 @@ impl Inner {
             } else {
                 let keys = keys::read();
                 let mut at = 0;
-                let ok = walk(&keys, qp.pd.0.id, &work.sges, 0, offset, n, |p, m| {
+                let ok = walk(&keys, qp.pd.pd.id, &work.sges, 0, offset, n, |p, m| {
                     // SAFETY: registered memory, held by the key table's lock.
                     unsafe { ring.put(at, p, m) };
                     at += m;
@@ -197,7 +197,7 @@ impl Inner {
             let keys = keys::read();
             let mut at = 0;
             let sges = &self.sq[0].sges;
-            let ok = walk(&keys, qp.pd.0.id, sges, keys::LOCAL_WRITE, self.read_offset, n, |p, m| {
+            let ok = walk(&keys, qp.pd.pd.id, sges, keys::LOCAL_WRITE, self.read_offset, n, |p, m| {
                 // SAFETY: registered memory, held by the key table's lock.
                 unsafe { ring.get(at, p, m) };
                 at += m;
@@ -320,7 +320,7 @@ fn nak_status(nak: u32) -> ibv_wc_status::Type {
 
 /// Binds or invalidates a memory window (10.6.7).
 fn execute_local(qp: &Qp, operation: &Operation) -> bool {
-    let pd = qp.pd.0.id;
+    let pd = qp.pd.pd.id;
     match *operation {
         Operation::Request(_) => true,
         Operation::Invalidate(key) => keys::unbind(key, pd),

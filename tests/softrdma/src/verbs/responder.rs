@@ -175,11 +175,11 @@ impl Inner {
             }
             let keys = keys::read();
             if let Some(work) = &recv {
-                if qp.srq.as_ref().is_some_and(|srq| srq.pd.0.id != qp.pd.0.id) {
+                if qp.srq.as_ref().is_some_and(|srq| srq.pd.pd.id != qp.pd.pd.id) {
                     return Err((FOREIGN_RECEIVE, recv));
                 }
                 let mut at = 0;
-                let ok = walk(&keys, qp.pd.0.id, &work.sges, keys::LOCAL_WRITE, offset, n, |p, m| {
+                let ok = walk(&keys, qp.pd.pd.id, &work.sges, keys::LOCAL_WRITE, offset, n, |p, m| {
                     // SAFETY: registered memory, held by the key table's lock.
                     unsafe { ring.get(at, p, m) };
                     at += m;
@@ -189,7 +189,7 @@ impl Inner {
                 }
             } else {
                 let addr = header.addr.wrapping_add(offset as u64);
-                let pd = qp.pd.0.id;
+                let pd = qp.pd.pd.id;
                 let to = keys.remote(header.rkey, pd, qp.num, addr, n as u64, keys::REMOTE_WRITE);
                 let Some(to) = to else { return Err((ACCESS, None)) };
                 // SAFETY: registered memory, held by the key table's lock.
@@ -230,7 +230,7 @@ impl Inner {
             flags |= ibv_wc_flags::IBV_WC_WITH_IMM.0;
         }
         if header.flags & flag::INVALIDATE != 0 {
-            if !keys::unbind(header.imm, qp.pd.0.id) {
+            if !keys::unbind(header.imm, qp.pd.pd.id) {
                 return Err((ACCESS, recv));
             }
             flags |= ibv_wc_flags::IBV_WC_WITH_INV.0;
@@ -281,7 +281,7 @@ impl Inner {
             }
             let keys = keys::read();
             let addr = header.addr.wrapping_add(offset as u64);
-            let pd = qp.pd.0.id;
+            let pd = qp.pd.pd.id;
             let from = keys.remote(header.rkey, pd, qp.num, addr, n as u64, keys::REMOTE_READ);
             let Some(from) = from else { return Err((ACCESS, None)) };
             // SAFETY: registered memory, held by the key table's lock.
@@ -301,7 +301,7 @@ type Stop = (Violation, Option<RecvWork>);
 /// bytes names no memory, so its key is not looked at (C9-88).
 fn permitted(qp: &Qp, header: &Header) -> bool {
     let len = u64::from(header.len);
-    let pd = qp.pd.0.id;
+    let pd = qp.pd.pd.id;
     len == 0
         || keys::read()
             .remote(header.rkey, pd, qp.num, header.addr, len, right(header.kind))

@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! What each operation does when all is well.
+
+mod common;
+
+use common::*;
+use rdma_sys::{ibv_wc_opcode, ibv_wr_opcode};
+use std::time::{Duration, Instant};
+
+#[test]
+fn send_arrives_whole_at_every_size() {
+    let o = Options { buffer: 3 << 20, ..Options::default() };
+    let mut p = Pair::new(o.clone(), o);
+    for (i, len) in [0usize, 1, 31, 4096, 65_536, 262_144, 262_145, 1 << 20, (2 << 20) + 7].into_iter().enumerate() {
+        let data = pattern(len, i as u8);
+        p.client.fill(0, &data);
+        p.server.recv(1, &[p.server.sge(0, 3 << 20)]);
+        assert_eq!(p.client.post(Send::send(2, &[p.client.sge(0, len)])), 0);
+        let wc = p.server.done(1);
+        assert_eq!((wc.len as usize, wc.opcode, wc.imm), (len, ibv_wc_opcode::IBV_WC_RECV, None));
+        assert_eq!(p.server.bytes(0, len), data);
+        assert_eq!(p.client.done(2).opcode, ibv_wc_opcode::IBV_WC_SEND);
+    }
+}
+
+#[test]
+fn send_with_immediate_delivers_it() {
+    let p = Pair::default();
+    p.server.recv(1, &[]);
+    p.client.post(Send::send_imm(2, &[], 0xdead_beef));
+    assert_eq!(p.server.done(1).imm, Some(0xdead_beef));
+    p.client.done(2);
+}
+
+#[test]
+fn several_pieces_gather_and_scatter() {
+    let mut p = Pair::default();
+    p.client.fill(0, &pattern(3000, 1));
+    let from = [p.client.sge(100, 7), p.client.sge(0, 0), p.client.sge(1000, 1500), p.client.sge(0, 93)];
+    let to = [p.server.sge(50, 1), p.server.sge(60, 1000), p.server.sge(5000, 4000)];
+    p.server.recv(1, &to);
+    p.client.post(Send::send(2, &from));
+    assert_eq!(p.server.done(1).len, 1600);
+    let b = pattern(3000, 1);
+    let sent = [&b[100..107], &b[1000..2500], &b[0..93]].concat();
+    let got = [p.server.bytes(50, 1), p.server.bytes(60, 1000), p.server.bytes(5000, 599)].concat();
+    assert_eq!(got, sent);
+}
+
+#[test]
+fn inline_data_is_taken_at_the_post_and_needs_no_key() {
+    let p = Pair::default();
+    p.server.recv(1, &[p.server.sge(0, 64)]);
+    let mut local = *b"inline data from anywhere";
+    let sge = rdma_sys::ibv_sge { addr: local.as_ptr() as u64, length: local.len() as u32, lkey: 0 };
+    assert_eq!(p.client.post(Send::send(2, &[sge]).flags(SIGNALED | INLINE)), 0);
+    local.fill(0);
+    p.server.done(1);
+    assert_eq!(p.server.bytes(0, 25), b"inline data from anywhere");
+    let long = rdma_sys::ibv_sge { addr: local.as_ptr() as u64, length: 65, lkey: 0 };
+    assert_eq!(p.client.post(Send::send(3, &[long]).flags(INLINE)), libc::EINVAL);
+}
+
+#[test]
+fn write_needs_no_receive_and_its_data_is_there_before_what_follows() {
+    let o = Options { buffer: 1 << 20, ..Options::default() };
+    let mut p = Pair::new(o.clone(), o);
+    let (to, rkey) = (p.server.addr(0), p.server.rkey());
+    for round in 0..50u32 {
+        let data = pattern(1 << 20, round as u8);
+        p.client.fill(0, &data);
+        p.server.recv(u64::from(round), &[]);
+        p.client.post(Send::write(1, &[p.client.sge(0, 1 << 20)], to, rkey).flags(0));
+        p.client.post(Send::write_imm(2, &[], 0, 0, round));
+        let wc = p.server.done(u64::from(round));
+        assert_eq!((wc.opcode, wc.len, wc.imm), (ibv_wc_opcode::IBV_WC_RECV_RDMA_WITH_IMM, 0, Some(round)));
+        assert!(p.server.bytes(0, 1 << 20) == data, "round {round}");
+        assert_eq!(p.client.done(2).opcode, ibv_wc_opcode::IBV_WC_RDMA_WRITE);
+    }
+}
+
+#[test]
+fn read_brings_the_data_and_a_fenced_send_waits_for_it() {
+    let o = Options { buffer: 4 << 20, ..Options::default() };
+    let mut p = Pair::new(o.clone(), o);
+    let len = 3 << 20;
+    p.server.fill(0, &pattern(len, 9));
+    p.server.recv(5, &[p.server.sge(len, 16)]);
+    p.client.post(Send::read(1, &[p.client.sge(0, len)], p.server.addr(0), p.server.rkey()));
+    p.client.post(Send::send(2, &[p.client.sge(len - 16, 16)]).flags(SIGNALED | FENCE));
+    let wc = p.client.done(1);
+    assert_eq!((wc.opcode, wc.len as usize), (ibv_wc_opcode::IBV_WC_RDMA_READ, len));
+    assert!(p.client.bytes(0, len) == pattern(len, 9));
+    p.client.done(2);
+    p.server.done(5);
+    assert_eq!(p.server.bytes(len, 16), pattern(len, 9)[len - 16..]);
+}
+
+#[test]
+fn both_sides_read_and_write_much_at_once() {
+    let o = Options { buffer: 8 << 20, ..Options::default() };
+    let p = Pair::new(o.clone(), o);
+    let mb = 1 << 20;
+    for (a, b) in [(&p.client, &p.server), (&p.server, &p.client)] {
+        for i in 0..8u64 {
+            let at = if i % 2 == 0 { 0 } else { 2 * mb };
+            let wr = if i % 2 == 0 {
+                Send::read(i, &[a.sge(4 * mb, mb)], b.addr(at), b.rkey())
+            } else {
+                Send::write(i, &[a.sge(6 * mb, mb)], b.addr(at), b.rkey())
+            };
+            assert_eq!(a.post(wr), 0);
+        }
+    }
+    for side in [&p.client, &p.server] {
+        for i in 0..8 {
+            side.done(i);
+        }
+    }
+}
+
+#[test]
+fn order_holds_within_a_queue_pair() {
+    let o = Options { send_wr: 512, recv_wr: 512, cqe: 2048, ..Options::default() };
+    let mut p = Pair::new(o.clone(), o);
+    for round in 0..20u32 {
+        for i in 0..500u32 {
+            let slot = 8 * i as usize;
+            p.client.fill(slot, &(round * 500 + i).to_le_bytes());
+            p.server.recv(u64::from(i), &[p.server.sge(slot, 4)]);
+        }
+        for i in 0..500u32 {
+            // One in fifty is signalled: completions come for those alone.
+            let flags = if i % 50 == 49 { SIGNALED } else { 0 };
+            assert_eq!(p.client.post(Send::send(u64::from(i), &[p.client.sge(8 * i as usize, 4)]).flags(flags)), 0);
+        }
+        for i in 0..500u32 {
+            p.server.done(u64::from(i));
+            assert_eq!(p.server.bytes(8 * i as usize, 4), (round * 500 + i).to_le_bytes());
+        }
+        for i in 0..10 {
+            p.client.done(i * 50 + 49);
+        }
+        assert_eq!(p.client.try_poll(), None);
+    }
+}
+
+#[test]
+fn zero_byte_write_names_no_memory_and_is_acknowledged() {
+    let p = Pair::default();
+    p.client.post(Send::write(7, &[], 12_345, 99));
+    p.client.done(7);
+}
+
+#[test]
+fn a_channel_tells_once_for_each_arming() {
+    let p = Pair::default();
+    let (client, server) = (&p.client, &p.server);
+    let fd = server.channel_fd();
+    for i in 0..4 {
+        server.recv(i, &[]);
+    }
+    // Not armed: a completion, no event.
+    client.post(Send::send(1, &[]));
+    server.done(0);
+    assert!(!readable(fd, Duration::from_millis(50)));
+    // Armed: one event for two completions.
+    server.arm(false);
+    client.post(Send::send(2, &[]));
+    client.post(Send::send(3, &[]));
+    assert!(readable(fd, WAIT));
+    assert_eq!(server.cq_event(), Ok(()));
+    server.done(1);
+    server.done(2);
+    assert!(!readable(fd, Duration::from_millis(50)));
+    nonblocking(fd);
+    assert_eq!(server.cq_event(), Err(libc::EAGAIN));
+    // Armed for solicited ones only.
+    server.arm(true);
+    client.post(Send::send(4, &[]));
+    server.done(3);
+    assert!(!readable(fd, Duration::from_millis(50)));
+    server.recv(4, &[]);
+    client.post(Send::send(5, &[]).flags(SIGNALED | SOLICITED));
+    assert!(readable(fd, WAIT));
+    assert_eq!(server.cq_event(), Ok(()));
+    server.done(4);
+}
+
+#[test]
+fn a_send_completion_raises_an_event_too() {
+    let p = Pair::default();
+    for i in 0..200 {
+        p.server.recv(i, &[]);
+        p.client.arm(false);
+        p.client.post(Send::send(i, &[]));
+        assert!(readable(p.client.channel_fd(), WAIT), "round {i}");
+        assert_eq!(p.client.cq_event(), Ok(()));
+        p.client.done(i);
+        p.server.done(i);
+    }
+}
+
+/// Both sides sleep on their channels, as an event loop does: no wake-up may be lost.
+#[test]
+fn ping_pong_by_events_never_stalls() {
+    let p = Pair::default();
+    let rounds = 5_000u64;
+    let turn = |side: &Side, first: bool| {
+        let mut worst = Duration::ZERO;
+        let mut sends = 0;
+        side.recv(0, &[side.sge(0, 64)]);
+        side.arm(false);
+        if first {
+            side.post(Send::send(1, &[side.sge(64, 64)]));
+        }
+        let mut got = 0;
+        while got < rounds {
+            let start = Instant::now();
+            assert!(readable(side.channel_fd(), WAIT), "stalled after {got} of {rounds}");
+            worst = worst.max(start.elapsed());
+            side.cq_event().expect("an event is there");
+            side.arm(false);
+            while let Some(wc) = side.try_poll() {
+                assert_eq!(wc.status, 0);
+                if wc.wr_id == 0 {
+                    got += 1;
+                    side.recv(0, &[side.sge(0, 64)]);
+                    if !(first && got == rounds) {
+                        sends += 1;
+                        side.post(Send::send(1, &[side.sge(64, 64)]));
+                    }
+                }
+            }
+        }
+        (worst, sends)
+    };
+    let (server, client) = (&p.server, &p.client);
+    std::thread::scope(|s| {
+        let server = s.spawn(|| turn(server, false));
+        let (worst, _) = turn(client, true);
+        let (worst2, _) = server.join().expect("the server's thread");
+        assert!(worst.max(worst2) < Duration::from_secs(2), "{worst:?} {worst2:?}");
+    });
+}
+
+#[test]
+fn threads_may_post_to_one_queue_pair_at_once() {
+    let o = Options { send_wr: 4096, recv_wr: 8192, cqe: 16_384, ..Options::default() };
+    let p = Pair::new(o.clone(), o);
+    let (threads, each) = (4u64, 1_500u64);
+    for i in 0..threads * each {
+        assert_eq!(p.server.recv(i, &[p.server.sge(0, 8)]), 0);
+    }
+    let (client, server) = (&p.client, &p.server);
+    std::thread::scope(|s| {
+        for t in 0..threads {
+            s.spawn(move || {
+                for i in 0..each {
+                    let mark = t << 32 | i;
+                    loop {
+                        let sge = rdma_sys::ibv_sge { addr: (&raw const mark) as u64, length: 8, lkey: 0 };
+                        match client.post(Send::send_imm(mark, &[sge], (t * each + i) as u32).flags(SIGNALED | INLINE)) {
+                            0 => break,
+                            libc::ENOMEM => std::thread::yield_now(),
+                            other => panic!("post: {other}"),
+                        }
+                    }
+                }
+            });
+        }
+        let mut next = vec![0; threads as usize];
+        for _ in 0..threads * each {
+            let wc = client.wc();
+            assert_eq!(wc.status, 0);
+            let t = (wc.wr_id >> 32) as usize;
+            assert_eq!(wc.wr_id & 0xffff_ffff, next[t], "order within a thread");
+            next[t] += 1;
+        }
+    });
+    let mut next = vec![0; threads as usize];
+    for i in 0..threads * each {
+        let imm = u64::from(server.done(i).imm.expect("immediate data"));
+        assert_eq!(imm % each, next[(imm / each) as usize]);
+        next[(imm / each) as usize] += 1;
+    }
+}
+
+#[test]
+fn unknown_operations_are_refused() {
+    let p = Pair::default();
+    for opcode in [ibv_wr_opcode::IBV_WR_ATOMIC_CMP_AND_SWP, ibv_wr_opcode::IBV_WR_ATOMIC_FETCH_AND_ADD, ibv_wr_opcode::IBV_WR_TSO] {
+        let wr = Send { opcode, ..Send::send(1, &[p.client.sge(0, 8)]) };
+        assert_eq!(p.client.post(wr), libc::EOPNOTSUPP);
+    }
+}
