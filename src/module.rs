@@ -7,7 +7,7 @@ use crate::host::main_cell::declare_main_thread;
 use crate::host::symbols::{Symbols, server_has_own_rdma};
 use crate::host::{api, fingerprint};
 use crate::metrics::METRICS;
-use crate::transport::{Transport, listener, table};
+use crate::transport::{Transport, listener, rebind, table};
 use crate::verbs::{library, memory};
 use redis_module::raw;
 use std::ffi::{CString, c_char, c_int};
@@ -89,14 +89,13 @@ unsafe fn load(
     argc: c_int,
 ) -> Result<(), String> {
     // SAFETY: by the caller's promise.
-    let (flags, version, arguments) = unsafe {
+    let (version, arguments) = unsafe {
         (
-            raw::RedisModule_GetContextFlags.expect("server API")(ctx),
             Version(raw::RedisModule_GetServerVersion.expect("server API")() as u32),
             arguments(argv, argc),
         )
     };
-    if flags & raw::REDISMODULE_CTX_FLAGS_SERVER_STARTUP as c_int == 0 {
+    if !api::is_starting() {
         return Err(String::from(
             "a connection type can be loaded only while the server starts: \
              put `loadmodule` into its configuration file and restart it",
@@ -137,6 +136,10 @@ unsafe fn load(
     };
     if !transport.poller.watch(echoes) {
         return Err(String::from("the server's event loop takes no more descriptors (maxclients)"));
+    }
+    if !line.has_directives() {
+        // SAFETY: the server's context.
+        unsafe { rebind::register(ctx) }?;
     }
     // From here on nothing may fail: a registered type can't be taken back.
     let kind = table::of(line);

@@ -30,6 +30,13 @@ pub unsafe fn start(load_context: *mut raw::RedisModuleCtx) {
     }
 }
 
+/// Whether the server is still starting: it reads its configuration and listens later.
+pub fn is_starting() -> bool {
+    let starting = raw::REDISMODULE_CTX_FLAGS_SERVER_STARTUP as c_int;
+    // SAFETY: the API table and the context are set at load.
+    unsafe { raw::RedisModule_GetContextFlags.expect("server API")(context()) & starting != 0 }
+}
+
 /// Calls `callback` on the main thread whenever `fd` is readable.
 ///
 /// Returns whether the event loop took it: it has a limit on descriptors.

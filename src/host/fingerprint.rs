@@ -123,7 +123,7 @@ fn executable_code() -> Vec<Range<usize>> {
 mod tests {
     use super::*;
 
-    const CODE: [Range<usize>; 1] = [0x1000..0x2000];
+    const CODE: [Range<usize>; 2] = [0x1000..0x2000, 0x3000..0x3001];
 
     /// A table as `line`'s server has it.
     fn genuine(line: Line) -> Vec<usize> {

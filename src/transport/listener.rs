@@ -30,11 +30,14 @@ const EVERYWHERE: [&str; 2] = ["*", "-::*"];
 #[derive(Debug)]
 pub struct Listeners {
     open: Vec<Listener>,
-    /// The arguments of `loadmodule`: what counts where no directive does.
-    argument_bind: Vec<String>,
-    argument_port: u16,
-    /// Whether the present port is that of the arguments.
-    by_argument: bool,
+    /// What the module itself was told, by its arguments or, on 8.0, by its settings:
+    /// what counts where no directive of the server's does.
+    pub own_bind: Vec<String>,
+    pub own_port: u16,
+    /// Whether that is what is listened on.
+    by_own: bool,
+    /// Whether the next `listen` is for that, and not for a directive.
+    next_by_own: bool,
     /// The names that `bindaddr` of the server's structure points to, for `INFO`.
     names: Vec<CString>,
     pointers: Box<[*mut c_char; MAX_BINDS]>,
@@ -56,9 +59,10 @@ impl Listeners {
     pub fn new(settings: &Settings) -> Self {
         Self {
             open: Vec::new(),
-            argument_bind: settings.bind.clone(),
-            argument_port: settings.port,
-            by_argument: false,
+            own_bind: settings.bind.clone(),
+            own_port: settings.port,
+            by_own: false,
+            next_by_own: false,
             names: Vec::new(),
             pointers: Box::new([std::ptr::null_mut(); MAX_BINDS]),
             last_refusal_logged: None,
@@ -73,11 +77,11 @@ impl Listeners {
 /// `listener` is the server's own, of our registered type.
 pub unsafe fn configure(listener: *mut Listener81, kind: *const c_void) {
     let mut listeners = Transport::get().listeners.open();
-    if listeners.argument_port == 0 {
+    if listeners.own_port == 0 {
         return;
     }
-    listeners.by_argument = true;
-    let port = listeners.argument_port;
+    listeners.next_by_own = true;
+    let port = listeners.own_port;
     // SAFETY: by the caller's promise. The addresses are not given here: `listen`
     // takes them from the arguments.
     unsafe {
@@ -97,15 +101,13 @@ pub unsafe fn listen(listener: *mut Listener81) -> bool {
     // SAFETY: as above.
     let core = unsafe { core_settings(listener) };
     let mut listeners = transport.listeners.open();
-    let by_argument =
-        listeners.by_argument && core.is_none() && port == c_int::from(listeners.argument_port);
-    if core.is_some() && listeners.argument_port != 0 {
+    listeners.by_own = std::mem::take(&mut listeners.next_by_own) && core.is_none();
+    if core.is_some() && listeners.own_port != 0 {
         log::info!(
             "the directive rdma-port ({port}) wins over the module's argument port={}",
-            listeners.argument_port
+            listeners.own_port
         );
     }
-    listeners.by_argument = by_argument;
     if let Some((rx_size, vector)) = core {
         let mut settings = transport.settings.open();
         settings.rx_size = rx_size;
@@ -116,8 +118,8 @@ pub unsafe fn listen(listener: *mut Listener81) -> bool {
     }
     let binds = if !server_binds.is_empty() {
         server_binds
-    } else if !listeners.argument_bind.is_empty() {
-        listeners.argument_bind.clone()
+    } else if !listeners.own_bind.is_empty() {
+        listeners.own_bind.clone()
     } else {
         EVERYWHERE.map(str::to_owned).to_vec()
     };
@@ -250,6 +252,32 @@ pub fn resolve(name: &str, port: u16) -> Result<SocketAddr, String> {
     found.next().ok_or_else(|| String::from("the name has no address"))
 }
 
+/// Listens on what the module was told by now. Returns whether that worked.
+///
+/// # Safety
+/// Main thread, after registration.
+pub unsafe fn reopen() -> bool {
+    let transport = Transport::get();
+    let listener = transport.symbols.listener();
+    let port = {
+        let mut listeners = transport.listeners.open();
+        listeners.next_by_own = true;
+        listeners.own_port
+    };
+    // SAFETY: the server's own listener. Without addresses of the server's, `listen`
+    // takes the module's.
+    unsafe {
+        (*listener).ct = transport.kind();
+        (*listener).port = c_int::from(port);
+        (*listener).bindaddr_count = 0;
+        let changed = transport.symbols.change_listener(listener);
+        if port == 0 || !changed {
+            close_ours();
+        }
+        changed
+    }
+}
+
 /// Gives up what is listened on, after the server closed its copies.
 pub fn close_ours() {
     let listeners = &Transport::get().listeners;
@@ -272,13 +300,14 @@ pub unsafe fn close(listener: *mut Listener81) {
         }
     }
     close_ours();
-    let listeners = transport.listeners.open();
+    let mut listeners = transport.listeners.open();
     // SAFETY: by the caller's promise. A port of 0 comes here for two reasons: the
     // operator set rdma-port to 0, or set rdma-bind while rdma-port was 0 all along
     // and the arguments' port is in use. The second must not stop us listening.
     unsafe {
-        if (*listener).port == 0 && listeners.by_argument {
-            (*listener).port = c_int::from(listeners.argument_port);
+        if (*listener).port == 0 && listeners.by_own {
+            (*listener).port = c_int::from(listeners.own_port);
+            listeners.next_by_own = true;
         }
     }
 }

@@ -8,6 +8,7 @@
 //! * [`connection`]: the server's `connection` of our type.
 //! * [`poller`]: completions in, handlers called, the ready queue.
 //! * [`listener`]: listening and accepting.
+//! * [`rebind`]: the settings that change what is listened on in 8.0.
 //! * [`clock`]: what the time asks for.
 //! * [`outgoing`]: connections that this server opens.
 //! * [`table`]: the functions of `ConnectionType`, the door to C.
@@ -20,6 +21,7 @@ pub mod key;
 pub mod listener;
 pub mod outgoing;
 pub mod poller;
+pub mod rebind;
 pub mod table;
 
 use crate::config::Settings;

@@ -134,7 +134,11 @@ fn fail(connection: *mut RdmaConnection, errno: i32) {
 }
 
 /// The handshake of a connecting endpoint is complete, or has failed.
-pub fn finish(endpoint: &Arc<Endpoint>, connection: *mut RdmaConnection) {
+pub fn finish(endpoint: &Arc<Endpoint>) {
+    let connection = endpoint.own().connection;
+    if connection.is_null() {
+        return;
+    }
     if !settle(endpoint, connection) {
         return;
     }

@@ -496,7 +496,7 @@ impl Poller {
         // SAFETY: live, see `mark_if_ready`.
         if unsafe { (*connection).base.state() } == State::Connecting {
             if open || endpoint.fate() != Fate::Alive {
-                outgoing::finish(endpoint, connection);
+                outgoing::finish(endpoint);
             }
             return;
         }

@@ -137,6 +137,12 @@ pub struct Id {
 /// our receives run out, and a peer that is only ahead of us must not fail.
 const RETRIES: u8 = 7;
 
+// SAFETY: librdmacm and the kernel lock what they must; the id is destroyed by its
+// owner alone, and only the main thread changes it.
+unsafe impl Send for Id {}
+// SAFETY: as above.
+unsafe impl Sync for Id {}
+
 /// Level and name of the option "this id's address family only", as
 /// `rdma_cma.h` numbers them in anonymous enumerations.
 const OPTION_LEVEL_ID: c_int = 0;

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! `rdma.port` and `rdma.bind`: the settings that 8.0 can change at run time.
+//!
+//! From 8.1 on the server has the directives `rdma-port` and `rdma-bind`. 8.0 knows
+//! nothing of RDMA, so there the module brings settings of its own, by the module
+//! API. Their defaults are the module's arguments; what the configuration file or
+//! `CONFIG SET` says wins over those.
+
+use super::{Transport, listener};
+use crate::host::api;
+use crate::host::layout::MAX_BINDS;
+use redis_module::configuration::{
+    ConfigurationContext, ConfigurationFlags, ConfigurationValue, register_i64_configuration,
+    register_string_configuration,
+};
+use redis_module::{Context, RedisError, RedisString, raw};
+use std::ffi::c_int;
+
+struct Port;
+struct Bind;
+
+impl ConfigurationValue<i64> for Port {
+    fn get(&self, _: &ConfigurationContext) -> i64 {
+        i64::from(Transport::get().listeners.open().own_port)
+    }
+
+    fn set(&self, _: &ConfigurationContext, port: i64) -> Result<(), RedisError> {
+        let port = u16::try_from(port).map_err(|_| RedisError::Str("not a port"))?;
+        let argument = std::mem::replace(&mut Transport::get().listeners.open().own_port, port);
+        if api::is_starting() && argument != 0 && argument != port {
+            log::info!("the directive rdma.port {port} wins over the argument port={argument}");
+        }
+        apply()
+    }
+}
+
+impl ConfigurationValue<RedisString> for Bind {
+    fn get(&self, _: &ConfigurationContext) -> RedisString {
+        RedisString::create(None, Transport::get().listeners.open().own_bind.join(" "))
+    }
+
+    fn set(&self, _: &ConfigurationContext, value: RedisString) -> Result<(), RedisError> {
+        let bind: Vec<String> =
+            value.to_string_lossy().split_ascii_whitespace().map(str::to_owned).collect();
+        if bind.len() > MAX_BINDS {
+            return Err(RedisError::Str("at most 16 addresses"));
+        }
+        Transport::get().listeners.open().own_bind = bind;
+        apply()
+    }
+}
+
+/// Listens as told now. While the server starts it does so by itself later.
+fn apply() -> Result<(), RedisError> {
+    if api::is_starting() {
+        return Ok(());
+    }
+    // SAFETY: the server's own listener of our registered type, on the main thread.
+    if unsafe { listener::reopen() } {
+        Ok(())
+    } else {
+        Err(RedisError::Str("cannot listen there; the server's log says why"))
+    }
+}
+
+/// Registers the two settings and takes over what the configuration file says.
+///
+/// # Errors
+/// If the server does not take them.
+///
+/// # Safety
+/// `ctx` is the context that the server passed while loading.
+pub unsafe fn register(ctx: *mut raw::RedisModuleCtx) -> Result<(), String> {
+    let context = Context::new(ctx);
+    let (port, bind) = {
+        let listeners = Transport::get().listeners.open();
+        (i64::from(listeners.own_port), listeners.own_bind.join(" "))
+    };
+    let flags = || ConfigurationFlags::DEFAULT;
+    register_i64_configuration(&context, "port", &Port, port, 0, 65_535, flags(), None);
+    register_string_configuration(&context, "bind", &Bind, &bind, flags(), None);
+    // SAFETY: by the caller's promise.
+    let loaded = unsafe { raw::RedisModule_LoadConfigs.expect("server API")(ctx) };
+    if loaded == raw::REDISMODULE_OK as c_int {
+        Ok(())
+    } else {
+        Err(String::from("a value of rdma.port or rdma.bind can't be used; see the line above"))
+    }
+}
