@@ -149,7 +149,14 @@ impl Keys {
         }
     }
 
-    fn check(&self, key: u32, pd: u64, addr: u64, len: u64, access: u32) -> Option<(&Grant, *mut u8)> {
+    fn check(
+        &self,
+        key: u32,
+        pd: u64,
+        addr: u64,
+        len: u64,
+        access: u32,
+    ) -> Option<(&Grant, *mut u8)> {
         let g = self.live(key)?;
         let offset = addr.checked_sub(g.iova)?;
         if g.pd != pd || g.access & access != access || offset.checked_add(len)? > g.length {
@@ -159,7 +166,15 @@ impl Keys {
     }
 
     /// Checks a remote access by way of queue pair `qp`; answers where it goes.
-    pub fn remote(&self, key: u32, pd: u64, qp: u32, addr: u64, len: u64, access: u32) -> Option<*mut u8> {
+    pub fn remote(
+        &self,
+        key: u32,
+        pd: u64,
+        qp: u32,
+        addr: u64,
+        len: u64,
+        access: u32,
+    ) -> Option<*mut u8> {
         let (g, p) = self.check(key, pd, addr, len, access)?;
         g.qp.is_none_or(|bound| bound == qp).then_some(p)
     }

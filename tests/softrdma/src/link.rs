@@ -163,8 +163,14 @@ impl Link {
     pub fn create() -> Result<(Link, [Fd; 1])> {
         let memory = sys::shared_memory(SIZE)?;
         let map = sys::map_shared(&memory, SIZE)?;
-        let link =
-            Link { map, me: 0, bell: sys::doorbell()?, peer_bell: sys::doorbell()?, dead: AtomicBool::new(false), seen: AtomicU64::new(0) };
+        let link = Link {
+            map,
+            me: 0,
+            bell: sys::doorbell()?,
+            peer_bell: sys::doorbell()?,
+            dead: AtomicBool::new(false),
+            seen: AtomicU64::new(0),
+        };
         Ok((link, [memory]))
     }
 
@@ -176,7 +182,14 @@ impl Link {
     /// Takes the other end of a wire that another process made.
     pub fn attach(memory: Fd, maker_bell: Fd, my_bell: Fd) -> Result<Link> {
         let map = sys::map_shared(&memory, SIZE)?;
-        Ok(Link { map, me: 1, bell: my_bell, peer_bell: maker_bell, dead: AtomicBool::new(false), seen: AtomicU64::new(0) })
+        Ok(Link {
+            map,
+            me: 1,
+            bell: my_bell,
+            peer_bell: maker_bell,
+            dead: AtomicBool::new(false),
+            seen: AtomicU64::new(0),
+        })
     }
 
     pub fn bell(&self) -> RawFd {
@@ -287,7 +300,9 @@ impl Link {
     /// A sum over all that the other side may change: it only ever grows.
     fn glance(&self) -> u64 {
         let t = self.theirs();
-        t.request_head.0.load(Ordering::Acquire)
+        t.request_head
+            .0
+            .load(Ordering::Acquire)
             .wrapping_add(t.acked.0.load(Ordering::Acquire))
             .wrapping_add(t.response_head.0.load(Ordering::Acquire))
     }

@@ -166,7 +166,7 @@ pub fn send_packet(fd: &Fd, bytes: &[u8], fds: &[RawFd]) -> Result<()> {
         msg.msg_iov = &raw mut iov;
         msg.msg_iovlen = 1;
         if !fds.is_empty() {
-            let size = (fds.len() * size_of::<RawFd>()) as u32;
+            let size = size_of_val(fds) as u32;
             msg.msg_control = control.0.as_mut_ptr().cast();
             msg.msg_controllen = libc::CMSG_SPACE(size) as usize;
             let c = libc::CMSG_FIRSTHDR(&raw const msg);

@@ -11,11 +11,14 @@ use std::time::{Duration, Instant};
 fn send_arrives_whole_at_every_size() {
     let o = Options { buffer: 3 << 20, ..Options::default() };
     let mut p = Pair::new(o.clone(), o);
-    for (i, len) in [0usize, 1, 31, 4096, 65_536, 262_144, 262_145, 1 << 20, (2 << 20) + 7].into_iter().enumerate() {
+    for (i, len) in [0usize, 1, 31, 4096, 65_536, 262_144, 262_145, 1 << 20, (2 << 20) + 7]
+        .into_iter()
+        .enumerate()
+    {
         let data = pattern(len, i as u8);
         p.client.fill(0, &data);
         p.server.recv(1, &[p.server.sge(0, 3 << 20)]);
-        assert_eq!(p.client.post(Send::send(2, &[p.client.sge(0, len)])), 0);
+        assert_eq!(p.client.post(Wr::send(2, &[p.client.sge(0, len)])), 0);
         let wc = p.server.done(1);
         assert_eq!((wc.len as usize, wc.opcode, wc.imm), (len, ibv_wc_opcode::IBV_WC_RECV, None));
         assert_eq!(p.server.bytes(0, len), data);
@@ -27,7 +30,7 @@ fn send_arrives_whole_at_every_size() {
 fn send_with_immediate_delivers_it() {
     let p = Pair::default();
     p.server.recv(1, &[]);
-    p.client.post(Send::send_imm(2, &[], 0xdead_beef));
+    p.client.post(Wr::send_imm(2, &[], 0xdead_beef));
     assert_eq!(p.server.done(1).imm, Some(0xdead_beef));
     p.client.done(2);
 }
@@ -36,10 +39,11 @@ fn send_with_immediate_delivers_it() {
 fn several_pieces_gather_and_scatter() {
     let mut p = Pair::default();
     p.client.fill(0, &pattern(3000, 1));
-    let from = [p.client.sge(100, 7), p.client.sge(0, 0), p.client.sge(1000, 1500), p.client.sge(0, 93)];
+    let from =
+        [p.client.sge(100, 7), p.client.sge(0, 0), p.client.sge(1000, 1500), p.client.sge(0, 93)];
     let to = [p.server.sge(50, 1), p.server.sge(60, 1000), p.server.sge(5000, 4000)];
     p.server.recv(1, &to);
-    p.client.post(Send::send(2, &from));
+    p.client.post(Wr::send(2, &from));
     assert_eq!(p.server.done(1).len, 1600);
     let b = pattern(3000, 1);
     let sent = [&b[100..107], &b[1000..2500], &b[0..93]].concat();
@@ -52,13 +56,14 @@ fn inline_data_is_taken_at_the_post_and_needs_no_key() {
     let p = Pair::default();
     p.server.recv(1, &[p.server.sge(0, 64)]);
     let mut local = *b"inline data from anywhere";
-    let sge = rdma_sys::ibv_sge { addr: local.as_ptr() as u64, length: local.len() as u32, lkey: 0 };
-    assert_eq!(p.client.post(Send::send(2, &[sge]).flags(SIGNALED | INLINE)), 0);
+    let sge =
+        rdma_sys::ibv_sge { addr: local.as_ptr() as u64, length: local.len() as u32, lkey: 0 };
+    assert_eq!(p.client.post(Wr::send(2, &[sge]).flags(SIGNALED | INLINE)), 0);
     local.fill(0);
     p.server.done(1);
     assert_eq!(p.server.bytes(0, 25), b"inline data from anywhere");
     let long = rdma_sys::ibv_sge { addr: local.as_ptr() as u64, length: 65, lkey: 0 };
-    assert_eq!(p.client.post(Send::send(3, &[long]).flags(INLINE)), libc::EINVAL);
+    assert_eq!(p.client.post(Wr::send(3, &[long]).flags(INLINE)), libc::EINVAL);
 }
 
 #[test]
@@ -70,10 +75,13 @@ fn write_needs_no_receive_and_its_data_is_there_before_what_follows() {
         let data = pattern(1 << 20, round as u8);
         p.client.fill(0, &data);
         p.server.recv(u64::from(round), &[]);
-        p.client.post(Send::write(1, &[p.client.sge(0, 1 << 20)], to, rkey).flags(0));
-        p.client.post(Send::write_imm(2, &[], 0, 0, round));
+        p.client.post(Wr::write(1, &[p.client.sge(0, 1 << 20)], to, rkey).flags(0));
+        p.client.post(Wr::write_imm(2, &[], 0, 0, round));
         let wc = p.server.done(u64::from(round));
-        assert_eq!((wc.opcode, wc.len, wc.imm), (ibv_wc_opcode::IBV_WC_RECV_RDMA_WITH_IMM, 0, Some(round)));
+        assert_eq!(
+            (wc.opcode, wc.len, wc.imm),
+            (ibv_wc_opcode::IBV_WC_RECV_RDMA_WITH_IMM, 0, Some(round))
+        );
         assert!(p.server.bytes(0, 1 << 20) == data, "round {round}");
         assert_eq!(p.client.done(2).opcode, ibv_wc_opcode::IBV_WC_RDMA_WRITE);
     }
@@ -86,8 +94,8 @@ fn read_brings_the_data_and_a_fenced_send_waits_for_it() {
     let len = 3 << 20;
     p.server.fill(0, &pattern(len, 9));
     p.server.recv(5, &[p.server.sge(len, 16)]);
-    p.client.post(Send::read(1, &[p.client.sge(0, len)], p.server.addr(0), p.server.rkey()));
-    p.client.post(Send::send(2, &[p.client.sge(len - 16, 16)]).flags(SIGNALED | FENCE));
+    p.client.post(Wr::read(1, &[p.client.sge(0, len)], p.server.addr(0), p.server.rkey()));
+    p.client.post(Wr::send(2, &[p.client.sge(len - 16, 16)]).flags(SIGNALED | FENCE));
     let wc = p.client.done(1);
     assert_eq!((wc.opcode, wc.len as usize), (ibv_wc_opcode::IBV_WC_RDMA_READ, len));
     assert!(p.client.bytes(0, len) == pattern(len, 9));
@@ -105,9 +113,9 @@ fn both_sides_read_and_write_much_at_once() {
         for i in 0..8u64 {
             let at = if i % 2 == 0 { 0 } else { 2 * mb };
             let wr = if i % 2 == 0 {
-                Send::read(i, &[a.sge(4 * mb, mb)], b.addr(at), b.rkey())
+                Wr::read(i, &[a.sge(4 * mb, mb)], b.addr(at), b.rkey())
             } else {
-                Send::write(i, &[a.sge(6 * mb, mb)], b.addr(at), b.rkey())
+                Wr::write(i, &[a.sge(6 * mb, mb)], b.addr(at), b.rkey())
             };
             assert_eq!(a.post(wr), 0);
         }
@@ -132,7 +140,11 @@ fn order_holds_within_a_queue_pair() {
         for i in 0..500u32 {
             // One in fifty is signalled: completions come for those alone.
             let flags = if i % 50 == 49 { SIGNALED } else { 0 };
-            assert_eq!(p.client.post(Send::send(u64::from(i), &[p.client.sge(8 * i as usize, 4)]).flags(flags)), 0);
+            assert_eq!(
+                p.client
+                    .post(Wr::send(u64::from(i), &[p.client.sge(8 * i as usize, 4)]).flags(flags)),
+                0
+            );
         }
         for i in 0..500u32 {
             p.server.done(u64::from(i));
@@ -148,7 +160,7 @@ fn order_holds_within_a_queue_pair() {
 #[test]
 fn zero_byte_write_names_no_memory_and_is_acknowledged() {
     let p = Pair::default();
-    p.client.post(Send::write(7, &[], 12_345, 99));
+    p.client.post(Wr::write(7, &[], 12_345, 99));
     p.client.done(7);
 }
 
@@ -161,13 +173,13 @@ fn a_channel_tells_once_for_each_arming() {
         server.recv(i, &[]);
     }
     // Not armed: a completion, no event.
-    client.post(Send::send(1, &[]));
+    client.post(Wr::send(1, &[]));
     server.done(0);
     assert!(!readable(fd, Duration::from_millis(50)));
     // Armed: one event for two completions.
     server.arm(false);
-    client.post(Send::send(2, &[]));
-    client.post(Send::send(3, &[]));
+    client.post(Wr::send(2, &[]));
+    client.post(Wr::send(3, &[]));
     assert!(readable(fd, WAIT));
     assert_eq!(server.cq_event(), Ok(()));
     server.done(1);
@@ -177,11 +189,11 @@ fn a_channel_tells_once_for_each_arming() {
     assert_eq!(server.cq_event(), Err(libc::EAGAIN));
     // Armed for solicited ones only.
     server.arm(true);
-    client.post(Send::send(4, &[]));
+    client.post(Wr::send(4, &[]));
     server.done(3);
     assert!(!readable(fd, Duration::from_millis(50)));
     server.recv(4, &[]);
-    client.post(Send::send(5, &[]).flags(SIGNALED | SOLICITED));
+    client.post(Wr::send(5, &[]).flags(SIGNALED | SOLICITED));
     assert!(readable(fd, WAIT));
     assert_eq!(server.cq_event(), Ok(()));
     server.done(4);
@@ -193,7 +205,7 @@ fn a_send_completion_raises_an_event_too() {
     for i in 0..200 {
         p.server.recv(i, &[]);
         p.client.arm(false);
-        p.client.post(Send::send(i, &[]));
+        p.client.post(Wr::send(i, &[]));
         assert!(readable(p.client.channel_fd(), WAIT), "round {i}");
         assert_eq!(p.client.cq_event(), Ok(()));
         p.client.done(i);
@@ -212,7 +224,7 @@ fn ping_pong_by_events_never_stalls() {
         side.recv(0, &[side.sge(0, 64)]);
         side.arm(false);
         if first {
-            side.post(Send::send(1, &[side.sge(64, 64)]));
+            side.post(Wr::send(1, &[side.sge(64, 64)]));
         }
         let mut got = 0;
         while got < rounds {
@@ -228,7 +240,7 @@ fn ping_pong_by_events_never_stalls() {
                     side.recv(0, &[side.sge(0, 64)]);
                     if !(first && got == rounds) {
                         sends += 1;
-                        side.post(Send::send(1, &[side.sge(64, 64)]));
+                        side.post(Wr::send(1, &[side.sge(64, 64)]));
                     }
                 }
             }
@@ -259,8 +271,15 @@ fn threads_may_post_to_one_queue_pair_at_once() {
                 for i in 0..each {
                     let mark = t << 32 | i;
                     loop {
-                        let sge = rdma_sys::ibv_sge { addr: (&raw const mark) as u64, length: 8, lkey: 0 };
-                        match client.post(Send::send_imm(mark, &[sge], (t * each + i) as u32).flags(SIGNALED | INLINE)) {
+                        let sge = rdma_sys::ibv_sge {
+                            addr: (&raw const mark) as u64,
+                            length: 8,
+                            lkey: 0,
+                        };
+                        match client.post(
+                            Wr::send_imm(mark, &[sge], (t * each + i) as u32)
+                                .flags(SIGNALED | INLINE),
+                        ) {
                             0 => break,
                             libc::ENOMEM => std::thread::yield_now(),
                             other => panic!("post: {other}"),
@@ -289,8 +308,12 @@ fn threads_may_post_to_one_queue_pair_at_once() {
 #[test]
 fn unknown_operations_are_refused() {
     let p = Pair::default();
-    for opcode in [ibv_wr_opcode::IBV_WR_ATOMIC_CMP_AND_SWP, ibv_wr_opcode::IBV_WR_ATOMIC_FETCH_AND_ADD, ibv_wr_opcode::IBV_WR_TSO] {
-        let wr = Send { opcode, ..Send::send(1, &[p.client.sge(0, 8)]) };
+    for opcode in [
+        ibv_wr_opcode::IBV_WR_ATOMIC_CMP_AND_SWP,
+        ibv_wr_opcode::IBV_WR_ATOMIC_FETCH_AND_ADD,
+        ibv_wr_opcode::IBV_WR_TSO,
+    ] {
+        let wr = Wr { opcode, ..Wr::send(1, &[p.client.sge(0, 8)]) };
         assert_eq!(p.client.post(wr), libc::EOPNOTSUPP);
     }
 }

@@ -66,13 +66,17 @@ pub fn owned(ip: IpAddr) -> bool {
     match UdpSocket::bind((ip, 0)) {
         Ok(_) => true,
         // Link-local addresses want a scope, which the name does not have.
-        Err(e) => matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local()) && e.kind() == ErrorKind::InvalidInput,
+        Err(e) => {
+            matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local())
+                && e.kind() == ErrorKind::InvalidInput
+        }
     }
 }
 
 /// The source address that the kernel would use towards `to`; the error is an errno.
 pub fn source_for(to: IpAddr) -> Result<IpAddr, i32> {
-    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let any: IpAddr =
+        if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let code = |e: std::io::Error| e.raw_os_error().unwrap_or(libc::EHOSTUNREACH);
     let socket = UdpSocket::bind((any, 0)).map_err(code)?;
     socket.connect((to, 9)).map_err(code)?;
@@ -105,7 +109,8 @@ pub fn bind(socket: &Fd, address: SocketAddr, v6_only: bool) -> Result<SocketAdd
             .map_err(|e| e.raw_os_error().unwrap_or(libc::EADDRINUSE));
     }
     // The ephemeral range, begun somewhere that differs between processes.
-    let start = std::process::id().wrapping_mul(7919).wrapping_add(crate::verbs::context::unique() as u32);
+    let start =
+        std::process::id().wrapping_mul(7919).wrapping_add(crate::verbs::context::unique() as u32);
     for i in 0..28_000u32 {
         let port = 32_768 + (start.wrapping_add(i) % 28_000) as u16;
         if !taken(&ip, port) && sys::bind_abstract(socket, &name(&ip, port)).is_ok() {
@@ -116,13 +121,18 @@ pub fn bind(socket: &Fd, address: SocketAddr, v6_only: bool) -> Result<SocketAdd
 }
 
 /// True if a wildcard at this port, of a protocol in common, stands against
-/// another address or the other way round.
+/// another address or the other way round. The same name twice is the kernel's
+/// to refuse.
 fn taken(ip: &str, port: u16) -> bool {
+    const UNCONNECTED: &str = "01";
     let Ok(table) = std::fs::read_to_string("/proc/net/unix") else { return false };
     let prefix = format!("@softrdma/{port}/");
     let wild = |a: &str| matches!(a, "0.0.0.0" | "::" | BOTH);
     let common = |a: &str, b: &str| a == BOTH || b == BOTH || a.contains(':') == b.contains(':');
-    table.lines().filter_map(|l| l.split_once(&prefix)).any(|(_, other)| {
-        other == ip || (wild(other) || wild(ip)) && common(other, ip)
+    table.lines().any(|line| {
+        let Some((rest, other)) = line.split_once(&prefix) else { return false };
+        // An accepted connection shows its listener's name, but does not hold it.
+        let holds = rest.split_whitespace().nth(5) == Some(UNCONNECTED);
+        holds && other != ip && (wild(other) || wild(ip)) && common(other, ip)
     })
 }

@@ -67,11 +67,13 @@ impl Pending {
         match kind {
             RDMA_CM_EVENT_CONNECT_REQUEST => id.introduce(listener.as_deref()),
             RDMA_CM_EVENT_ADDR_RESOLVED => id.publish_addresses(),
-            RDMA_CM_EVENT_CONNECT_RESPONSE => {
-                if id.has_qp() {
-                    status = id.process_response();
-                    kind = if status == 0 { RDMA_CM_EVENT_ESTABLISHED } else { RDMA_CM_EVENT_CONNECT_ERROR };
-                }
+            RDMA_CM_EVENT_CONNECT_RESPONSE if id.has_qp() => {
+                status = id.process_response();
+                kind = if status == 0 {
+                    RDMA_CM_EVENT_ESTABLISHED
+                } else {
+                    RDMA_CM_EVENT_CONNECT_ERROR
+                };
             }
             RDMA_CM_EVENT_REJECTED => id.fail_qp(),
             _ => {}

@@ -27,7 +27,8 @@ impl Listener {
         // 0 is the largest backlog to librdmacm, the smallest to listen(2).
         let backlog = if backlog > 0 { backlog } else { 1024 };
         sys::listen(&socket, backlog).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))?;
-        let listener = Arc::new(Listener { socket, id: Arc::downgrade(id), watch: Mutex::new(None) });
+        let listener =
+            Arc::new(Listener { socket, id: Arc::downgrade(id), watch: Mutex::new(None) });
         let watch = engine().watch(listener.socket.raw(), false, listener.clone());
         *listener.watch.lock().unwrap() = Some(watch);
         Ok(listener)

@@ -3,8 +3,8 @@
 //! rdma_create_ep, rdma_get_request, rdma_getaddrinfo.
 
 use super::exports::{
-    rdma_ack_cm_event, rdma_bind_addr, rdma_create_id, rdma_create_qp, rdma_destroy_id, rdma_destroy_qp,
-    rdma_destroy_srq, rdma_resolve_addr, rdma_resolve_route, result,
+    rdma_ack_cm_event, rdma_bind_addr, rdma_create_id, rdma_create_qp, rdma_destroy_id,
+    rdma_destroy_qp, rdma_destroy_srq, rdma_resolve_addr, rdma_resolve_route, result,
 };
 use super::id::{CmId, Template};
 use crate::handle;
@@ -65,7 +65,8 @@ unsafe extern "C" fn rdma_get_request(listen: *mut rdma_cm_id, out: *mut *mut rd
                 return Err(code);
             }
             let id = (*event).id;
-            let template = object.qp_template.lock().unwrap().as_ref().map(|t| std::ptr::read(&raw const t.0));
+            let template =
+                object.qp_template.lock().unwrap().as_ref().map(|t| std::ptr::read(&raw const t.0));
             if let Some(mut init) = template
                 && rdma_create_qp(id, (*listen).pd, &raw mut init) != 0
             {
@@ -198,4 +199,3 @@ unsafe extern "C" fn rdma_freeaddrinfo(info: *mut rdma_addrinfo) {
         }
     }
 }
-

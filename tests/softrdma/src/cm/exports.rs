@@ -173,7 +173,9 @@ pub unsafe extern "C" fn rdma_listen(id: *mut rdma_cm_id, backlog: c_int) -> c_i
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rdma_connect(id: *mut rdma_cm_id, param: *mut rdma_conn_param) -> c_int {
     // SAFETY: see above.
-    unsafe { result(on(id).and_then(|object| object.connect(param.as_ref()).and_then(|()| complete(id)))) }
+    unsafe {
+        result(on(id).and_then(|object| object.connect(param.as_ref()).and_then(|()| complete(id))))
+    }
 }
 
 #[unsafe(no_mangle)]
@@ -185,7 +187,9 @@ pub unsafe extern "C" fn rdma_establish(id: *mut rdma_cm_id) -> c_int {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rdma_accept(id: *mut rdma_cm_id, param: *mut rdma_conn_param) -> c_int {
     // SAFETY: see above.
-    unsafe { result(on(id).and_then(|object| object.accept(param.as_ref()).and_then(|()| complete(id)))) }
+    unsafe {
+        result(on(id).and_then(|object| object.accept(param.as_ref()).and_then(|()| complete(id))))
+    }
 }
 
 #[unsafe(no_mangle)]
@@ -201,7 +205,10 @@ pub unsafe extern "C" fn rdma_disconnect(id: *mut rdma_cm_id) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn rdma_migrate_id(id: *mut rdma_cm_id, channel: *mut rdma_event_channel) -> c_int {
+pub unsafe extern "C" fn rdma_migrate_id(
+    id: *mut rdma_cm_id,
+    channel: *mut rdma_event_channel,
+) -> c_int {
     // SAFETY: see above.
     unsafe {
         result(on(id).and_then(|object| {
@@ -241,7 +248,9 @@ pub unsafe extern "C" fn rdma_set_option(
         result(on(id).and_then(|object| match (level, option) {
             (0, TOS) if len == 1 => Ok(()),
             (0, REUSEADDR) if len == size_of::<c_int>() => Ok(()),
-            (0, AFONLY) if len == size_of::<c_int>() => object.set_v6_only(*value.cast::<c_int>() != 0),
+            (0, AFONLY) if len == size_of::<c_int>() => {
+                object.set_v6_only(*value.cast::<c_int>() != 0)
+            }
             (0, ACK_TIMEOUT) if len == 1 => {
                 object.set_ack_timeout(*value.cast::<u8>());
                 Ok(())
@@ -291,7 +300,10 @@ pub unsafe extern "C" fn rdma_free_devices(list: *mut *mut ibv_context) {
 
 /// Makes the completion queues that the application leaves to the identifier.
 unsafe fn make_queues(id: &mut rdma_cm_id, init: &mut ibv_qp_init_attr) -> Result<(), i32> {
-    let make = |size: u32, channel: &mut *mut ibv_comp_channel, cq: &mut *mut ibv_cq, user: *mut c_void| {
+    let make = |size: u32,
+                channel: &mut *mut ibv_comp_channel,
+                cq: &mut *mut ibv_cq,
+                user: *mut c_void| {
         let made = Channel::new(cm_context().clone()).ok_or(libc::EMFILE)?;
         let queue = Cq::new(cm_context().clone(), size.max(1) as c_int, user, Some(made.clone()))?;
         *channel = handle::into_c(made);
@@ -311,10 +323,9 @@ unsafe fn make_queues(id: &mut rdma_cm_id, init: &mut ibv_qp_init_attr) -> Resul
 }
 
 unsafe fn destroy_queues(id: &mut rdma_cm_id) {
-    for (channel, cq) in [
-        (&mut id.send_cq_channel, &mut id.send_cq),
-        (&mut id.recv_cq_channel, &mut id.recv_cq),
-    ] {
+    for (channel, cq) in
+        [(&mut id.send_cq_channel, &mut id.send_cq), (&mut id.recv_cq_channel, &mut id.recv_cq)]
+    {
         // SAFETY: made by make_queues.
         unsafe {
             if !cq.is_null() {
@@ -357,7 +368,10 @@ pub unsafe extern "C" fn rdma_create_qp(
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn rdma_create_qp_ex(id: *mut rdma_cm_id, init: *mut ibv_qp_init_attr_ex) -> c_int {
+pub unsafe extern "C" fn rdma_create_qp_ex(
+    id: *mut rdma_cm_id,
+    init: *mut ibv_qp_init_attr_ex,
+) -> c_int {
     const PD: u32 = ibv_qp_init_attr_mask::IBV_QP_INIT_ATTR_PD.0;
     // SAFETY: see above; the extended structure begins with the basic one.
     unsafe {
@@ -401,7 +415,10 @@ pub unsafe extern "C" fn rdma_create_srq(
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn rdma_create_srq_ex(_id: *mut rdma_cm_id, _init: *mut ibv_srq_init_attr_ex) -> c_int {
+pub extern "C" fn rdma_create_srq_ex(
+    _id: *mut rdma_cm_id,
+    _init: *mut ibv_srq_init_attr_ex,
+) -> c_int {
     result(Err(libc::EOPNOTSUPP))
 }
 
@@ -465,11 +482,19 @@ pub extern "C" fn rdma_event_str(event: rdma_cm_event_type::Type) -> *const c_ch
 // What this fabric does not have: multicast and enhanced connection establishment.
 
 #[unsafe(no_mangle)]
-pub extern "C" fn rdma_join_multicast(_id: *mut rdma_cm_id, _addr: *mut sockaddr, _context: *mut c_void) -> c_int {
+pub extern "C" fn rdma_join_multicast(
+    _id: *mut rdma_cm_id,
+    _addr: *mut sockaddr,
+    _context: *mut c_void,
+) -> c_int {
     result(Err(libc::EOPNOTSUPP))
 }
 #[unsafe(no_mangle)]
-pub extern "C" fn rdma_join_multicast_ex(_id: *mut rdma_cm_id, _attr: *mut c_void, _context: *mut c_void) -> c_int {
+pub extern "C" fn rdma_join_multicast_ex(
+    _id: *mut rdma_cm_id,
+    _attr: *mut c_void,
+    _context: *mut c_void,
+) -> c_int {
     result(Err(libc::EOPNOTSUPP))
 }
 #[unsafe(no_mangle)]

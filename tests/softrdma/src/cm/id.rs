@@ -240,8 +240,12 @@ impl CmId {
         }
         // An unspecified target means this machine, as with TCP.
         let to = match to.ip() {
-            IpAddr::V4(ip) if ip.is_unspecified() => SocketAddr::new([127, 0, 0, 1].into(), to.port()),
-            IpAddr::V6(ip) if ip.is_unspecified() => SocketAddr::new(Ipv6Addr::LOCALHOST.into(), to.port()),
+            IpAddr::V4(ip) if ip.is_unspecified() => {
+                SocketAddr::new([127, 0, 0, 1].into(), to.port())
+            }
+            IpAddr::V6(ip) if ip.is_unspecified() => {
+                SocketAddr::new(Ipv6Addr::LOCALHOST.into(), to.port())
+            }
             _ => to,
         };
         inner.remote = Some(to);
@@ -304,7 +308,11 @@ impl CmId {
     }
 
     /// A REQ has come to this listener: makes the new connection's identifier.
-    pub fn request(self: Arc<Self>, connection: Arc<Connection>, req: Message) -> Option<Weak<CmId>> {
+    pub fn request(
+        self: Arc<Self>,
+        connection: Arc<Connection>,
+        req: Message,
+    ) -> Option<Weak<CmId>> {
         if self.inner.lock().unwrap().state != State::Listening {
             return None;
         }
@@ -646,11 +654,16 @@ impl CmId {
                 inner.state = State::Ended;
                 drop(inner);
                 let mut rej = Message::new(kind::REJ);
-                rej.reason = if was == State::Connecting { reason::CONSUMER } else { reason::TIMEOUT };
+                rej.reason =
+                    if was == State::Connecting { reason::CONSUMER } else { reason::TIMEOUT };
                 self.push(RDMA_CM_EVENT_REJECTED, rej.reason, Some(rej));
             }
             State::Responded | State::Connected | State::Disconnecting => {
-                inner.state = if was == State::Disconnecting { State::Ended } else { State::PeerDisconnected };
+                inner.state = if was == State::Disconnecting {
+                    State::Ended
+                } else {
+                    State::PeerDisconnected
+                };
                 drop(inner);
                 self.push(RDMA_CM_EVENT_DISCONNECTED, 0, None);
                 if was == State::Disconnecting {
@@ -733,7 +746,9 @@ impl CmId {
         let (listener, connection) = {
             let mut inner = self.inner.lock().unwrap();
             let goodbye = match inner.state {
-                State::Connected | State::Accepted | State::Responded => Some(Message::new(kind::DREQ)),
+                State::Connected | State::Accepted | State::Responded => {
+                    Some(Message::new(kind::DREQ))
+                }
                 State::PeerDisconnected => Some(Message::new(kind::DREP)),
                 State::Connecting | State::Requested => {
                     let mut rej = Message::new(kind::REJ);
@@ -825,4 +840,3 @@ impl Message {
         self.port = remote.port();
     }
 }
-

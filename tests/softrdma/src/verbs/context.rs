@@ -35,6 +35,7 @@ pub enum About {
     Cq(Arc<Cq>),
     Qp(Arc<Qp>),
     Srq(Arc<Srq>),
+    #[allow(dead_code)]
     Device,
 }
 

@@ -90,13 +90,14 @@ impl Cq {
         user: *mut std::ffi::c_void,
         channel: Option<Arc<Channel>>,
     ) -> Result<Arc<Cq>, i32> {
-        if cqe < 1 || cqe > limit::CQE {
+        if !(1..=limit::CQE).contains(&cqe) {
             return Err(libc::EINVAL);
         }
         // SAFETY: all zeroes is a valid ibv_cq (an initialised mutex and condition).
         let mut c: ibv_cq = unsafe { zeroed() };
         c.context = context.as_c();
-        c.channel = channel.as_ref().map_or(std::ptr::null_mut(), |ch| (&raw const ch.c).cast_mut());
+        c.channel =
+            channel.as_ref().map_or(std::ptr::null_mut(), |ch| (&raw const ch.c).cast_mut());
         c.cq_context = user;
         c.cqe = cqe;
         if let Some(channel) = &channel {

@@ -96,11 +96,15 @@ extern "C" fn ibv_open_device(_device: *mut ibv_device) -> *mut ibv_context {
     if fork::in_child() {
         return pointer(Err(libc::ENODEV));
     }
-    pointer(Context::open().map(|c| {
-        let pointer = c.as_c();
-        std::mem::forget(c);
-        pointer
-    }).ok_or(libc::EMFILE))
+    pointer(
+        Context::open()
+            .map(|c| {
+                let pointer = c.as_c();
+                std::mem::forget(c);
+                pointer
+            })
+            .ok_or(libc::EMFILE),
+    )
 }
 
 #[unsafe(no_mangle)]
@@ -138,7 +142,11 @@ unsafe extern "C" fn query_port(
 
 /// The old form, whose structure ends before `flags`.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ibv_query_port(context: *mut ibv_context, port: u8, attr: *mut c_void) -> c_int {
+unsafe extern "C" fn ibv_query_port(
+    context: *mut ibv_context,
+    port: u8,
+    attr: *mut c_void,
+) -> c_int {
     let len = std::mem::offset_of!(ibv_port_attr, flags);
     // SAFETY: see above.
     unsafe { query_port(context, port, attr.cast(), len) }
@@ -173,8 +181,13 @@ unsafe extern "C" fn _ibv_query_gid_ex(
     if port != 1 || index != 0 {
         return libc::EINVAL;
     }
-    let found =
-        ibv_gid_entry { gid: gid(), gid_index: 0, port_num: 1, gid_type: GID_TYPE_ROCE_V2, ndev_ifindex: 1 };
+    let found = ibv_gid_entry {
+        gid: gid(),
+        gid_index: 0,
+        port_num: 1,
+        gid_type: GID_TYPE_ROCE_V2,
+        ndev_ifindex: 1,
+    };
     // SAFETY: see above.
     unsafe { entry.write(found) };
     0
@@ -214,7 +227,12 @@ unsafe extern "C" fn _ibv_query_gid_table(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ibv_query_pkey(_c: *mut ibv_context, port: u8, index: c_int, out: *mut u16) -> c_int {
+unsafe extern "C" fn ibv_query_pkey(
+    _c: *mut ibv_context,
+    port: u8,
+    index: c_int,
+    out: *mut u16,
+) -> c_int {
     if port != 1 || index != 0 {
         return failed(libc::EINVAL);
     }
@@ -269,7 +287,13 @@ unsafe extern "C" fn ibv_dealloc_pd(pd: *mut ibv_pd) -> c_int {
     0
 }
 
-unsafe fn register(pd: *mut ibv_pd, addr: *mut c_void, length: usize, iova: u64, access: c_uint) -> *mut ibv_mr {
+unsafe fn register(
+    pd: *mut ibv_pd,
+    addr: *mut c_void,
+    length: usize,
+    iova: u64,
+    access: c_uint,
+) -> *mut ibv_mr {
     if fork::in_child() {
         return pointer(Err(libc::ENODEV));
     }
@@ -279,7 +303,12 @@ unsafe fn register(pd: *mut ibv_pd, addr: *mut c_void, length: usize, iova: u64,
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ibv_reg_mr(pd: *mut ibv_pd, addr: *mut c_void, length: usize, access: c_int) -> *mut ibv_mr {
+unsafe extern "C" fn ibv_reg_mr(
+    pd: *mut ibv_pd,
+    addr: *mut c_void,
+    length: usize,
+    access: c_int,
+) -> *mut ibv_mr {
     // SAFETY: see above.
     unsafe { register(pd, addr, length, addr as u64, access as c_uint) }
 }
@@ -469,7 +498,10 @@ unsafe extern "C" fn req_notify_cq(cq: *mut ibv_cq, solicited_only: c_int) -> c_
 // Shared receive queues.
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn ibv_create_srq(pd: *mut ibv_pd, init: *mut ibv_srq_init_attr) -> *mut ibv_srq {
+pub unsafe extern "C" fn ibv_create_srq(
+    pd: *mut ibv_pd,
+    init: *mut ibv_srq_init_attr,
+) -> *mut ibv_srq {
     if fork::in_child() {
         return pointer(Err(libc::ENODEV));
     }
@@ -481,7 +513,10 @@ pub unsafe extern "C" fn ibv_create_srq(pd: *mut ibv_pd, init: *mut ibv_srq_init
     }))
 }
 
-unsafe extern "C" fn create_srq_ex(context: *mut ibv_context, init: *mut ibv_srq_init_attr_ex) -> *mut ibv_srq {
+unsafe extern "C" fn create_srq_ex(
+    context: *mut ibv_context,
+    init: *mut ibv_srq_init_attr_ex,
+) -> *mut ibv_srq {
     // SAFETY: see above.
     let ex = unsafe { &mut *init };
     let typed = ex.comp_mask & ibv_srq_init_attr_mask::IBV_SRQ_INIT_ATTR_TYPE.0 != 0;
@@ -495,7 +530,11 @@ unsafe extern "C" fn create_srq_ex(context: *mut ibv_context, init: *mut ibv_srq
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ibv_modify_srq(srq: *mut ibv_srq, attr: *mut ibv_srq_attr, mask: c_int) -> c_int {
+unsafe extern "C" fn ibv_modify_srq(
+    srq: *mut ibv_srq,
+    attr: *mut ibv_srq_attr,
+    mask: c_int,
+) -> c_int {
     // SAFETY: see above.
     unsafe { handle::borrow::<Srq, _>(srq).modify(&*attr, mask as u32) }
 }
@@ -514,7 +553,9 @@ pub unsafe extern "C" fn ibv_destroy_srq(c: *mut ibv_srq) -> c_int {
     if srq.users.load(Ordering::Relaxed) > 0 {
         return libc::EBUSY;
     }
-    srq.context.events.remove(|e| matches!(&e.about, About::Srq(other) if Arc::ptr_eq(other, &srq)));
+    srq.context
+        .events
+        .remove(|e| matches!(&e.about, About::Srq(other) if Arc::ptr_eq(other, &srq)));
     srq.async_acks.wait();
     srq.pd.release();
     // SAFETY: see above.
@@ -567,7 +608,10 @@ unsafe extern "C" fn post_srq_recv(
 // Queue pairs.
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn ibv_create_qp(pd: *mut ibv_pd, init: *mut ibv_qp_init_attr) -> *mut ibv_qp {
+pub unsafe extern "C" fn ibv_create_qp(
+    pd: *mut ibv_pd,
+    init: *mut ibv_qp_init_attr,
+) -> *mut ibv_qp {
     if fork::in_child() {
         return pointer(Err(libc::ENODEV));
     }
@@ -579,7 +623,10 @@ pub unsafe extern "C" fn ibv_create_qp(pd: *mut ibv_pd, init: *mut ibv_qp_init_a
     }))
 }
 
-unsafe extern "C" fn create_qp_ex(_context: *mut ibv_context, init: *mut ibv_qp_init_attr_ex) -> *mut ibv_qp {
+unsafe extern "C" fn create_qp_ex(
+    _context: *mut ibv_context,
+    init: *mut ibv_qp_init_attr_ex,
+) -> *mut ibv_qp {
     // SAFETY: see above.
     let ex = unsafe { &*init };
     if ex.comp_mask != ibv_qp_init_attr_mask::IBV_QP_INIT_ATTR_PD.0 {
@@ -682,7 +729,10 @@ unsafe extern "C" fn post_recv(
 // Asynchronous events.
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ibv_get_async_event(context: *mut ibv_context, out: *mut ibv_async_event) -> c_int {
+unsafe extern "C" fn ibv_get_async_event(
+    context: *mut ibv_context,
+    out: *mut ibv_async_event,
+) -> c_int {
     if fork::in_child() {
         return failed(libc::ENODEV);
     }
@@ -721,9 +771,14 @@ unsafe extern "C" fn ibv_ack_async_event(event: *mut ibv_async_event) {
         let e = &*event;
         match e.event_type {
             IBV_EVENT_CQ_ERR => handle::borrow::<Cq, _>(e.element.cq).async_acks.ack(1),
-            IBV_EVENT_QP_FATAL | IBV_EVENT_QP_REQ_ERR | IBV_EVENT_QP_ACCESS_ERR
-            | IBV_EVENT_COMM_EST | IBV_EVENT_SQ_DRAINED | IBV_EVENT_PATH_MIG
-            | IBV_EVENT_PATH_MIG_ERR | IBV_EVENT_QP_LAST_WQE_REACHED => {
+            IBV_EVENT_QP_FATAL
+            | IBV_EVENT_QP_REQ_ERR
+            | IBV_EVENT_QP_ACCESS_ERR
+            | IBV_EVENT_COMM_EST
+            | IBV_EVENT_SQ_DRAINED
+            | IBV_EVENT_PATH_MIG
+            | IBV_EVENT_PATH_MIG_ERR
+            | IBV_EVENT_QP_LAST_WQE_REACHED => {
                 handle::borrow::<Qp, _>(e.element.qp).async_acks.ack(1);
             }
             IBV_EVENT_SRQ_ERR | IBV_EVENT_SRQ_LIMIT_REACHED => {
@@ -765,7 +820,12 @@ extern "C" fn ibv_create_ah(_pd: *mut ibv_pd, _attr: *mut c_void) -> *mut c_void
     pointer(Err(libc::EOPNOTSUPP))
 }
 #[unsafe(no_mangle)]
-extern "C" fn ibv_create_ah_from_wc(_pd: *mut ibv_pd, _wc: *mut ibv_wc, _grh: *mut c_void, _port: u8) -> *mut c_void {
+extern "C" fn ibv_create_ah_from_wc(
+    _pd: *mut ibv_pd,
+    _wc: *mut ibv_wc,
+    _grh: *mut c_void,
+    _port: u8,
+) -> *mut c_void {
     pointer(Err(libc::EOPNOTSUPP))
 }
 #[unsafe(no_mangle)]
@@ -834,7 +894,12 @@ extern "C" fn ibv_get_sysfs_path() -> *const c_char {
     c"/sys".as_ptr()
 }
 #[unsafe(no_mangle)]
-extern "C" fn ibv_read_sysfs_file(_dir: *const c_char, _file: *const c_char, _buf: *mut c_char, _size: usize) -> c_int {
+extern "C" fn ibv_read_sysfs_file(
+    _dir: *const c_char,
+    _file: *const c_char,
+    _buf: *mut c_char,
+    _size: usize,
+) -> c_int {
     failed(libc::ENOENT)
 }
 #[unsafe(no_mangle)]

@@ -67,6 +67,11 @@ pub struct Mr {
     pd: InPd,
 }
 
+// SAFETY: the C part is constant after creation.
+unsafe impl Send for Mr {}
+// SAFETY: as above.
+unsafe impl Sync for Mr {}
+
 /// True if every page of the range is mapped.
 fn mapped(addr: usize, length: usize) -> bool {
     let page = 4096;
@@ -158,6 +163,11 @@ pub struct Mw {
     pub c: ibv_mw,
     pub pd: InPd,
 }
+
+// SAFETY: the C part is constant after creation.
+unsafe impl Send for Mw {}
+// SAFETY: as above.
+unsafe impl Sync for Mw {}
 
 /// Allocates a window; its key grants nothing before it is bound.
 pub fn allocate_window(pd: Arc<Pd>, kind: ibv_mw_type::Type) -> Result<*mut ibv_mw, i32> {

@@ -530,7 +530,10 @@ impl Qp {
 
     /// ibv_post_recv for one work request.
     pub fn post_recv(&self, work: RecvWork, inner: &mut Inner) -> Result<(), i32> {
-        if self.srq.is_some() || inner.state == RESET || work.sges.len() > self.cap.max_recv_sge as usize {
+        if self.srq.is_some()
+            || inner.state == RESET
+            || work.sges.len() > self.cap.max_recv_sge as usize
+        {
             return Err(libc::EINVAL);
         }
         if inner.state == ERR {
@@ -692,7 +695,11 @@ fn required(from: ibv_qp_state::Type, to: ibv_qp_state::Type) -> Option<u32> {
                 | mask::MIN_RNR_TIMER
         }
         (RTR, RTS) => {
-            mask::TIMEOUT | mask::RETRY_CNT | mask::RNR_RETRY | mask::SQ_PSN | mask::MAX_QP_RD_ATOMIC
+            mask::TIMEOUT
+                | mask::RETRY_CNT
+                | mask::RNR_RETRY
+                | mask::SQ_PSN
+                | mask::MAX_QP_RD_ATOMIC
         }
         (RTS, SQD) | (SQD, RTS) => 0,
         _ => return None,

@@ -74,7 +74,8 @@ impl Inner {
             if work.inline.is_none() {
                 let access = if header.kind == kind::READ { keys::LOCAL_WRITE } else { 0 };
                 let keys = keys::read();
-                if !walk(&keys, qp.pd.pd.id, &work.sges, access, 0, header.len as usize, |_, _| ()) {
+                if !walk(&keys, qp.pd.pd.id, &work.sges, access, 0, header.len as usize, |_, _| ())
+                {
                     return Step::Failed(IBV_WC_LOC_PROT_ERR);
                 }
             }
@@ -197,11 +198,12 @@ impl Inner {
             let keys = keys::read();
             let mut at = 0;
             let sges = &self.sq[0].sges;
-            let ok = walk(&keys, qp.pd.pd.id, sges, keys::LOCAL_WRITE, self.read_offset, n, |p, m| {
-                // SAFETY: registered memory, held by the key table's lock.
-                unsafe { ring.get(at, p, m) };
-                at += m;
-            });
+            let ok =
+                walk(&keys, qp.pd.pd.id, sges, keys::LOCAL_WRITE, self.read_offset, n, |p, m| {
+                    // SAFETY: registered memory, held by the key table's lock.
+                    unsafe { ring.get(at, p, m) };
+                    at += m;
+                });
             if !ok {
                 return false;
             }
@@ -247,7 +249,8 @@ impl Inner {
                 wishes |= want::RESPONSE;
                 link.ask_ack(self.sq[0].request);
             } else if qp.send_cq.is_armed() || self.sent < self.sq.len() {
-                let awaited = self.sq.range(..self.sent).find(|w| w.signaled || self.sent < self.sq.len());
+                let awaited =
+                    self.sq.range(..self.sent).find(|w| w.signaled || self.sent < self.sq.len());
                 if let Some(work) = awaited {
                     link.ask_ack(work.request);
                 }
@@ -271,7 +274,10 @@ impl Inner {
         let room = wishes & want::ROOM != 0
             && link.requests_out().room() >= HEADER
             && !self.sq.get(self.sent).is_some_and(|w| w.fence && self.reads > 0);
-        let data = wishes & want::RESPONSE != 0 && self.sent > 0 && link.responses_in().filled() > 0 && self.front_is_read();
+        let data = wishes & want::RESPONSE != 0
+            && self.sent > 0
+            && link.responses_in().filled() > 0
+            && self.front_is_read();
         let answer = wishes & want::RESPONSE_ROOM != 0 && link.responses_out().room() > 0;
         let requests = self.can_serve(link);
         news || room || data || answer || requests

@@ -53,16 +53,10 @@ const INVALID: Violation = Violation {
     nak: nak::INVALID_REQUEST,
     event: Some(ibv_event_type::IBV_EVENT_QP_REQ_ERR),
 };
-const TOO_LONG: Violation = Violation {
-    local: ibv_wc_status::IBV_WC_LOC_LEN_ERR,
-    nak: nak::INVALID_REQUEST,
-    event: None,
-};
-const BAD_RECEIVE: Violation = Violation {
-    local: ibv_wc_status::IBV_WC_LOC_PROT_ERR,
-    nak: nak::OPERATIONAL,
-    event: None,
-};
+const TOO_LONG: Violation =
+    Violation { local: ibv_wc_status::IBV_WC_LOC_LEN_ERR, nak: nak::INVALID_REQUEST, event: None };
+const BAD_RECEIVE: Violation =
+    Violation { local: ibv_wc_status::IBV_WC_LOC_PROT_ERR, nak: nak::OPERATIONAL, event: None };
 /// Soft-RoCE checks a shared receive's buffers against the queue pair's domain.
 const FOREIGN_RECEIVE: Violation =
     Violation { local: ibv_wc_status::IBV_WC_LOC_QP_OP_ERR, nak: nak::OPERATIONAL, event: None };
@@ -179,11 +173,12 @@ impl Inner {
                     return Err((FOREIGN_RECEIVE, recv));
                 }
                 let mut at = 0;
-                let ok = walk(&keys, qp.pd.pd.id, &work.sges, keys::LOCAL_WRITE, offset, n, |p, m| {
-                    // SAFETY: registered memory, held by the key table's lock.
-                    unsafe { ring.get(at, p, m) };
-                    at += m;
-                });
+                let ok =
+                    walk(&keys, qp.pd.pd.id, &work.sges, keys::LOCAL_WRITE, offset, n, |p, m| {
+                        // SAFETY: registered memory, held by the key table's lock.
+                        unsafe { ring.get(at, p, m) };
+                        at += m;
+                    });
                 if !ok {
                     return Err((BAD_RECEIVE, recv));
                 }

@@ -36,7 +36,11 @@ unsafe impl Send for Srq {}
 unsafe impl Sync for Srq {}
 
 impl Srq {
-    pub fn new(pd: Arc<Pd>, attr: &ibv_srq_attr, user: *mut std::ffi::c_void) -> Result<Arc<Srq>, i32> {
+    pub fn new(
+        pd: Arc<Pd>,
+        attr: &ibv_srq_attr,
+        user: *mut std::ffi::c_void,
+    ) -> Result<Arc<Srq>, i32> {
         if attr.max_wr == 0 || attr.max_wr > limit::SRQ_WR || attr.max_sge > limit::SGE {
             return Err(libc::EINVAL);
         }

@@ -64,14 +64,8 @@ pub fn event(event: u32) -> &'static CStr {
 }
 
 pub fn port_state(state: u32) -> &'static CStr {
-    const NAMES: [&CStr; 6] = [
-        c"no state change (NOP)",
-        c"down",
-        c"init",
-        c"armed",
-        c"active",
-        c"active defer",
-    ];
+    const NAMES: [&CStr; 6] =
+        [c"no state change (NOP)", c"down", c"init", c"armed", c"active", c"active defer"];
     pick(&NAMES, state, c"invalid state")
 }
 

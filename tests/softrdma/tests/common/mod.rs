@@ -128,7 +128,9 @@ impl Cm {
 
     pub fn id(&self) -> *mut rdma_cm_id {
         let mut id = null_mut();
-        let ret = unsafe { rdma_create_id(self.channel, &raw mut id, null_mut(), rdma_port_space::RDMA_PS_TCP) };
+        let ret = unsafe {
+            rdma_create_id(self.channel, &raw mut id, null_mut(), rdma_port_space::RDMA_PS_TCP)
+        };
         assert_eq!(ret, 0);
         id
     }
@@ -145,7 +147,11 @@ impl Cm {
             let private = if conn.private_data.is_null() {
                 Vec::new()
             } else {
-                std::slice::from_raw_parts(conn.private_data.cast::<u8>(), usize::from(conn.private_data_len)).to_vec()
+                std::slice::from_raw_parts(
+                    conn.private_data.cast::<u8>(),
+                    usize::from(conn.private_data_len),
+                )
+                .to_vec()
             };
             let out = CmEvent { kind: e.event, status: e.status, id: e.id, private };
             rdma_ack_cm_event(event);
@@ -230,7 +236,7 @@ pub struct Side {
 }
 
 // The verbs may be called from any thread.
-unsafe impl std::marker::Send for Side {}
+unsafe impl Send for Side {}
 unsafe impl Sync for Side {}
 
 impl Side {
@@ -256,7 +262,8 @@ impl Side {
             init.cap.max_inline_data = options.inline;
             assert_eq!(rdma_create_qp(id, pd, &raw mut init), 0, "{}", errno());
             let mut buffer = vec![0u8; options.buffer];
-            let mr = ibv_reg_mr(pd, buffer.as_mut_ptr().cast(), buffer.len(), options.access as c_int);
+            let mr =
+                ibv_reg_mr(pd, buffer.as_mut_ptr().cast(), buffer.len(), options.access as c_int);
             assert!(!mr.is_null());
             Side { id, pd, own_pd, channel, cq, qp: (*id).qp, mr, buffer, options }
         }
@@ -280,7 +287,7 @@ impl Side {
     }
 
     /// Posts a send work request; the result is 0 or an errno.
-    pub fn post(&self, wr: Send) -> c_int {
+    pub fn post(&self, wr: Wr) -> c_int {
         unsafe {
             let mut sges = wr.sges;
             let mut c: ibv_send_wr = zeroed();
@@ -302,7 +309,12 @@ impl Side {
 
     pub fn recv(&self, wr_id: u64, sges: &[ibv_sge]) -> c_int {
         let mut sges = sges.to_vec();
-        let mut wr = ibv_recv_wr { wr_id, next: null_mut(), sg_list: sges.as_mut_ptr(), num_sge: sges.len() as c_int };
+        let mut wr = ibv_recv_wr {
+            wr_id,
+            next: null_mut(),
+            sg_list: sges.as_mut_ptr(),
+            num_sge: sges.len() as c_int,
+        };
         let mut bad = null_mut();
         unsafe { ibv_post_recv(self.qp, &raw mut wr, &raw mut bad) }
     }
@@ -382,7 +394,10 @@ impl Side {
     }
     /// Sets the wait that this side asks for when its receive queue is empty.
     pub fn rnr_timer(&self, code: u8) {
-        assert_eq!(self.modify(|a| a.min_rnr_timer = code, ibv_qp_attr_mask::IBV_QP_MIN_RNR_TIMER), 0);
+        assert_eq!(
+            self.modify(|a| a.min_rnr_timer = code, ibv_qp_attr_mask::IBV_QP_MIN_RNR_TIMER),
+            0
+        );
     }
 
     pub fn disconnect(&self) {
@@ -415,13 +430,13 @@ pub fn poll(cq: *mut ibv_cq) -> Option<Wc> {
             opcode: wc.opcode,
             len: wc.byte_len,
             imm: (wc.wc_flags & ibv_wc_flags::IBV_WC_WITH_IMM.0 != 0)
-                .then(|| wc.imm_data_invalidated_rkey_union.imm_data),
+                .then_some(wc.imm_data_invalidated_rkey_union.imm_data),
         })
     }
 }
 
 /// A send work request.
-pub struct Send {
+pub struct Wr {
     pub wr_id: u64,
     pub opcode: u32,
     pub flags: u32,
@@ -436,32 +451,45 @@ pub const SOLICITED: u32 = 4;
 pub const INLINE: u32 = 8;
 pub const FENCE: u32 = 1;
 
-impl Send {
-    fn new(opcode: u32, wr_id: u64, sges: &[ibv_sge]) -> Send {
-        Send { wr_id, opcode, flags: SIGNALED, sges: sges.to_vec(), remote: (0, 0), imm: 0, bind: None }
+impl Wr {
+    fn new(opcode: u32, wr_id: u64, sges: &[ibv_sge]) -> Wr {
+        Wr {
+            wr_id,
+            opcode,
+            flags: SIGNALED,
+            sges: sges.to_vec(),
+            remote: (0, 0),
+            imm: 0,
+            bind: None,
+        }
     }
-    pub fn send(wr_id: u64, sges: &[ibv_sge]) -> Send {
-        Send::new(ibv_wr_opcode::IBV_WR_SEND, wr_id, sges)
+    pub fn send(wr_id: u64, sges: &[ibv_sge]) -> Wr {
+        Wr::new(ibv_wr_opcode::IBV_WR_SEND, wr_id, sges)
     }
-    pub fn send_imm(wr_id: u64, sges: &[ibv_sge], imm: u32) -> Send {
-        Send { imm, ..Send::new(ibv_wr_opcode::IBV_WR_SEND_WITH_IMM, wr_id, sges) }
+    pub fn send_imm(wr_id: u64, sges: &[ibv_sge], imm: u32) -> Wr {
+        Wr { imm, ..Wr::new(ibv_wr_opcode::IBV_WR_SEND_WITH_IMM, wr_id, sges) }
     }
-    pub fn write(wr_id: u64, sges: &[ibv_sge], to: u64, rkey: u32) -> Send {
-        Send { remote: (to, rkey), ..Send::new(ibv_wr_opcode::IBV_WR_RDMA_WRITE, wr_id, sges) }
+    pub fn write(wr_id: u64, sges: &[ibv_sge], to: u64, rkey: u32) -> Wr {
+        Wr { remote: (to, rkey), ..Wr::new(ibv_wr_opcode::IBV_WR_RDMA_WRITE, wr_id, sges) }
     }
-    pub fn write_imm(wr_id: u64, sges: &[ibv_sge], to: u64, rkey: u32, imm: u32) -> Send {
-        Send { remote: (to, rkey), imm, ..Send::new(ibv_wr_opcode::IBV_WR_RDMA_WRITE_WITH_IMM, wr_id, sges) }
+    pub fn write_imm(wr_id: u64, sges: &[ibv_sge], to: u64, rkey: u32, imm: u32) -> Wr {
+        Wr {
+            remote: (to, rkey),
+            imm,
+            ..Wr::new(ibv_wr_opcode::IBV_WR_RDMA_WRITE_WITH_IMM, wr_id, sges)
+        }
     }
-    pub fn read(wr_id: u64, sges: &[ibv_sge], from: u64, rkey: u32) -> Send {
-        Send { remote: (from, rkey), ..Send::new(ibv_wr_opcode::IBV_WR_RDMA_READ, wr_id, sges) }
+    pub fn read(wr_id: u64, sges: &[ibv_sge], from: u64, rkey: u32) -> Wr {
+        Wr { remote: (from, rkey), ..Wr::new(ibv_wr_opcode::IBV_WR_RDMA_READ, wr_id, sges) }
     }
-    pub fn flags(self, flags: u32) -> Send {
-        Send { flags, ..self }
+    pub fn flags(self, flags: u32) -> Wr {
+        Wr { flags, ..self }
     }
 }
 
 /// Two connected sides in this process, each with an event channel of its own.
 pub struct Pair {
+    // In the order in which they must go.
     pub client: Side,
     pub server: Side,
     pub client_cm: Cm,
@@ -476,7 +504,8 @@ impl Pair {
 
     pub fn at(ip: &str, client: Options, server: Options) -> Pair {
         let (client_cm, server_cm) = (Cm::new(), Cm::new());
-        let at = |port| if ip.contains(':') { format!("[{ip}]:{port}") } else { format!("{ip}:{port}") };
+        let at =
+            |port| if ip.contains(':') { format!("[{ip}]:{port}") } else { format!("{ip}:{port}") };
         let (listener, port) = server_cm.listen(&at(0));
         let client = Side::new(client_cm.resolve(&at(port)), client);
         assert_eq!(connect(client.id, &client.options), 0);
@@ -493,9 +522,19 @@ impl Pair {
     }
 }
 
+impl Pair {
+    /// Destroys the listener before its time.
+    pub fn listener_gone(&mut self) {
+        if !self.listener.is_null() {
+            unsafe { rdma_destroy_id(self.listener) };
+            self.listener = null_mut();
+        }
+    }
+}
+
 impl Drop for Pair {
     fn drop(&mut self) {
-        unsafe { rdma_destroy_id(self.listener) };
+        self.listener_gone();
     }
 }
 
@@ -529,4 +568,3 @@ pub fn async_event<T>(side: &Side, about: *mut T, kind: ibv_event_type) {
 pub fn pattern(len: usize, seed: u8) -> Vec<u8> {
     (0..len).map(|i| (i as u32).wrapping_mul(2_654_435_761).to_le_bytes()[3] ^ seed).collect()
 }
-
