@@ -69,7 +69,14 @@ impl fmt::Display for Value {
             Self::Integer(number) => write!(out, "{number}"),
             Self::Bulk(bytes) => out.write_str(&String::from_utf8_lossy(bytes)),
             Self::Null => out.write_str("(null)"),
-            Self::Array(elements) => out.debug_list().entries(elements).finish(),
+            Self::Array(elements) => {
+                out.write_str("[")?;
+                for (number, element) in elements.iter().enumerate() {
+                    let separator = if number == 0 { "" } else { " " };
+                    write!(out, "{separator}{element}")?;
+                }
+                out.write_str("]")
+            }
         }
     }
 }

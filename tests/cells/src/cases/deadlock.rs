@@ -10,11 +10,11 @@ use crate::tools::{Load, Pinger};
 
 pub const CASES: &[Case] = &[
     Case::new("deadlock-40kb", |cell| {
-        let requests = if cell.lab.is_slow() { 1000 } else { 20_000 };
+        let requests = if cell.lab.is_slow() { 600 } else { 2000 };
         deadlock(cell, requests, 10, 40 << 10)
     }),
     Case::new("deadlock-10mb", |cell| {
-        let requests = if cell.lab.is_slow() { 100 } else { 500 };
+        let requests = if cell.lab.is_slow() { 100 } else { 200 };
         deadlock(cell, requests, 50, 10_000_000)
     }),
 ];
@@ -22,7 +22,7 @@ pub const CASES: &[Case] = &[
 fn deadlock(cell: &mut Cell, requests: usize, clients: usize, size: usize) -> Result<()> {
     let idle = cell.loop_rate(Duration::from_secs(3))?;
     // An answer that takes longer than this is a server that is not there.
-    let limit = Duration::from_secs(if cell.lab.is_slow() { 30 } else { 5 });
+    let limit = Duration::from_secs(if cell.lab.is_slow() { 30 } else { 10 });
     let pinger = Pinger::start(cell, limit)?;
     let load = Load { tests: vec!["set", "get"], requests, clients, size, pipeline: 1 };
     let loaded = cell.benchmark(&load, cell.lab.cell_limit() * 2);
