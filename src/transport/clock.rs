@@ -57,12 +57,14 @@ fn step(endpoint: &Arc<Endpoint>) {
     let duty = endpoint.own().session.duty(now(), delivered);
     match duty {
         Duty::Wait => {}
-        Duty::Probe => {
-            if let Err(error) = endpoint.post_probe() {
+        Duty::Probe => match endpoint.post_probe() {
+            Ok(true) => {}
+            Ok(false) => endpoint.own().session.probe_not_sent(),
+            Err(error) => {
                 endpoint.own().session.probe_not_sent();
                 log::debug!("connection of {}: {error}", endpoint.peer_text());
             }
-        }
+        },
         Duty::End => poller.remove(Arc::clone(endpoint), Reason::Server),
         Duty::TimedOut => {
             log::info!("connection of {}: handshake not completed in time", endpoint.peer_text());

@@ -467,8 +467,7 @@ impl Endpoint {
         own.posted_before = [self.ledger.total_posted(), own.posted_before[0]];
         drop(own);
         if quiet
-            && self.ledger.is_idle()
-            && let Some(mut writer) = self.ledger.writer()
+            && let Some(mut writer) = self.ledger.idle_writer()
             && writer.large.take().is_some()
         {
             writer.install(SMALL_STAGING);
@@ -582,15 +581,19 @@ impl Endpoint {
         unsafe { std::slice::from_raw_parts(self.control.start().add(offset), length) }.to_vec()
     }
 
-    /// Posts a probe. Main thread.
+    /// Posts a probe; `false` if somebody is writing at this moment. Main thread.
     ///
     /// # Errors
     /// If the queue pair does not take it.
-    pub fn post_probe(&self) -> Result<(), Error> {
-        let sequence = self.ledger.next_sequence();
+    pub fn post_probe(&self) -> Result<bool, Error> {
+        // With the writer's lock: a payload that has its number already, but is not
+        // posted yet, would otherwise be taken for one that the probe came after.
+        let Some(writer) = self.ledger.writer() else { return Ok(false) };
+        let sequence = writer.next_sequence();
         self.pair.post_probe(self.key.work_request(Work::Probe(sequence)))?;
+        drop(writer);
         METRICS.probes.add(1);
-        Ok(())
+        Ok(true)
     }
 
     /// The connection is established: makes an early peer's retries quick.

@@ -78,7 +78,17 @@ impl<T> SendLedger<T> {
 
     /// The right to write, unless somebody has it at this moment. Never waits.
     pub fn writer(&self) -> Option<Writer<'_, T>> {
-        if self.busy.swap(true, Ordering::Acquire) { None } else { Some(Writer { ledger: self }) }
+        self.busy
+            .compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed)
+            .is_ok()
+            .then_some(Writer { ledger: self })
+    }
+
+    /// The right to write, if every work request is known to be over and nobody has it.
+    /// The order matters: who asks first and takes the right afterwards may have had
+    /// a whole write in between, and would free memory that is in flight.
+    pub fn idle_writer(&self) -> Option<Writer<'_, T>> {
+        self.writer().filter(|_| self.is_idle())
     }
 
     /// Poller: work requests up to and without number `sequence` are over. Only the
@@ -98,11 +108,6 @@ impl<T> SendLedger<T> {
         self.reclaimed.store(end, Ordering::Release);
         self.completed.store(now, Ordering::Release);
         true
-    }
-
-    /// Sequence number that the next work request will have, modulo 2^24.
-    pub fn next_sequence(&self) -> u32 {
-        self.posted.load(Ordering::Acquire) as u32 & 0x00ff_ffff
     }
 
     /// Whether every posted work request is known to be over.
@@ -174,6 +179,12 @@ impl<T> Writer<'_, T> {
         self.ledger.ends[(posted % depth) as usize].store(end, Ordering::Relaxed);
         self.ledger.posted.store(posted + 1, Ordering::Release);
         (posted as u32 & 0x00ff_ffff, signal)
+    }
+
+    /// Sequence number that the next work request will have, modulo 2^24: what stands
+    /// before it is posted already, and stays so while this `Writer` is held.
+    pub fn next_sequence(&self) -> u32 {
+        self.ledger.posted.load(Ordering::Relaxed) as u32 & 0x00ff_ffff
     }
 
     /// Takes back the last [`enter`](Self::enter), whose work request the send queue
@@ -302,7 +313,7 @@ mod tests {
         writer.take_back(40);
         assert!(ledger.is_idle());
         assert_eq!(writer.chunk(64), Some(Chunk { offset: 0, length: 64 }));
-        assert_eq!(writer.enter(1), (0, true), "a completion that was lost is asked for again");
+        assert_eq!(writer.enter(40), (0, true), "a completion that was lost is asked for again");
     }
 
     #[test]
