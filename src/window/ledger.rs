@@ -80,8 +80,8 @@ impl<T> SendLedger<T> {
     pub fn writer(&self) -> Option<Writer<'_, T>> {
         self.busy
             .compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed)
-            .is_ok()
-            .then_some(Writer { ledger: self })
+            .ok()
+            .map(|_| Writer { ledger: self })
     }
 
     /// The right to write, if every work request is known to be over and nobody has it.
