@@ -5,7 +5,7 @@
 //! main thread or any of its I/O threads, at most one of each at a time. Each
 //! type here has one producer and one consumer, and every field has one owner
 //! who stores into it; the other side only loads. Nothing here does I/O, blocks
-//! or allocates, so that loom can drive the same types (`--cfg loom`).
+//! or allocates, so that loom can drive the same types (`--cfg loom`, see `model.rs`).
 //!
 //! * [`ReceiveWindow`]: bytes that the peer wrote into our buffer, on their way
 //!   to the reader.
@@ -14,6 +14,8 @@
 //!   their completions.
 
 mod ledger;
+#[cfg(all(test, loom))]
+mod model;
 mod receive;
 mod send;
 mod sync;

@@ -1,0 +1,751 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! The hand-overs under loom, which runs every interleaving of three threads that
+//! needs no more than [`PREEMPTIONS`] preemptions, and every value that a load may
+//! see by its ordering:
+//!
+//! ```text
+//! RUSTFLAGS="--cfg loom" cargo test --release --lib window
+//! ```
+//!
+//! The types are the real ones; what stands around them here is the least that
+//! uses them as the transport does. Three threads: the main thread, which is the
+//! poller, and two I/O threads. The main thread hands jobs out and is told when
+//! one is over through channels, as the server does through its queues, and
+//! nothing else orders a job after the one before. The fabric acts on the main
+//! thread: it reads staging memory at the last moment that it may, right before
+//! the completion, and writes into the receive buffer at the first, right after
+//! the announcement.
+//!
+//! What goes wrong shows itself so: bytes are compared; memory consists of loom's
+//! cells, so that two who touch a byte without an order between them fail; a
+//! wake-up that is lost leaves the main thread waiting for ever, which is a
+//! deadlock; a window or a job that is handed over twice fails an assertion.
+
+use super::{Announcement, ReceiveWindow, SendLedger, SendWindow, Writer};
+use loom::cell::UnsafeCell;
+use loom::sync::Arc;
+use loom::sync::mpsc::{Receiver, Sender, channel};
+use loom::thread::{self, JoinHandle};
+
+/// Preemptions in one interleaving, unless `LOOM_MAX_PREEMPTIONS` says otherwise.
+const PREEMPTIONS: usize = 3;
+
+fn model(run: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound.get_or_insert(PREEMPTIONS);
+    builder.max_branches = 10_000;
+    builder.check(run);
+}
+
+/// Bytes that threads and the fabric share with nothing but the windows between them.
+struct Memory(Vec<UnsafeCell<u8>>);
+
+// SAFETY: loom's cells find who breaks this, which is what they are here for.
+unsafe impl Sync for Memory {}
+// SAFETY: bytes.
+unsafe impl Send for Memory {}
+
+impl Memory {
+    fn new(length: usize) -> Self {
+        Self((0..length).map(|_| UnsafeCell::new(0)).collect())
+    }
+
+    fn store(&self, at: usize, bytes: &[u8]) {
+        for (cell, byte) in self.0[at..].iter().zip(bytes) {
+            // SAFETY: loom checks it.
+            cell.with_mut(|place| unsafe { *place = *byte });
+        }
+    }
+
+    fn load(&self, at: usize, length: usize) -> Vec<u8> {
+        // SAFETY: loom checks it.
+        self.0[at..at + length].iter().map(|cell| cell.with(|byte| unsafe { *byte })).collect()
+    }
+
+    /// Whoever frees memory must be alone with all of it.
+    fn free(&self) {
+        self.store(0, &vec![0xff; self.0.len()]);
+    }
+}
+
+/// The threads that the server gives jobs to.
+struct IoThreads<J> {
+    queues: Vec<Sender<Option<J>>>,
+    handles: Vec<JoinHandle<()>>,
+}
+
+impl<J: 'static> IoThreads<J> {
+    fn start(count: usize, work: impl Fn(J) + Clone + 'static) -> Self {
+        let (queues, handles) = (0..count)
+            .map(|_| {
+                let (queue, jobs): (Sender<Option<J>>, Receiver<Option<J>>) = channel();
+                let work = work.clone();
+                let handle = thread::spawn(move || {
+                    while let Ok(Some(job)) = jobs.recv() {
+                        work(job);
+                    }
+                });
+                (queue, handle)
+            })
+            .unzip();
+        Self { queues, handles }
+    }
+
+    /// Successive jobs migrate.
+    fn give(&mut self, job: J) {
+        self.queues[0].send(Some(job)).unwrap();
+        self.queues.rotate_left(1);
+    }
+
+    fn stop(self) {
+        for queue in &self.queues {
+            queue.send(None).unwrap();
+        }
+        for handle in self.handles {
+            handle.join().unwrap();
+        }
+    }
+}
+
+/// What the main thread waits for.
+enum Event {
+    /// The send queue has another work request.
+    Posted(WorkRequest),
+    /// A write job is over and took so many bytes.
+    Written(usize),
+    /// A read job is over and has these bytes.
+    Read(Vec<u8>),
+}
+
+struct WorkRequest {
+    sequence: u32,
+    signalled: bool,
+    offset: usize,
+    length: usize,
+    target: u64,
+}
+
+// --- Sending ------------------------------------------------------------------
+
+#[derive(Default)]
+struct Current {
+    window: Announcement,
+    used: u32,
+}
+
+struct Sending {
+    window: SendWindow,
+    ledger: SendLedger<Current>,
+    staging: Memory,
+}
+
+impl Sending {
+    fn new(depth: usize, staging: usize) -> Self {
+        Self {
+            window: SendWindow::default(),
+            ledger: SendLedger::new(depth, staging, Current::default()),
+            staging: Memory::new(staging),
+        }
+    }
+
+    /// As the transport's write: takes what fits, posts it and returns at once.
+    fn write(&self, bytes: &[u8], queue: &Sender<Event>) -> usize {
+        let Some(mut writer) = self.ledger.writer() else { return 0 };
+        let mut done = 0;
+        while done < bytes.len() {
+            if writer.used == writer.window.length {
+                let Some(window) = self.window.take() else { break };
+                writer.window = window;
+                writer.used = 0;
+            }
+            let room = (writer.window.length - writer.used) as usize;
+            let Some(chunk) = writer.chunk((bytes.len() - done).min(room)) else { break };
+            self.staging.store(chunk.offset, &bytes[done..done + chunk.length]);
+            let target = writer.window.address + u64::from(writer.used);
+            writer.used += chunk.length as u32;
+            self.window.publish_left(writer.window.length - writer.used);
+            let (sequence, signalled) = writer.enter(chunk.length);
+            let (offset, length) = (chunk.offset, chunk.length);
+            let posted = WorkRequest { sequence, signalled, offset, length, target };
+            queue.send(Event::Posted(posted)).unwrap();
+            done += chunk.length;
+        }
+        done
+    }
+
+    /// As the transport's level of writability, on the main thread.
+    fn is_writable(&self) -> bool {
+        self.window.has_room()
+            && self.ledger.credit() > 0
+            && self.ledger.writer().is_some_and(|mut writer| writer.free() > 0)
+    }
+}
+
+/// When the fabric carries work requests out.
+#[derive(Clone, Copy, PartialEq)]
+enum Pace {
+    /// As soon as the main thread gets to it.
+    Prompt,
+    /// When the job that posted them is over.
+    Late,
+}
+
+/// The peer: announces windows of these lengths one after the other, each when the
+/// one before is exactly full.
+struct Peer {
+    lengths: std::vec::IntoIter<u32>,
+    /// Address of the next byte and room from there on.
+    next: u64,
+    room: u32,
+    received: Vec<u8>,
+}
+
+impl Peer {
+    fn new(lengths: &[u32]) -> Self {
+        let lengths = lengths.to_vec().into_iter();
+        Self { lengths, next: 0, room: 0, received: Vec::new() }
+    }
+
+    fn announce(&mut self, to: &SendWindow) {
+        while self.room == 0 {
+            let Some(length) = self.lengths.next() else { return };
+            self.next = (self.next / 100 + 1) * 100;
+            self.room = length;
+            let announcement = Announcement { address: self.next, length, rkey: 0 };
+            to.announce(announcement).expect("an honest announcement");
+        }
+    }
+
+    fn receive(&mut self, at: u64, bytes: &[u8]) {
+        assert_eq!(at, self.next, "bytes out of order, or outside of the window");
+        self.next += bytes.len() as u64;
+        self.room = self.room.checked_sub(bytes.len() as u32).expect("more than the window");
+        self.received.extend_from_slice(bytes);
+    }
+}
+
+/// The main thread's side of sending: handler, jobs, fabric.
+struct SendMain {
+    shared: Arc<Sending>,
+    peer: Peer,
+    pace: Pace,
+    in_flight: Vec<WorkRequest>,
+    source: &'static [u8],
+    accepted: usize,
+    /// The write handler is installed, as after a write that came back short.
+    handler: bool,
+    job: bool,
+}
+
+impl SendMain {
+    /// The level is looked at; the handler queues a job, or nothing if one is queued.
+    fn mark_if_ready(&mut self, io: &mut IoThreads<Job>) {
+        if self.handler && self.shared.is_writable() && !self.job {
+            self.queue_job(io);
+        }
+    }
+
+    fn queue_job(&mut self, io: &mut IoThreads<Job>) {
+        self.job = true;
+        io.give(Job::Write(self.accepted));
+        // The completion of a read job updates the state while this one runs.
+        self.mark_if_ready(io);
+    }
+
+    fn carry_out(&mut self, io: &mut IoThreads<Job>) {
+        for request in std::mem::take(&mut self.in_flight) {
+            let bytes = self.shared.staging.load(request.offset, request.length);
+            self.peer.receive(request.target, &bytes);
+            if request.signalled {
+                assert!(self.shared.ledger.retire((request.sequence + 1) & 0x00ff_ffff));
+                self.mark_if_ready(io);
+            }
+            self.peer.announce(&self.shared.window);
+            self.mark_if_ready(io);
+        }
+    }
+
+    fn posted(&mut self, request: WorkRequest, io: &mut IoThreads<Job>) {
+        self.in_flight.push(request);
+        if self.pace == Pace::Prompt || !self.job {
+            self.carry_out(io);
+        }
+    }
+
+    /// The server's end of a write job: `update_state`, then, if bytes are left,
+    /// `set_write_handler`.
+    fn written(&mut self, count: usize, io: &mut IoThreads<Job>) {
+        self.job = false;
+        self.accepted += count;
+        self.carry_out(io);
+        self.mark_if_ready(io);
+        self.handler = self.accepted < self.source.len();
+        self.mark_if_ready(io);
+    }
+
+    fn is_over(&self) -> bool {
+        self.peer.received.len() == self.source.len() && !self.job
+    }
+}
+
+enum Job {
+    /// Write the source from here on.
+    Write(usize),
+    /// Read at most so many bytes.
+    Read(usize),
+}
+
+/// Bytes go out through windows of `lengths`, staging memory of `staging` bytes and
+/// a send queue of `depth` work requests, written by jobs that migrate between two
+/// I/O threads.
+fn send(source: &'static [u8], lengths: &'static [u32], depth: usize, staging: usize, pace: Pace) {
+    model(move || {
+        let shared = Arc::new(Sending::new(depth, staging));
+        let (queue, events) = channel();
+        let mut io = IoThreads::start(2, {
+            let shared = Arc::clone(&shared);
+            move |job| {
+                let Job::Write(from) = job else { unreachable!() };
+                let count = shared.write(&source[from..], &queue);
+                queue.send(Event::Written(count)).unwrap();
+            }
+        });
+        let mut main = SendMain {
+            shared,
+            peer: Peer::new(lengths),
+            pace,
+            in_flight: Vec::new(),
+            source,
+            accepted: 0,
+            handler: false,
+            job: false,
+        };
+        main.queue_job(&mut io);
+        // The first announcement comes while the first job runs.
+        main.peer.announce(&main.shared.window);
+        main.mark_if_ready(&mut io);
+        while !main.is_over() {
+            match events.recv().unwrap() {
+                Event::Posted(request) => main.posted(request, &mut io),
+                Event::Written(count) => main.written(count, &mut io),
+                Event::Read(_) => unreachable!(),
+            }
+        }
+        assert_eq!(main.peer.received, source);
+        assert!(main.shared.ledger.is_idle());
+        io.stop();
+    });
+}
+
+#[test]
+fn bytes_are_sent_in_order_while_windows_and_staging_memory_change_hands() {
+    send(b"abcd", &[2, 1, 1], 4, 2, Pace::Prompt);
+}
+
+#[test]
+fn bytes_are_sent_in_order_when_completions_are_late() {
+    send(b"abcd", &[1, 3], 4, 2, Pace::Late);
+}
+
+#[test]
+fn bytes_are_sent_in_order_through_a_send_queue_of_one() {
+    send(b"abc", &[2, 2], 1, 2, Pace::Prompt);
+}
+
+// --- Receiving ----------------------------------------------------------------
+
+struct Receiving {
+    window: ReceiveWindow,
+    buffer: Memory,
+}
+
+impl Receiving {
+    fn new(length: usize) -> Self {
+        Self { window: ReceiveWindow::new(), buffer: Memory::new(length) }
+    }
+
+    /// As the transport's read.
+    fn read(&self, length: usize) -> Vec<u8> {
+        let Some((offset, waiting)) = self.window.readable() else { return Vec::new() };
+        let count = waiting.min(length);
+        let bytes = self.buffer.load(offset, count);
+        self.window.consume(count);
+        bytes
+    }
+}
+
+/// The main thread's side of receiving: fabric, announcements, jobs. The read handler
+/// is always installed.
+struct ReceiveMain {
+    shared: Arc<Receiving>,
+    /// Lengths of the announcements to come.
+    lengths: std::vec::IntoIter<u32>,
+    /// Where the peer writes next, and its room.
+    at: usize,
+    room: usize,
+    source: &'static [u8],
+    sent: usize,
+    received: Vec<u8>,
+    job: bool,
+}
+
+impl ReceiveMain {
+    fn new(shared: Arc<Receiving>, lengths: &[u32], source: &'static [u8]) -> Self {
+        let lengths = lengths.to_vec().into_iter();
+        let (received, job) = (Vec::new(), false);
+        Self { shared, lengths, at: 0, room: 0, source, sent: 0, received, job }
+    }
+
+    fn announce_if_consumed(&mut self) {
+        if self.shared.window.is_consumed()
+            && let Some(length) = self.lengths.next()
+        {
+            self.shared.window.announce(length);
+            (self.at, self.room) = (0, length as usize);
+        }
+    }
+
+    fn mark_if_ready(&mut self, io: &mut IoThreads<Job>) {
+        let unread = self.shared.window.unread();
+        assert!(unread <= self.source.len() as u64);
+        if unread > 0 && !self.job {
+            self.job = true;
+            io.give(Job::Read(2));
+        }
+    }
+
+    /// The peer writes what it has and the window takes, a byte for each immediate;
+    /// between them `update_state` is called, also while a job is reading.
+    fn arrive(&mut self, io: &mut IoThreads<Job>) {
+        self.announce_if_consumed();
+        while self.room > 0 && self.sent < self.source.len() {
+            self.shared.buffer.store(self.at, &self.source[self.sent..=self.sent]);
+            self.at += 1;
+            self.room -= 1;
+            self.sent += 1;
+            self.shared.window.arrived(1).expect("an honest immediate");
+            self.mark_if_ready(io);
+            self.announce_if_consumed();
+        }
+    }
+
+    fn read(&mut self, bytes: &[u8], io: &mut IoThreads<Job>) {
+        self.received.extend_from_slice(bytes);
+        self.job = false;
+        self.arrive(io);
+        self.mark_if_ready(io);
+    }
+
+    fn is_over(&self) -> bool {
+        self.received.len() == self.source.len() && !self.job
+    }
+}
+
+#[test]
+fn bytes_are_received_in_order_while_the_buffer_changes_hands() {
+    model(|| {
+        let shared = Arc::new(Receiving::new(2));
+        let (queue, events) = channel();
+        let mut io = IoThreads::start(2, {
+            let shared = Arc::clone(&shared);
+            move |job| {
+                let Job::Read(length) = job else { unreachable!() };
+                queue.send(Event::Read(shared.read(length))).unwrap();
+            }
+        });
+        let mut main = ReceiveMain::new(shared, &[2, 1, 2], b"abcde");
+        main.arrive(&mut io);
+        while !main.is_over() {
+            let Event::Read(bytes) = events.recv().unwrap() else { unreachable!() };
+            main.read(&bytes, &mut io);
+        }
+        assert_eq!(main.received, main.source);
+        io.stop();
+    });
+}
+
+/// Whatever order a third party sees the two counters in, it is told no more than
+/// there is.
+#[test]
+fn anybody_may_ask_how_much_is_unread() {
+    model(|| {
+        let window = Arc::new(ReceiveWindow::new());
+        window.announce(2);
+        let reader = thread::spawn({
+            let window = Arc::clone(&window);
+            move || {
+                if let Some((_, waiting)) = window.readable() {
+                    window.consume(waiting);
+                }
+            }
+        });
+        let other = thread::spawn({
+            let window = Arc::clone(&window);
+            move || assert!(window.unread() <= 2)
+        });
+        window.arrived(1).unwrap();
+        window.arrived(1).unwrap();
+        reader.join().unwrap();
+        other.join().unwrap();
+    });
+}
+
+// --- Both ways ----------------------------------------------------------------
+
+/// A reader and a writer at once on one connection, as 8.0 and 8.1 may have them.
+#[test]
+fn a_connection_sends_and_receives_at_once() {
+    model(|| {
+        let sending = Arc::new(Sending::new(4, 1));
+        let receiving = Arc::new(Receiving::new(1));
+        let (queue, events) = channel();
+        let work = {
+            let (sending, receiving) = (Arc::clone(&sending), Arc::clone(&receiving));
+            move |job| {
+                let event = match job {
+                    Job::Write(from) => Event::Written(sending.write(&b"ab"[from..], &queue)),
+                    Job::Read(length) => Event::Read(receiving.read(length)),
+                };
+                queue.send(event).unwrap();
+            }
+        };
+        let mut writer = IoThreads::start(1, work.clone());
+        let mut reader = IoThreads::start(1, work);
+        let mut output = SendMain {
+            shared: sending,
+            peer: Peer::new(&[1, 1]),
+            pace: Pace::Prompt,
+            in_flight: Vec::new(),
+            source: b"ab",
+            accepted: 0,
+            handler: false,
+            job: false,
+        };
+        let mut input = ReceiveMain::new(receiving, &[1, 1], b"cd");
+        output.queue_job(&mut writer);
+        output.peer.announce(&output.shared.window);
+        input.arrive(&mut reader);
+        while !(output.is_over() && input.is_over()) {
+            match events.recv().unwrap() {
+                Event::Posted(request) => output.posted(request, &mut writer),
+                Event::Written(count) => output.written(count, &mut writer),
+                Event::Read(bytes) => input.read(&bytes, &mut reader),
+            }
+        }
+        assert_eq!(output.peer.received, output.source);
+        assert_eq!(input.received, input.source);
+        writer.stop();
+        reader.stop();
+    });
+}
+
+// --- The promises of single types ----------------------------------------------
+
+/// A peer that announces whenever it likes: what is accepted reaches the writer
+/// once, whole, and not before the window before it was used to its last byte.
+#[test]
+fn early_announcements_neither_tear_nor_replace_the_one_in_use() {
+    model(|| {
+        let window = Arc::new(SendWindow::default());
+        let buffer = |n: u32| Announcement { address: u64::from(n) << 32, length: n, rkey: n };
+        let writer = thread::spawn({
+            let window = Arc::clone(&window);
+            move || {
+                let mut taken = Vec::new();
+                for _ in 0..3 {
+                    if let Some(new) = window.take() {
+                        taken.push(new);
+                        window.publish_left(0);
+                    }
+                }
+                taken
+            }
+        });
+        let mut accepted = Vec::new();
+        for n in 1..=3 {
+            if window.announce(buffer(n)).is_ok() {
+                accepted.push(buffer(n));
+            }
+        }
+        let mut taken = writer.join().unwrap();
+        taken.extend(window.take());
+        assert_eq!(taken, accepted);
+    });
+}
+
+/// As above, with a writer that uses a part of the window only.
+#[test]
+fn an_announcement_is_refused_while_a_byte_is_left() {
+    model(|| {
+        let window = Arc::new(SendWindow::default());
+        let buffer = Announcement { address: 0, length: 2, rkey: 0 };
+        window.announce(buffer).unwrap();
+        let writer = thread::spawn({
+            let window = Arc::clone(&window);
+            move || {
+                window.take().unwrap();
+                window.publish_left(1);
+            }
+        });
+        assert!(window.announce(buffer).is_err());
+        writer.join().unwrap();
+    });
+}
+
+#[test]
+fn there_is_room_all_the_time_while_a_window_is_taken() {
+    model(|| {
+        let window = Arc::new(SendWindow::default());
+        window.announce(Announcement { address: 0, length: 2, rkey: 0 }).unwrap();
+        let writer = thread::spawn({
+            let window = Arc::clone(&window);
+            move || {
+                window.take().unwrap();
+                window.publish_left(1);
+            }
+        });
+        assert!(window.has_room());
+        writer.join().unwrap();
+    });
+}
+
+/// The number of a work request that was not posted gives nothing back, and that of
+/// one that was gives back what it used, also if nothing but the ledger says so.
+#[test]
+fn a_work_request_is_retired_with_what_it_used_or_not_at_all() {
+    model(|| {
+        let ledger = Arc::new(SendLedger::new(4, 2, ()));
+        let writer = thread::spawn({
+            let ledger = Arc::clone(&ledger);
+            move || {
+                let mut writer = ledger.writer().unwrap();
+                let length = writer.chunk(2).unwrap().length;
+                writer.enter(length);
+            }
+        });
+        let retired = ledger.retire(1);
+        writer.join().unwrap();
+        assert_eq!(ledger.writer().unwrap().free(), if retired { 2 } else { 0 });
+        assert_eq!(ledger.is_idle(), retired);
+    });
+}
+
+/// Two who both believe that it is their turn.
+#[test]
+fn of_two_writers_one_comes_back_later() {
+    model(|| {
+        let ledger = Arc::new(SendLedger::new(4, 4, 0));
+        let write = |ledger: &SendLedger<usize>| {
+            ledger.writer().is_some_and(|mut writer| {
+                writer.enter(1);
+                *writer += 1;
+                true
+            })
+        };
+        let other = thread::spawn({
+            let ledger = Arc::clone(&ledger);
+            move || write(&ledger)
+        });
+        let mine = write(&ledger);
+        let wrote = usize::from(other.join().unwrap()) + usize::from(mine);
+        assert!(wrote > 0);
+        assert_eq!(*ledger.writer().unwrap(), wrote);
+        assert_eq!(ledger.total_posted(), wrote as u64);
+    });
+}
+
+/// The main thread gives staging memory back while an I/O thread may begin to write.
+fn shrink(idle_writer: fn(&SendLedger<bool>) -> Option<Writer<'_, bool>>) {
+    model(move || {
+        // Whether the staging memory is there.
+        let ledger = Arc::new(SendLedger::new(4, 1, true));
+        let staging = Arc::new(Memory::new(1));
+        let (queue, requests) = channel();
+        let io = thread::spawn({
+            let (ledger, staging) = (Arc::clone(&ledger), Arc::clone(&staging));
+            move || {
+                let posted = ledger.writer().is_some_and(|mut writer| {
+                    let chunk = if *writer { writer.chunk(1) } else { None };
+                    let Some(chunk) = chunk else { return false };
+                    staging.store(chunk.offset, b"a");
+                    writer.enter(chunk.length);
+                    true
+                });
+                queue.send(posted).unwrap();
+            }
+        });
+        if let Some(mut writer) = idle_writer(&ledger) {
+            *writer = false;
+            staging.free();
+        }
+        if requests.recv().unwrap() {
+            assert_eq!(staging.load(0, 1), b"a", "freed while in flight");
+            assert!(ledger.retire(1));
+        }
+        assert!(ledger.is_idle());
+        io.join().unwrap();
+    });
+}
+
+#[test]
+fn staging_memory_is_freed_only_while_nothing_is_in_flight() {
+    shrink(SendLedger::idle_writer);
+}
+
+#[test]
+#[should_panic = "freed while in flight"]
+fn asking_before_taking_the_right_to_write_would_free_memory_in_flight() {
+    shrink(|ledger| if ledger.is_idle() { ledger.writer() } else { None });
+}
+
+/// The main thread posts a probe, whose completion stands for all work requests
+/// before it, while an I/O thread may be between entering one and posting it.
+fn probe(hold: bool) {
+    model(move || {
+        let ledger = Arc::new(SendLedger::new(4, 2, ()));
+        let (queue, requests) = channel();
+        let io = thread::spawn({
+            let (ledger, queue) = (Arc::clone(&ledger), queue.clone());
+            move || {
+                if let Some(mut writer) = ledger.writer() {
+                    let (sequence, _) = writer.enter(1);
+                    queue.send(Some(sequence)).unwrap();
+                }
+                queue.send(None).unwrap();
+            }
+        });
+        // A probe carries the number of the work request that comes after it.
+        let writer = ledger.writer();
+        if let Some(writer) = writer {
+            let sequence = writer.next_sequence();
+            let held = hold.then_some(writer);
+            queue.send(Some(sequence | PROBE)).unwrap();
+            drop(held);
+        }
+        queue.send(None).unwrap();
+        let (mut before, mut over) = (0, 0);
+        while over < 2 {
+            match requests.recv().unwrap() {
+                Some(sequence) if sequence & PROBE != 0 => {
+                    assert_eq!(sequence & !PROBE, before, "the probe overtook a work request");
+                }
+                Some(_) => before += 1,
+                None => over += 1,
+            }
+        }
+        io.join().unwrap();
+    });
+}
+
+const PROBE: u32 = 1 << 31;
+
+#[test]
+fn a_probe_stands_for_all_that_is_posted_before_it() {
+    probe(true);
+}
+
+#[test]
+#[should_panic = "the probe overtook a work request"]
+fn a_probe_that_does_not_hold_the_right_to_write_overtakes() {
+    probe(false);
+}
