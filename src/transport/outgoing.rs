@@ -8,11 +8,15 @@ use super::Transport;
 use super::connection::{RdmaConnection, call_handler};
 use super::endpoint::{Endpoint, Fate, ReadOutcome, Reason, Stage, WriteOutcome};
 use super::listener::resolve;
-use crate::host::MainCell;
 use crate::host::connection::{Handler, State};
 use crate::host::main_cell::is_main_thread;
+use crate::host::{MainCell, api};
 use crate::metrics::METRICS;
+use crate::verbs::Error;
 use crate::verbs::cm::{Event, EventKind, Id};
+use redis_module::raw::RedisModuleCtx;
+use std::collections::VecDeque;
+use std::ffi::c_void;
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -23,6 +27,9 @@ const RESOLVE_MS: i32 = 2000;
 
 /// Connections whose address or route is being resolved.
 static RESOLVING: MainCell<Vec<Resolving>> = MainCell::new(Vec::new());
+
+/// Connections that failed so, and whose handlers are still to be called.
+static FAILED: MainCell<VecDeque<*mut RdmaConnection>> = MainCell::new(VecDeque::new());
 
 #[derive(Debug)]
 struct Resolving {
@@ -63,15 +70,21 @@ fn start(
     port: u16,
     from: Option<&str>,
 ) -> Result<(), (i32, String)> {
-    let address = |name: &str, port| resolve(name, port).map_err(|why| (libc::EADDRNOTAVAIL, why));
-    let target: SocketAddr = address(to, port)?;
-    let source = from.map(|name| address(name, 0)).transpose()?;
-    let channel = Transport::get().poller.channel();
-    let id = Id::new(channel).map_err(|error| (error.errno, error.to_string()))?;
-    id.resolve_address(source, target, RESOLVE_MS)
+    let target = resolve(to, port).map_err(|why| (libc::EADDRNOTAVAIL, why))?;
+    // As for TCP, a source that can't be had is no reason not to connect.
+    let source = from.and_then(|name| resolve(name, 0).ok());
+    let id = resolving(source, target)
+        .or_else(|error| if source.is_some() { resolving(None, target) } else { Err(error) })
         .map_err(|error| (error.errno, error.to_string()))?;
     RESOLVING.open().push(Resolving { id, connection });
     Ok(())
+}
+
+/// An id whose address is being resolved.
+fn resolving(source: Option<SocketAddr>, target: SocketAddr) -> Result<Id, Error> {
+    let id = Id::new(Transport::get().poller.channel())?;
+    id.resolve_address(source, target, RESOLVE_MS)?;
+    Ok(id)
 }
 
 /// An event of an id that has no endpoint: one that is being resolved.
@@ -80,25 +93,25 @@ pub fn event(event: Event) {
     let Some(index) = resolving.iter().position(|entry| entry.id.key() == event.id) else {
         return;
     };
-    match event.kind {
-        EventKind::AddressResolved => {
-            if resolving[index].id.resolve_route(RESOLVE_MS).is_ok() {
-                return;
-            }
-        }
+    let errno = match event.kind {
+        EventKind::AddressResolved => match resolving[index].id.resolve_route(RESOLVE_MS) {
+            Ok(()) => return,
+            Err(error) => error.errno,
+        },
         EventKind::RouteResolved => {
             let Resolving { id, connection } = resolving.swap_remove(index);
             drop(resolving);
             join(id, connection);
             return;
         }
-        EventKind::Failed | EventKind::Rejected | EventKind::DeviceRemoval => {}
+        EventKind::Failed if event.status < 0 => -event.status,
+        EventKind::Failed | EventKind::Rejected | EventKind::DeviceRemoval => libc::ENETUNREACH,
         _ => return,
-    }
+    };
     let Resolving { id, connection } = resolving.swap_remove(index);
     drop(resolving);
     drop(id);
-    fail(connection, libc::ENETUNREACH);
+    fail(connection, errno);
 }
 
 /// Gives a resolved id its endpoint and asks for the connection.
@@ -113,24 +126,45 @@ fn join(id: Id, connection: *mut RdmaConnection) {
     });
     if let Err(error) = joined {
         log::debug!("cannot connect: {error}");
-        // SAFETY: as above.
-        let endpoint = unsafe { (*connection).endpoint.take() };
-        if let Some(endpoint) = endpoint {
-            endpoint.own().connection = std::ptr::null_mut();
-            poller.remove(endpoint, Reason::Error);
-        }
+        part(connection);
         fail(connection, error.errno);
     }
 }
 
-/// The attempt failed: the server hears of it through its handler.
-fn fail(connection: *mut RdmaConnection, errno: i32) {
-    // SAFETY: live, see `join`; no cell is open during the call.
-    unsafe {
-        (*connection).base.fail(errno);
-        let handler = (*connection).base.conn_handler.take();
-        call_handler(connection, handler);
+/// Parts a connection from an endpoint that did not come to be connected.
+fn part(connection: *mut RdmaConnection) {
+    // SAFETY: live, see `join`.
+    if let Some(endpoint) = unsafe { (*connection).endpoint.take() } {
+        endpoint.own().connection = std::ptr::null_mut();
+        Transport::get().poller.remove(endpoint, Reason::Error);
     }
+}
+
+/// The attempt failed. The server hears of it through its handler, but not from here:
+/// this may be inside a call of the server that blocks.
+fn fail(connection: *mut RdmaConnection, errno: i32) {
+    // SAFETY: live, see `join`.
+    let base = unsafe { &(*connection).base };
+    base.fail(errno);
+    if base.conn_handler.is_some() {
+        FAILED.open().push_back(connection);
+        api::after(Duration::ZERO, on_failed);
+    }
+}
+
+/// Calls the handler of the attempt that failed first.
+unsafe extern "C" fn on_failed(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
+    super::table::guard("connect handler", (), || {
+        let first = FAILED.open().pop_front();
+        if let Some(connection) = first {
+            // SAFETY: live, since its close removes it from the list; no cell is open
+            // during the call.
+            unsafe {
+                let handler = (*connection).base.conn_handler.take();
+                call_handler(connection, handler);
+            }
+        }
+    });
 }
 
 /// The handshake of a connecting endpoint is complete, or has failed.
@@ -162,7 +196,9 @@ fn settle(endpoint: &Arc<Endpoint>, connection: *mut RdmaConnection) -> bool {
         return false;
     }
     if endpoint.fate() != Fate::Alive {
-        base.fail(libc::ECONNREFUSED);
+        let late = endpoint.own().reason == Some(Reason::Timeout);
+        base.fail(if late { libc::ETIMEDOUT } else { libc::ECONNREFUSED });
+        part(connection);
         return true;
     }
     if !endpoint.own().session.is_open() {
@@ -174,13 +210,21 @@ fn settle(endpoint: &Arc<Endpoint>, connection: *mut RdmaConnection) -> bool {
     true
 }
 
-/// The server closes a connection that is still being resolved.
+/// The server closes a connection, which may still be resolved, or have a handler to
+/// be called.
 pub fn forget(connection: *mut RdmaConnection) {
+    FAILED.open().retain(|other| *other != connection);
     let mut resolving = RESOLVING.open();
     let found = resolving.iter().position(|entry| entry.connection == connection);
     let entry = found.map(|index| resolving.swap_remove(index));
     drop(resolving);
     drop(entry);
+}
+
+/// The time after `timeout`, which may be absurdly long.
+fn later(timeout: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_add(timeout).unwrap_or(now + Duration::from_secs(1 << 30))
 }
 
 /// Waits for completions and connection events until `done` says so or the time is
@@ -231,19 +275,19 @@ pub unsafe fn blocking_connect(
     if !unsafe { connect(connection, to, port, None, None) } {
         return false;
     }
-    let outcome = wait_for(Instant::now() + timeout, || {
+    let outcome = wait_for(later(timeout), || {
         // SAFETY: nobody closes the connection while its owner waits here.
-        let (state, endpoint) =
-            unsafe { ((*connection).base.state(), (*connection).endpoint.clone()) };
+        let endpoint = unsafe { (*connection).endpoint.clone() };
         if let Some(endpoint) = endpoint {
             settle(&endpoint, connection);
         }
         // SAFETY: as above.
-        let state =
-            if state == State::Connecting { unsafe { (*connection).base.state() } } else { state };
+        let state = unsafe { (*connection).base.state() };
         (state != State::Connecting).then_some(state == State::Connected)
     });
     if outcome.is_none() {
+        forget(connection);
+        part(connection);
         // SAFETY: as above.
         unsafe { (*connection).base.fail(libc::ETIMEDOUT) };
     }
@@ -259,7 +303,7 @@ type Failed = i32;
 /// `ETIMEDOUT`, or `ECONNRESET` if the connection is not there any more.
 pub fn sync_write(endpoint: &Arc<Endpoint>, bytes: &[u8], timeout: Duration) -> Result<(), Failed> {
     let mut done = 0;
-    wait_for(Instant::now() + timeout, || {
+    wait_for(later(timeout), || {
         while done < bytes.len() && endpoint.fate() == Fate::Alive {
             let rest = &bytes[done..];
             // SAFETY: a piece of a slice.
@@ -280,7 +324,7 @@ pub fn sync_write(endpoint: &Arc<Endpoint>, bytes: &[u8], timeout: Duration) -> 
 /// As [`sync_write`].
 pub fn sync_read(endpoint: &Arc<Endpoint>, to: &mut [u8], timeout: Duration) -> Result<(), Failed> {
     let mut done = 0;
-    wait_for(Instant::now() + timeout, || {
+    wait_for(later(timeout), || {
         while done < to.len() {
             let rest = &mut to[done..];
             // SAFETY: a piece of a slice.
@@ -312,7 +356,7 @@ pub fn sync_readline(
     to: &mut [u8],
     timeout: Duration,
 ) -> Result<usize, Failed> {
-    let deadline = Instant::now() + timeout;
+    let deadline = later(timeout);
     let mut length = 0;
     while length + 1 < to.len() {
         let left = deadline.saturating_duration_since(Instant::now());
