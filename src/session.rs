@@ -18,7 +18,7 @@
 //! session.
 
 use crate::window::{Announcement, Overrun, ReceiveWindow, Refused, SendWindow};
-use crate::wire::{DecodeError, Memory, Message};
+use crate::wire::{DecodeError, MESSAGE_LEN, Memory, Message};
 use std::collections::VecDeque;
 use std::fmt;
 
@@ -43,6 +43,8 @@ pub struct Timing {
 pub enum Violation {
     /// A SEND that is no control message.
     Message(DecodeError),
+    /// A SEND that is longer than any control message, so that it did not arrive.
+    TooLong,
     /// An immediate that exceeds our window.
     Overrun(Overrun),
     /// An announcement before the last one was used up.
@@ -59,6 +61,7 @@ impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Message(error) => error.fmt(f),
+            Self::TooLong => write!(f, "control message of more than {MESSAGE_LEN} bytes"),
             Self::Overrun(error) => error.fmt(f),
             Self::Early(error) => error.fmt(f),
             Self::Wraps { address, length } => {

@@ -278,6 +278,13 @@ impl Poller {
         }
     }
 
+    /// Begins a pass, which ends when the answer is dropped, by a panic too: who marks
+    /// an endpoint as ready meanwhile need not wake the event loop.
+    fn pass(&self) -> Pass<'_> {
+        *self.passes.open() += 1;
+        Pass(self)
+    }
+
     fn wake_loop(&self) {
         if !std::mem::replace(&mut *self.awake.open(), true) {
             let one: u64 = 1;
@@ -297,19 +304,17 @@ impl Poller {
         if !self.is_pending() {
             return 0;
         }
-        *self.passes.open() += 1;
+        let _pass = self.pass();
         if std::mem::take(&mut *self.unfinished.open()) {
             let hubs = self.hubs.open().clone();
             hubs.iter().for_each(|hub| self.take_completions(hub));
         }
-        let served = self.serve_ready();
-        *self.passes.open() -= 1;
-        served
+        self.serve_ready()
     }
 
     /// A pass for the completions of one hub.
     fn run_completions(&self, hub: &Rc<Hub>) {
-        *self.passes.open() += 1;
+        let _pass = self.pass();
         hub.take_events();
         self.take_completions(hub);
         // What completes from here on fires the descriptor again; what completed
@@ -324,7 +329,6 @@ impl Poller {
         drop(echoes);
         self.match_echoes(hub);
         self.serve_ready();
-        *self.passes.open() -= 1;
     }
 
     fn take_completions(&self, hub: &Hub) {
@@ -354,6 +358,9 @@ impl Poller {
         // A connection that is gone may still have completions on their way.
         let Some(endpoint) = self.find(key) else { return };
         match completion.outcome {
+            Outcome::Failed(status) if status.is_too_long() => {
+                self.violate(&endpoint, Violation::TooLong);
+            }
             Outcome::Failed(status) => {
                 if !status.is_flush() && endpoint.fate() == Fate::Alive {
                     METRICS.error_completions.add(1);
@@ -631,7 +638,7 @@ impl Poller {
 
     /// Handles what happened to connections.
     fn run_connection_events(&self) {
-        *self.passes.open() += 1;
+        let _pass = self.pass();
         for _ in 0..EVENTS_PER_GO {
             match self.channel.next() {
                 Ok(Some(event)) => self.connection_event(event),
@@ -643,7 +650,6 @@ impl Poller {
             }
         }
         self.serve_ready();
-        *self.passes.open() -= 1;
     }
 
     fn connection_event(&self, event: Event) {
@@ -747,6 +753,15 @@ impl Poller {
     }
 }
 
+/// A pass that is going on.
+struct Pass<'a>(&'a Poller);
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        *self.0.passes.open() -= 1;
+    }
+}
+
 /// Whether one of the handlers has something to do.
 fn has_work(endpoint: &Endpoint, read: Option<Handler>, write: Option<Handler>) -> bool {
     (read.is_some() && endpoint.is_readable()) || (write.is_some() && endpoint.is_writable())
@@ -756,9 +771,8 @@ unsafe extern "C" fn on_wake(_fd: c_int, _data: *mut c_void, _mask: c_int) {
     super::table::guard("wake-up", (), || {
         let poller = &Transport::get().poller;
         poller.clear_wake();
-        *poller.passes.open() += 1;
+        let _pass = poller.pass();
         poller.serve_ready();
-        *poller.passes.open() -= 1;
     });
 }
 

@@ -100,6 +100,11 @@ impl Status {
         self.0 == ibv_wc_status::IBV_WC_WR_FLUSH_ERR
     }
 
+    /// Whether a message was longer than the receive that it found.
+    pub fn is_too_long(self) -> bool {
+        self.0 == ibv_wc_status::IBV_WC_LOC_LEN_ERR
+    }
+
     /// The library's words for it.
     pub fn text(self) -> String {
         // SAFETY: the function answers any number with a static string.

@@ -3,6 +3,9 @@
 
 use std::{fmt, io};
 
+/// The one action whose failure has a cause worth explaining.
+pub(super) const REGISTER: &str = "register memory";
+
 /// A verbs or connection manager call that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Error {
@@ -37,11 +40,45 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "cannot {}: {}", self.action, io::Error::from_raw_os_error(self.errno))?;
-        if self.errno == libc::ENOMEM && self.action.contains("register") {
-            write!(f, " (is the limit on locked memory, `ulimit -l`, too small?)")?;
+        if self.action == REGISTER && self.errno == libc::ENOMEM {
+            match locked_memory_limit() {
+                Some(bytes) => write!(
+                    f,
+                    "; the limit on locked memory is {bytes} bytes: raise it (`ulimit -l`, or \
+                     LimitMEMLOCK=infinity in the service's unit)"
+                )?,
+                None => write!(f, "; locked memory is not limited, so the device or machine is")?,
+            }
         }
         Ok(())
     }
 }
 
 impl std::error::Error for Error {}
+
+/// The process's limit on locked memory in bytes, if it has one.
+fn locked_memory_limit() -> Option<u64> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: a structure to fill in.
+    let result = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) };
+    (result == 0 && limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_registration_names_the_limit() {
+        let text = Error { action: REGISTER, errno: libc::ENOMEM }.to_string();
+        assert!(text.starts_with("cannot register memory: "), "{text}");
+        let limit = locked_memory_limit().map_or("not limited".to_owned(), |b| b.to_string());
+        assert!(text.contains(&limit), "{text}");
+    }
+
+    #[test]
+    fn other_errors_say_what_the_system_answered() {
+        let text = Error { action: "listen", errno: libc::EADDRINUSE }.to_string();
+        assert!(text.starts_with("cannot listen: Address already in use"), "{text}");
+    }
+}

@@ -7,6 +7,7 @@
 //! neither `maxmemory` nor the allocator's statistics see it; the counters here do.
 
 use super::cm::Device;
+use super::error::REGISTER;
 use super::{Error, library};
 use rdma_sys::*;
 use std::ptr::{self, NonNull};
@@ -148,7 +149,7 @@ impl Region {
         // SAFETY: a live domain and a mapping of that length.
         let raw = unsafe { library::ibv_reg_mr(domain.raw(), start, length, flags as i32) };
         if raw.is_null() {
-            let error = Error::last("register memory");
+            let error = Error::last(REGISTER);
             // SAFETY: the mapping made above, unused.
             unsafe { libc::munmap(start, length) };
             return Err(error);
