@@ -248,8 +248,14 @@ impl<'a> Cell<'a> {
         self.id.io_threads > 1
     }
 
-    /// Cycles of the server's event loop in a second, over `period`.
-    pub fn loop_rate(&self, period: Duration) -> Result<f64> {
+    /// How often the event loop of the idle server runs in a second.
+    pub fn idle_rate(&self) -> Result<f64> {
+        // A server with I/O threads is not equally idle at all times.
+        Ok(self.loop_rate()?.max(self.loop_rate()?))
+    }
+
+    /// Cycles of the server's event loop in a second.
+    fn loop_rate(&self) -> Result<f64> {
         let mut observer = self.tcp()?;
         let mut cycles = || -> Result<u64> {
             Info::parse(&observer.words("INFO everything")?.text()).number("eventloop_cycles")
@@ -257,29 +263,32 @@ impl<'a> Cell<'a> {
         // The connection and the first answer have cycles of their own.
         cycles()?;
         let (first, started) = (cycles()?, Instant::now());
-        std::thread::sleep(period);
+        std::thread::sleep(Duration::from_secs(2));
         let elapsed = started.elapsed().as_secs_f64();
         Ok((cycles()? - first) as f64 / elapsed)
     }
 
-    /// Makes sure that the event loop is as idle as a server's that was measured at `idle`:
-    /// at most 2 × hz cycles a second more.
+    /// Makes sure that the event loop is as idle as that of the same server was, when it ran
+    /// `idle` times a second: at most 2 × hz times more. One that spins never is, while one
+    /// that has just been busy may need a moment.
     pub fn check_idle(&mut self, idle: f64, when: &str) -> Result<()> {
-        let hz = self.info()?.number("hz")? as f64;
-        let busy = self.server().main_thread_cpu()?;
-        let started = Instant::now();
-        let rate = self.loop_rate(Duration::from_secs(3))?;
-        let busy = (self.server().main_thread_cpu()? - busy).as_secs_f64();
-        self.figure(
-            &format!("main thread's CPU {when}"),
-            format!("{:.0} %", 100.0 * busy / started.elapsed().as_secs_f64()),
-        );
-        self.figure(&format!("event loop cycles/s {when}"), format!("{rate:.0} (idle {idle:.0})"));
-        ensure!(
-            rate <= idle + 2.0 * hz,
-            "the event loop runs {rate:.0} times a second {when}, idle it was {idle:.0}"
-        );
-        Ok(())
+        let most = idle + 2.0 * self.info()?.number("hz")? as f64;
+        let mut rates = Vec::new();
+        for _ in 0..5 {
+            let (busy, started) = (self.server().main_thread_cpu()?, Instant::now());
+            let rate = self.loop_rate()?;
+            let busy = self.server().main_thread_cpu()? - busy;
+            if rate <= most {
+                let share = 100.0 * busy.as_secs_f64() / started.elapsed().as_secs_f64();
+                self.figure(
+                    &format!("event loop {when}"),
+                    format!("{rate:.0}/s (idle {idle:.0}/s), main thread {share:.0} %"),
+                );
+                return Ok(());
+            }
+            rates.push(rate.round());
+        }
+        bail!("the event loop runs {rates:?} times a second {when}, idle it was {idle:.0}")
     }
 
     /// The server is the package's, and the module in it is the one under test.

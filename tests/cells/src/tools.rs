@@ -88,7 +88,7 @@ impl Cell<'_> {
 
     fn benchmark_command(&self, load: &Load) -> Command {
         let mut command = self.tool("valkey-benchmark");
-        command.args(["-t", &load.tests.join(","), "--csv", "-r", "1000"]);
+        command.args(["-t", &load.tests.join(","), "--csv"]);
         command.args(["-n", &load.requests.to_string()]);
         command.args(["-c", &load.clients.to_string()]);
         command.args(["-d", &load.size.to_string()]);

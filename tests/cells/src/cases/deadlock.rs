@@ -20,7 +20,7 @@ pub const CASES: &[Case] = &[
 ];
 
 fn deadlock(cell: &mut Cell, requests: usize, clients: usize, size: usize) -> Result<()> {
-    let idle = cell.loop_rate(Duration::from_secs(3))?;
+    let idle = cell.idle_rate()?;
     // An answer that takes longer than this is a server that is not there.
     let limit = Duration::from_secs(if cell.lab.is_slow() { 30 } else { 10 });
     let pinger = Pinger::start(cell, limit)?;
