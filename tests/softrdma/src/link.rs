@@ -14,6 +14,7 @@ use crate::sys::{self, Fd};
 use std::io::Result;
 use std::os::fd::RawFd;
 use std::ptr;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 
 /// Bytes in each ring: enough that producer and consumer overlap on large
@@ -61,6 +62,9 @@ pub struct Side {
     closed: AtomicBool,
     want: Line<AtomicU32>,
     ack_at: AtomicU64,
+    /// The next message that takes a receive may raise the completion event by
+    /// the descriptor that this side has handed over.
+    direct: Line<AtomicBool>,
 }
 
 const _: () = assert!(2 * size_of::<Side>() <= HEADER);
@@ -141,6 +145,10 @@ pub struct Link {
     /// The other process is gone.
     dead: AtomicBool,
     seen: AtomicU64,
+    /// The other side's completion channel, if it has handed it over.
+    peer_channel: OnceLock<Fd>,
+    /// A look after the other side's progress is due.
+    pub watching: AtomicBool,
 }
 
 // SAFETY: the mapping lives as long as the link, and everything in it is atomic
@@ -170,6 +178,8 @@ impl Link {
             peer_bell: sys::doorbell()?,
             dead: AtomicBool::new(false),
             seen: AtomicU64::new(0),
+            peer_channel: OnceLock::new(),
+            watching: AtomicBool::new(false),
         };
         Ok((link, [memory]))
     }
@@ -189,6 +199,8 @@ impl Link {
             peer_bell: maker_bell,
             dead: AtomicBool::new(false),
             seen: AtomicU64::new(0),
+            peer_channel: OnceLock::new(),
+            watching: AtomicBool::new(false),
         })
     }
 
@@ -317,6 +329,40 @@ impl Link {
         self.mine().ack_at.store(n, Ordering::SeqCst);
         self.ask(want::ACK);
     }
+    /// Hands over the other side's completion channel.
+    pub fn set_peer_channel(&self, fd: Fd) {
+        let _ = self.peer_channel.set(fd);
+    }
+    /// Permits the other side to raise our completion event, once.
+    pub fn offer(&self) {
+        self.mine().direct.0.store(true, Ordering::SeqCst);
+    }
+    /// Takes the permission back; false if it was used.
+    pub fn revoke(&self) -> bool {
+        self.mine().direct.0.swap(false, Ordering::SeqCst)
+    }
+    /// True if the permission given was used.
+    pub fn offer_used(&self) -> bool {
+        !self.mine().direct.0.load(Ordering::SeqCst)
+    }
+    /// Raises the other side's completion event if it permits that.
+    pub fn raise(&self) -> bool {
+        let Some(channel) = self.peer_channel.get() else { return false };
+        fence(Ordering::SeqCst);
+        let direct = &self.theirs().direct.0;
+        let may = direct.load(Ordering::Relaxed) && direct.swap(false, Ordering::SeqCst);
+        if may {
+            sys::signal(channel);
+        }
+        may
+    }
+    /// Rings if the other side has not taken all that was sent.
+    pub fn ring_if_waiting(&self) {
+        if self.requests_out().room() < RING as usize {
+            sys::signal(&self.peer_bell);
+        }
+    }
+
     /// Wakes the other side if it wants one of `what`.
     pub fn ring_for(&self, what: u32) {
         fence(Ordering::SeqCst);

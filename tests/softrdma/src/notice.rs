@@ -32,31 +32,45 @@ impl<T> Notices<T> {
         sys::signal(&self.fd);
     }
 
+    /// Queues a notice for which another process has made, or is just making,
+    /// the descriptor readable.
+    pub fn push_signalled(&self, notice: T) {
+        self.queue.lock().unwrap().push_back(notice);
+    }
+
     /// Takes the oldest notice if there is one.
     pub fn try_pop(&self) -> Option<T> {
         let mut queue = self.queue.lock().unwrap();
         let notice = queue.pop_front()?;
-        sys::take(&self.fd);
+        if !sys::take(&self.fd) {
+            // The other process is between its decision and its signal, or was
+            // killed there: then the descriptor is readable once for nothing.
+            let _ = sys::wait_readable(&self.fd, 1);
+            sys::take(&self.fd);
+        }
         Some(notice)
     }
 
     /// Takes the oldest notice, waiting for one unless the descriptor is
-    /// non-blocking; the error is an errno.
-    pub fn pop(&self) -> std::result::Result<T, i32> {
+    /// non-blocking; the error is an errno. `pull` looks for notices that
+    /// another process has signalled, and says whether it queued one.
+    pub fn pop(&self, pull: impl Fn() -> bool) -> std::result::Result<T, i32> {
         loop {
             if let Some(notice) = self.try_pop() {
                 return Ok(notice);
+            }
+            // A signal that has no notice is taken away, but only if there is
+            // still none to be pulled after it: a signal comes after its reason.
+            if pull() || sys::take(&self.fd) {
+                continue;
             }
             // SAFETY: no pointers.
             let flags = unsafe { libc::fcntl(self.fd.raw(), libc::F_GETFL) };
             if flags < 0 || flags & libc::O_NONBLOCK != 0 {
                 return Err(libc::EAGAIN);
             }
-            let mut p = libc::pollfd { fd: self.fd.raw(), events: libc::POLLIN, revents: 0 };
-            // SAFETY: one valid pollfd.
-            if unsafe { libc::poll(&raw mut p, 1, -1) } < 0 {
-                return Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINTR));
-            }
+            sys::wait_readable(&self.fd, -1)
+                .map_err(|e| e.raw_os_error().unwrap_or(libc::EINTR))?;
         }
     }
 

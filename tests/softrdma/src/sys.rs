@@ -67,11 +67,20 @@ pub fn signal(fd: &Fd) {
     unsafe { libc::write(fd.raw, (&raw const one).cast(), 8) };
 }
 
-/// Takes one from an event counter; the caller knows that there is one.
-pub fn take(fd: &Fd) {
+/// Takes one from an event counter without waiting, whatever the descriptor's
+/// mode; false if there was none.
+pub fn take(fd: &Fd) -> bool {
     let mut n = 0u64;
+    let iov = libc::iovec { iov_base: (&raw mut n).cast(), iov_len: 8 };
     // SAFETY: eight valid bytes.
-    unsafe { libc::read(fd.raw, (&raw mut n).cast(), 8) };
+    unsafe { libc::preadv2(fd.raw, &raw const iov, 1, -1, libc::RWF_NOWAIT) == 8 }
+}
+
+/// Waits until a descriptor is readable; a negative timeout is none.
+pub fn wait_readable(fd: &Fd, timeout_ms: i32) -> Result<bool> {
+    let mut p = libc::pollfd { fd: fd.raw, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid pollfd.
+    check(unsafe { libc::poll(&raw mut p, 1, timeout_ms) }).map(|n| n > 0)
 }
 
 /// Anonymous memory that can be handed to another process.

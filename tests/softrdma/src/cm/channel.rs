@@ -48,7 +48,7 @@ impl EventChannel {
 
     /// Fetches the next event; the error is an errno.
     pub fn fetch(&self) -> Result<*mut rdma_cm_event, i32> {
-        let pending = self.notices.pop()?;
+        let pending = self.notices.pop(|| false)?;
         Ok(pending.deliver())
     }
 }

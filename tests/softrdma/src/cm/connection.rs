@@ -133,20 +133,29 @@ impl Connection {
         }
     }
 
-    fn deliver(self: &Arc<Self>, message: Message, fds: Vec<Fd>) {
+    fn deliver(self: &Arc<Self>, message: Message, mut fds: Vec<Fd>) {
         let mut owner = self.owner.lock().unwrap();
         match &*owner {
             Owner::Id(id) => {
                 let id = id.upgrade();
                 drop(owner);
+                if let (message::kind::REP, Some(link), Some(channel)) =
+                    (message.kind, self.link(), fds.pop())
+                {
+                    link.set_peer_channel(channel);
+                }
                 if let Some(id) = id {
                     id.message(message);
                 }
             }
             Owner::Listener(listener) if message.kind == message::kind::REQ => {
                 let Some(listener) = listener.upgrade() else { return };
+                let channel = (fds.len() > 3).then(|| fds.pop()).flatten();
                 let Ok([memory, maker_bell, my_bell]) = <[Fd; 3]>::try_from(fds) else { return };
                 let Ok(link) = Link::attach(memory, maker_bell, my_bell) else { return };
+                if let Some(channel) = channel {
+                    link.set_peer_channel(channel);
+                }
                 self.set_link(Arc::new(link), 0);
                 *owner = match listener.request(self.clone(), message) {
                     Some(id) => Owner::Id(id),

@@ -17,6 +17,7 @@ use rdma_sys::*;
 use std::cell::UnsafeCell;
 use std::mem::zeroed;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::os::fd::RawFd;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
@@ -384,7 +385,7 @@ impl CmId {
         let mut inner = self.inner.lock().unwrap();
         if inner.state == State::Requested {
             inner.state = State::Accepted;
-            connection.send(&rep, &[]);
+            connection.send(&rep, self.channel_fd().as_slice());
         }
         Ok(())
     }
@@ -445,7 +446,9 @@ impl CmId {
         let connection = Connection::of(socket, &self.strong());
         let bells = link.bells();
         connection.set_link(Arc::new(link), req.qp_num);
-        connection.send(&req, &[memory.raw(), bells[0], bells[1]]);
+        let mut fds = vec![memory.raw(), bells[0], bells[1]];
+        fds.extend(self.channel_fd());
+        connection.send(&req, &fds);
         inner.connection = Some(connection);
         drop(inner);
         let weak = self.weak.clone();
@@ -520,6 +523,9 @@ impl CmId {
         let qp = self.qp();
         // SAFETY: set by rdma_create_qp, cleared before the queue pair goes.
         (!qp.is_null()).then(|| unsafe { handle::share::<Qp, _>(qp) })
+    }
+    fn channel_fd(&self) -> Option<RawFd> {
+        self.qp_object().and_then(|qp| qp.channel_fd())
     }
     fn qp_number(&self, param: Option<&rdma_conn_param>) -> u32 {
         self.qp_object().map_or_else(|| param.map_or(0, |p| p.qp_num), |qp| qp.num)

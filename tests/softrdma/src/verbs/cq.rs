@@ -5,6 +5,7 @@ use super::context::{About, Context, limit};
 use super::qp::Qp;
 use crate::engine::engine;
 use crate::handle::Acks;
+use crate::link::Link;
 use crate::notice::Notices;
 use rdma_sys::*;
 use std::collections::VecDeque;
@@ -19,6 +20,7 @@ pub struct Channel {
     pub notices: Notices<Arc<Cq>>,
     pub users: AtomicUsize,
     pub context: Arc<Context>,
+    cqs: Mutex<Vec<Weak<Cq>>>,
 }
 
 // SAFETY: the C part is constant after creation.
@@ -30,7 +32,23 @@ impl Channel {
     pub fn new(context: Arc<Context>) -> Option<Arc<Channel>> {
         let notices = Notices::new().ok()?;
         let c = ibv_comp_channel { context: context.as_c(), fd: notices.fd(), refcnt: 0 };
-        Some(Arc::new(Channel { c, notices, users: AtomicUsize::new(0), context }))
+        let cqs = Mutex::new(Vec::new());
+        Some(Arc::new(Channel { c, notices, users: AtomicUsize::new(0), context, cqs }))
+    }
+
+    /// The next event; the error is an errno.
+    pub fn next(&self) -> Result<Arc<Cq>, i32> {
+        self.notices.pop(|| {
+            let cqs: Vec<_> = self.cqs.lock().unwrap().iter().filter_map(Weak::upgrade).collect();
+            cqs.iter().any(|cq| cq.pull())
+        })
+    }
+
+    /// A completion queue is being destroyed.
+    pub fn leave(&self, cq: &Arc<Cq>) {
+        self.notices.remove(|other| Arc::ptr_eq(other, cq));
+        self.cqs.lock().unwrap().retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(cq)));
+        self.users.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -61,6 +79,8 @@ struct Inner {
     queue: VecDeque<Completion>,
     armed: Armed,
     overrun: bool,
+    /// The wire whose other side may raise the event itself.
+    offered: Option<Arc<Link>>,
 }
 
 /// A completion queue.
@@ -100,11 +120,9 @@ impl Cq {
             channel.as_ref().map_or(std::ptr::null_mut(), |ch| (&raw const ch.c).cast_mut());
         c.cq_context = user;
         c.cqe = cqe;
-        if let Some(channel) = &channel {
-            channel.users.fetch_add(1, Ordering::Relaxed);
-        }
-        let inner = Inner { queue: VecDeque::new(), armed: Armed::No, overrun: false };
-        Ok(Arc::new_cyclic(|weak| Cq {
+        let inner =
+            Inner { queue: VecDeque::new(), armed: Armed::No, overrun: false, offered: None };
+        let cq = Arc::new_cyclic(|weak| Cq {
             c,
             inner: Mutex::new(inner),
             channel,
@@ -114,7 +132,12 @@ impl Cq {
             async_acks: Acks::default(),
             armed: AtomicBool::new(false),
             weak: weak.clone(),
-        }))
+        });
+        if let Some(channel) = &cq.channel {
+            channel.users.fetch_add(1, Ordering::Relaxed);
+            channel.cqs.lock().unwrap().push(Arc::downgrade(&cq));
+        }
+        Ok(cq)
     }
 
     pub fn attach(&self, qp: &Arc<Qp>) {
@@ -164,9 +187,50 @@ impl Cq {
     fn fire(&self, inner: &mut Inner) {
         inner.armed = Armed::No;
         self.armed.store(false, Ordering::SeqCst);
+        let signalled = inner.offered.take().is_some_and(|link| !link.revoke());
         if let (Some(channel), Some(cq)) = (&self.channel, self.weak.upgrade()) {
-            channel.notices.push(cq);
+            if signalled {
+                channel.notices.push_signalled(cq);
+            } else {
+                channel.notices.push(cq);
+            }
         }
+    }
+
+    /// Lets the other side of `link`, the only one that completes here, raise the
+    /// event of an armed queue itself: that saves the way through the progress
+    /// thread. The caller knows that its next message will complete a receive.
+    pub fn offer(&self, link: &Arc<Link>) {
+        let mut inner = self.inner.lock().unwrap();
+        if inner.armed == Armed::Any && inner.offered.is_none() {
+            inner.offered = Some(link.clone());
+            link.offer();
+        }
+    }
+
+    /// Takes an offer back, if the other side has not used it; if it has and is
+    /// gone, its signal may be missing.
+    pub fn withdraw(&self) {
+        if let Some(link) = self.inner.lock().unwrap().offered.take() {
+            link.revoke();
+        }
+    }
+
+    /// If the other side has raised the event, places what it sent and queues the
+    /// event; false if there is nothing of the kind.
+    fn pull(&self) -> bool {
+        let used = self.inner.lock().unwrap().offered.as_ref().is_some_and(|l| l.offer_used());
+        if used {
+            for qp in self.qps.read().unwrap().iter() {
+                qp.progress();
+            }
+            let mut inner = self.inner.lock().unwrap();
+            // It was raised, so it is delivered, whatever became of its reason.
+            if inner.offered.as_ref().is_some_and(|l| l.offer_used()) {
+                self.fire(&mut inner);
+            }
+        }
+        used
     }
 
     fn fail(self: Arc<Self>) {
@@ -225,8 +289,9 @@ impl Cq {
             self.armed.store(true, Ordering::SeqCst);
         }
         if self.channel.is_some() {
-            for qp in self.qps.read().unwrap().iter() {
-                qp.completion_wanted();
+            let qps = self.qps.read().unwrap();
+            for qp in qps.iter() {
+                qp.completion_wanted(qps.len() == 1);
             }
         }
     }

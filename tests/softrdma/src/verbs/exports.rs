@@ -437,8 +437,7 @@ pub unsafe extern "C" fn ibv_destroy_cq(c: *mut ibv_cq) -> c_int {
         return libc::EBUSY;
     }
     if let Some(channel) = &cq.channel {
-        channel.notices.remove(|other| Arc::ptr_eq(other, &cq));
-        channel.users.fetch_sub(1, Ordering::Relaxed);
+        channel.leave(&cq);
     }
     cq.context.events.remove(|e| matches!(&e.about, About::Cq(other) if Arc::ptr_eq(other, &cq)));
     cq.acks.wait();
@@ -458,7 +457,7 @@ unsafe extern "C" fn ibv_get_cq_event(
         return failed(libc::ENODEV);
     }
     // SAFETY: see above.
-    match unsafe { handle::borrow::<Channel, _>(channel) }.notices.pop() {
+    match unsafe { handle::borrow::<Channel, _>(channel) }.next() {
         Ok(event) => {
             event.acks.reported();
             // SAFETY: see above.
@@ -738,7 +737,7 @@ unsafe extern "C" fn ibv_get_async_event(
     }
     // SAFETY: see above.
     let context = unsafe { Context::share(context) };
-    match context.events.pop() {
+    match context.events.pop(|| false) {
         Ok(event) => {
             let element = match &event.about {
                 About::Cq(cq) => {

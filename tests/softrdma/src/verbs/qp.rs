@@ -19,13 +19,19 @@ use rdma_sys::*;
 use std::cell::UnsafeCell;
 use std::collections::{HashMap, VecDeque};
 use std::mem::zeroed;
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
+use std::time::Duration;
 
 pub use ibv_qp_state::{
     IBV_QPS_ERR as ERR, IBV_QPS_INIT as INIT, IBV_QPS_RESET as RESET, IBV_QPS_RTR as RTR,
     IBV_QPS_RTS as RTS, IBV_QPS_SQD as SQD,
 };
+
+/// How long the other side's application may take before its progress thread is
+/// called for what it has not taken.
+const RAISED_GRACE: Duration = Duration::from_millis(2);
 
 /// What of a queue pair changes, under its lock.
 pub struct Inner {
@@ -50,6 +56,8 @@ pub struct Inner {
     pub rnr_left: u8,
     pub acked_seen: u64,
     pub giving_up: bool,
+    /// Something was sent that takes a receive on the other side.
+    pub completes_there: bool,
 
     // Responder.
     pub rq: VecDeque<RecvWork>,
@@ -175,6 +183,7 @@ impl Qp {
             rnr_left: 0,
             acked_seen: 0,
             giving_up: false,
+            completes_there: false,
             rq: VecDeque::new(),
             inbound: Inbound::Idle,
             executed: 0,
@@ -219,6 +228,9 @@ impl Qp {
         }
         self.send_cq.detach(self);
         self.recv_cq.detach(self);
+        if self.link.get().is_some() {
+            self.recv_cq.withdraw();
+        }
         if let Some(srq) = &self.srq {
             srq.users.fetch_sub(1, Ordering::Relaxed);
         }
@@ -565,6 +577,10 @@ impl Qp {
             let served = inner.serve(self, link, &mut rang);
             let collected = inner.collect(self, link, &mut rang);
             let sent = inner.send(self, link, &mut rang);
+            if rang != want::ALL && std::mem::take(&mut inner.completes_there) && link.raise() {
+                rang &= !want::REQUEST;
+                self.watch_raised(link);
+            }
             if rang != 0 {
                 link.ring_for(rang);
             }
@@ -588,18 +604,49 @@ impl Qp {
 
     /// The send queue's completions will raise an event: see that the
     /// acknowledgement wakes us.
-    pub fn completion_wanted(&self) {
-        if self.link.get().is_some() {
+    /// `alone` says that the queue is this queue pair's only.
+    pub fn completion_wanted(&self, alone: bool) {
+        if let Some(link) = self.link.get() {
             let mut inner = self.inner.lock().unwrap();
             if !inner.sq.is_empty() {
                 self.run(&mut inner);
             }
+            if alone && inner.state == RTS && !inner.rq.is_empty() {
+                self.recv_cq.offer(link);
+            }
         }
+    }
+
+    /// Does all that can be done now.
+    pub fn progress(&self) {
+        let mut inner = self.inner.lock().unwrap();
+        self.run(&mut inner);
+    }
+
+    /// The descriptor by which the other side may raise our completion events.
+    pub fn channel_fd(&self) -> Option<RawFd> {
+        self.recv_cq.channel.as_ref().map(|channel| channel.notices.fd())
+    }
+
+    /// The other side was woken by its channel and not by its doorbell: if its
+    /// application is busy elsewhere, its progress thread must know after all.
+    fn watch_raised(&self, link: &Link) {
+        if link.watching.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let weak = self.weak.clone();
+        engine().after(RAISED_GRACE, move || {
+            if let Some(link) = weak.upgrade().and_then(|qp| qp.link.get().cloned()) {
+                link.watching.store(false, Ordering::Relaxed);
+                link.ring_if_waiting();
+            }
+        });
     }
 
     /// The other process died.
     pub fn link_down(&self) {
         if self.link.get().is_some() {
+            self.recv_cq.withdraw();
             let mut inner = self.inner.lock().unwrap();
             self.run(&mut inner);
         }

@@ -121,6 +121,7 @@ impl Inner {
             }
         }
         *rang |= want::REQUEST;
+        self.completes_there |= header.kind == kind::SEND || header.flags & flag::IMM != 0;
         Step::Done
     }
 
