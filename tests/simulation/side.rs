@@ -1,0 +1,556 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! One end of a connection: the module's session, windows and ledger, driven over
+//! the simulated fabric as the transport drives them over a real one, and an
+//! application with bytes to send.
+
+use crate::fabric::{Completion, Event, Fabric, Key, Outcome, Port, Slice, Work};
+use fastrand::Rng;
+use valkey_rdma::session::{Duty, Millis, Reaction, Session, Timing};
+use valkey_rdma::window::{Announcement, ReceiveWindow, SendLedger, SendWindow};
+use valkey_rdma::wire::{MESSAGE_LEN, Memory, Message};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fate {
+    Alive,
+    Gone,
+    Broken,
+}
+
+/// What a side is made with.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    pub port: Port,
+    /// Bytes to send.
+    pub source: u64,
+    pub receive_bytes: usize,
+    pub receive_slots: u16,
+    pub control_slots: u16,
+    pub payload_depth: usize,
+    pub small_staging: usize,
+    pub large_staging: usize,
+    /// Questions that the application asks.
+    pub questions: u32,
+    /// One in so many posts is refused as if the queue were full.
+    pub refusals: u32,
+    /// One in so many jobs is left to an I/O thread.
+    pub offload: u32,
+}
+
+const TIMING: Timing =
+    Timing { handshake: 600_000, liveness: 5_000, linger: 100, delivery: 600_000 };
+
+#[derive(Debug, Default)]
+struct Outgoing {
+    window: Announcement,
+    used: u32,
+    large: Option<Key>,
+}
+
+/// A job that waits for an I/O thread.
+#[derive(Debug, Default)]
+struct Jobs {
+    read: bool,
+    write: bool,
+}
+
+#[derive(Debug)]
+pub struct Side {
+    plan: Plan,
+    session: Session,
+    inbound: ReceiveWindow,
+    outbound: SendWindow,
+    ledger: SendLedger<Outgoing>,
+    control: Key,
+    receive: Key,
+    fate: Fate,
+    free_control_slots: Vec<u16>,
+    /// An announcement of this length could not be sent yet.
+    announcement_due: Option<u32>,
+    posted_before: u64,
+    refused: bool,
+    /// The server has the connection.
+    connected: bool,
+    pub ready: bool,
+    jobs: Jobs,
+    write_handler: bool,
+    /// End of what the application wants to have written so far.
+    wanted: u64,
+    /// Bytes that the window has taken.
+    pub accepted: u64,
+    pub received: u64,
+    asked: u32,
+    pub answered: u32,
+    /// The application closed by its own decision.
+    pub closed: bool,
+    /// The connection ended by something that went wrong, or was told to end.
+    pub failed: bool,
+    pub ended: bool,
+}
+
+/// The bytes that go from a port: each is a function of its place.
+fn byte(from: Port, at: u64) -> u8 {
+    (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8 ^ (from as u8).wrapping_mul(0x5a)
+}
+
+/// A number from 1 to 2 to the power of `bits`, small ones as likely as large ones.
+pub fn size(rng: &mut Rng, bits: u32) -> usize {
+    let most = 1 << rng.u32(0..=bits);
+    rng.usize(1..=most)
+}
+
+impl Side {
+    pub fn new(plan: Plan, fabric: &mut Fabric) -> Self {
+        let slots = usize::from(plan.receive_slots) + usize::from(plan.control_slots);
+        let side = Self {
+            session: Session::new(TIMING, 0),
+            inbound: ReceiveWindow::new(),
+            outbound: SendWindow::default(),
+            ledger: SendLedger::new(plan.payload_depth, plan.small_staging, Outgoing::default()),
+            control: fabric.register(plan.port, slots * MESSAGE_LEN + plan.small_staging, false),
+            receive: fabric.register(plan.port, plan.receive_bytes, true),
+            fate: Fate::Alive,
+            free_control_slots: (0..plan.control_slots).collect(),
+            announcement_due: None,
+            posted_before: 0,
+            refused: false,
+            connected: false,
+            ready: false,
+            jobs: Jobs::default(),
+            write_handler: false,
+            wanted: 0,
+            accepted: 0,
+            received: 0,
+            asked: 0,
+            answered: 0,
+            closed: false,
+            failed: false,
+            ended: false,
+            plan,
+        };
+        (0..plan.receive_slots).for_each(|slot| side.post_receive(slot, fabric));
+        side
+    }
+
+    // --- What the application does ------------------------------------------------
+
+    pub fn is_complete(&self, peer: &Self) -> bool {
+        self.received == peer.plan.source && self.answered == self.plan.questions
+    }
+
+    /// Whether the application has more to say and nothing holds it back.
+    pub fn may_produce(&self) -> bool {
+        self.connected
+            && !self.write_handler
+            && !self.jobs.write
+            && self.fate == Fate::Alive
+            && self.wanted < self.plan.source
+    }
+
+    pub fn produce(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
+        let left = self.plan.source - self.wanted;
+        self.wanted += left.min(size(rng, 12) as u64);
+        self.start_write(fabric, rng);
+    }
+
+    pub fn may_ask(&self) -> bool {
+        self.connected && self.fate == Fate::Alive && self.asked < self.plan.questions
+    }
+
+    pub fn ask(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
+        let question = Message::GetServerFeature { select: 7, features: 0 };
+        if self.send_control(question, fabric, rng) {
+            self.asked += 1;
+        }
+    }
+
+    pub fn keep_alive(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
+        if self.session.is_established() && self.fate == Fate::Alive {
+            self.send_control(Message::Keepalive, fabric, rng);
+        }
+    }
+
+    pub fn has_job(&self) -> bool {
+        self.jobs.read || self.jobs.write
+    }
+
+    /// An I/O thread does what it was given; then the server updates the state.
+    pub fn do_jobs(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
+        if std::mem::take(&mut self.jobs.write) {
+            self.do_write(fabric, rng);
+        }
+        if self.connected && std::mem::take(&mut self.jobs.read) {
+            self.do_read(fabric, rng);
+        }
+        self.announce_if_consumed(fabric, rng);
+        self.mark_if_ready();
+    }
+
+    fn start_write(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
+        if rng.u32(0..self.plan.offload) == 0 {
+            self.jobs.write = true;
+        } else {
+            self.do_write(fabric, rng);
+        }
+    }
+
+    fn do_write(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
+        match self.fate {
+            Fate::Alive => self.accepted += self.write(fabric, rng),
+            Fate::Gone => self.wanted = self.accepted,
+            Fate::Broken => return self.close(fabric, rng),
+        }
+        self.write_handler = self.accepted < self.wanted;
+        self.mark_if_ready();
+    }
+
+    fn do_read(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
+        if self.fate == Fate::Broken {
+            return self.close(fabric, rng);
+        }
+        let Some((offset, waiting)) = self.inbound.readable() else {
+            if self.fate == Fate::Gone {
+                self.close(fabric, rng);
+            }
+            return;
+        };
+        let length = waiting.min(size(rng, 14));
+        let from = 1 - self.plan.port;
+        let read = fabric.read(Slice { key: self.receive, offset, length });
+        for (byte_read, at) in read.iter().zip(self.received..) {
+            assert_eq!(*byte_read, byte(from, at), "wrong byte at {at}");
+        }
+        self.received += length as u64;
+        self.inbound.consume(length);
+    }
+
+    /// The application closes: what it wrote is still delivered.
+    pub fn close(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
+        if !self.connected {
+            return;
+        }
+        self.connected = false;
+        self.jobs = Jobs::default();
+        let quiet = self.fate != Fate::Alive;
+        self.session.close(quiet, self.now());
+        if quiet {
+            self.end(fabric);
+        } else {
+            self.closed = true;
+            self.step(self.now(), fabric, rng);
+        }
+    }
+
+    // --- What the poller does -----------------------------------------------------
+
+    pub fn event(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
+        match fabric.next_event(self.plan.port) {
+            Some(Event::Established) => {
+                let complete = self.session.establish();
+                self.announce_if_consumed(fabric, rng);
+                self.ready |= complete;
+            }
+            Some(Event::Disconnected) => {
+                // What came before it is read first.
+                while !self.ended && fabric.has_completions(self.plan.port) {
+                    self.poll(fabric, rng);
+                }
+                self.lose(Fate::Gone, fabric);
+            }
+            None => {}
+        }
+    }
+
+    pub fn poll(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
+        let Some(completion) = fabric.poll(self.plan.port) else { return };
+        let Completion { work, outcome, .. } = completion;
+        match (outcome, work) {
+            (Outcome::Failed, _) => {
+                self.failed = true;
+                self.lose(Fate::Gone, fabric);
+            }
+            (Outcome::Received(length), Work::Receive(slot)) => {
+                let bytes = fabric.read(self.slot(slot, length)).to_vec();
+                self.message(&bytes, slot, fabric, rng);
+            }
+            (Outcome::Immediate(count), Work::Receive(slot)) => {
+                let now = self.now();
+                self.session.immediate(count, &self.inbound, now).expect("an honest peer");
+                self.post_receive(slot, fabric);
+                self.mark_if_ready();
+            }
+            (Outcome::Sent, Work::Payload(sequence)) => {
+                self.ledger.retire((sequence + 1) & 0x00ff_ffff);
+                self.mark_if_ready();
+            }
+            (Outcome::Sent, Work::Probe(sequence)) => {
+                self.ledger.retire(sequence);
+                let now = self.now();
+                self.session.probe_completed(now);
+                self.mark_if_ready();
+            }
+            (Outcome::Sent, Work::Control(slot)) => {
+                self.free_control_slots.push(slot);
+                self.send_answers(fabric, rng);
+                self.announce_if_consumed(fabric, rng);
+            }
+            (outcome, work) => panic!("{outcome:?} of {work:?}"),
+        }
+    }
+
+    fn message(&mut self, bytes: &[u8], slot: u16, fabric: &mut Fabric, rng: &mut Rng) {
+        if self.answered < self.asked && bytes[..2] == [0, 0] {
+            // An answer: the application's, not the session's.
+            self.answered += 1;
+            return self.post_receive(slot, fabric);
+        }
+        let now = self.now();
+        let reaction = self.session.message(bytes, slot, &self.outbound, now);
+        match reaction.expect("an honest peer") {
+            Reaction::Nothing => self.post_receive(slot, fabric),
+            Reaction::WindowOpened => {
+                self.post_receive(slot, fabric);
+                self.ready |= self.session.handshake_completed_by_window();
+                self.mark_if_ready();
+            }
+            Reaction::AnswerDue => self.send_answers(fabric, rng),
+        }
+    }
+
+    pub fn serve(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
+        self.ready = false;
+        if !self.connected {
+            if self.session.is_open() {
+                self.connected = true;
+                self.mark_if_ready();
+            }
+            return;
+        }
+        let before = self.progress();
+        if self.is_readable() && !self.jobs.read {
+            if rng.u32(0..self.plan.offload) == 0 {
+                self.jobs.read = true;
+            } else {
+                self.do_read(fabric, rng);
+            }
+        }
+        if self.connected && self.write_handler && self.is_writable() && !self.jobs.write {
+            self.start_write(fabric, rng);
+        }
+        self.announce_if_consumed(fabric, rng);
+        if self.progress() != before {
+            self.mark_if_ready();
+        }
+    }
+
+    fn lose(&mut self, fate: Fate, fabric: &mut Fabric) {
+        if self.ended {
+            return;
+        }
+        self.fate = self.fate.max(fate);
+        if self.connected {
+            self.ready = true;
+        } else {
+            self.failed |= !self.closed;
+            self.end(fabric);
+        }
+    }
+
+    fn end(&mut self, fabric: &mut Fabric) {
+        self.ended = true;
+        fabric.disconnect(self.plan.port);
+        fabric.destroy(self.plan.port);
+        let mut writer = self.ledger.writer().expect("nobody else");
+        if let Some(large) = writer.large.take() {
+            fabric.deregister(large);
+        }
+        fabric.deregister(self.control);
+        fabric.deregister(self.receive);
+    }
+
+    /// The slow clock.
+    pub fn tick(&mut self, now: Millis, fabric: &mut Fabric, rng: &mut Rng) {
+        let written_before = std::mem::replace(&mut self.posted_before, self.ledger.total_posted());
+        NOW.set(now);
+        self.step(now, fabric, rng);
+        if self.ended {
+            return;
+        }
+        if written_before == self.posted_before
+            && let Some(mut writer) = self.ledger.idle_writer()
+            && let Some(large) = writer.large.take()
+        {
+            writer.install(self.plan.small_staging);
+            fabric.deregister(large);
+        }
+        self.send_answers(fabric, rng);
+        self.announce_if_consumed(fabric, rng);
+        if std::mem::take(&mut self.refused) {
+            self.mark_if_ready();
+        }
+    }
+
+    fn step(&mut self, now: Millis, fabric: &mut Fabric, rng: &mut Rng) {
+        match self.session.duty(now, self.ledger.is_idle()) {
+            Duty::Wait => {}
+            Duty::Probe => {
+                let refused = self.refuses(rng);
+                let writer = self.ledger.writer().expect("nobody else");
+                let work = Work::Probe(writer.next_sequence());
+                if refused || fabric.post_probe(self.plan.port, work).is_err() {
+                    self.session.probe_not_sent();
+                }
+            }
+            Duty::End => self.end(fabric),
+            Duty::TimedOut => panic!("no handshake, although nothing stood in its way"),
+        }
+    }
+
+    fn now(&self) -> Millis {
+        NOW.get()
+    }
+
+    // --- What an endpoint does ------------------------------------------------------
+
+    fn is_readable(&self) -> bool {
+        self.inbound.unread() > 0 || self.fate != Fate::Alive
+    }
+
+    fn is_writable(&self) -> bool {
+        self.fate != Fate::Alive
+            || self.outbound.has_room()
+                && self.ledger.credit() > 0
+                && self.ledger.writer().expect("nobody else").free() > 0
+    }
+
+    fn mark_if_ready(&mut self) {
+        self.ready |=
+            self.connected && (self.is_readable() || self.write_handler && self.is_writable());
+    }
+
+    fn progress(&self) -> u64 {
+        self.inbound.total_read() + self.ledger.total_posted()
+    }
+
+    fn refuses(&self, rng: &mut Rng) -> bool {
+        self.plan.refusals > 0 && rng.u32(0..self.plan.refusals) == 0
+    }
+
+    fn write(&mut self, fabric: &mut Fabric, rng: &mut Rng) -> u64 {
+        let mut writer = self.ledger.writer().expect("nobody else");
+        let total = (self.wanted - self.accepted) as usize;
+        let mut done = 0;
+        while done < total {
+            if writer.used == writer.window.length {
+                let Some(window) = self.outbound.take() else { break };
+                writer.window = window;
+                writer.used = 0;
+            }
+            let wanted = (total - done).min((writer.window.length - writer.used) as usize);
+            if writer.large.is_none()
+                && wanted > writer.free()
+                && self.plan.large_staging > self.plan.small_staging
+            {
+                let length = self.plan.large_staging;
+                writer.install(length);
+                writer.large = Some(fabric.register(self.plan.port, length, false));
+            }
+            let Some(chunk) = writer.chunk(wanted) else { break };
+            let (key, start) =
+                writer.large.map_or((self.control, self.staging_at()), |key| (key, 0));
+            let from = self.accepted + done as u64;
+            let bytes: Vec<u8> =
+                (from..).map(|at| byte(self.plan.port, at)).take(chunk.length).collect();
+            let offset = start + chunk.offset;
+            fabric.write(key, offset, &bytes);
+            let to = (writer.window.address + u64::from(writer.used), writer.window.rkey);
+            writer.used += chunk.length as u32;
+            self.outbound.publish_left(writer.window.length - writer.used);
+            let (sequence, signalled) = writer.enter(chunk.length);
+            let slice = Slice { key, offset, length: chunk.length };
+            let work = Work::Payload(sequence);
+            if self.refuses(rng)
+                || fabric.post_write(self.plan.port, work, slice, to, signalled).is_err()
+            {
+                writer.take_back(chunk.length);
+                writer.used -= chunk.length as u32;
+                self.outbound.publish_left(writer.window.length - writer.used);
+                self.refused = true;
+                break;
+            }
+            done += chunk.length;
+        }
+        done as u64
+    }
+
+    /// Opens the next window, of whatever length, once the one before is used up.
+    fn announce_if_consumed(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
+        if !self.session.is_established() || self.fate != Fate::Alive || self.ended {
+            return;
+        }
+        let length = match self.announcement_due.take() {
+            Some(length) => length,
+            None if self.inbound.is_consumed() => {
+                let most = self.plan.receive_bytes as u32;
+                let length = if rng.u32(0..3) == 0 { rng.u32(0..=most) } else { most };
+                self.inbound.announce(length);
+                length
+            }
+            None => return,
+        };
+        let memory = Memory { address: Fabric::address(self.receive), length, rkey: self.receive };
+        if !self.send_control(Message::RegisterXferMemory(memory), fabric, rng) {
+            self.announcement_due = Some(length);
+        }
+    }
+
+    fn send_answers(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
+        while let Some((answer, slot)) = self.session.next_answer() {
+            if !self.send_control(answer, fabric, rng) {
+                return self.session.answer_not_sent(answer, slot);
+            }
+            self.post_receive(slot, fabric);
+        }
+    }
+
+    fn send_control(&mut self, message: Message, fabric: &mut Fabric, rng: &mut Rng) -> bool {
+        let Some(slot) = self.free_control_slots.pop() else { return false };
+        let bytes = self.slot(self.plan.receive_slots + slot, MESSAGE_LEN);
+        fabric.write(bytes.key, bytes.offset, &message.encode());
+        let sent = !self.refuses(rng)
+            && fabric.post_send(self.plan.port, Work::Control(slot), bytes).is_ok();
+        if !sent {
+            self.free_control_slots.push(slot);
+        }
+        sent
+    }
+
+    fn post_receive(&self, slot: u16, fabric: &mut Fabric) {
+        fabric.post_receive(self.plan.port, slot, self.slot(slot, MESSAGE_LEN));
+    }
+
+    /// A slot of the control region.
+    fn slot(&self, slot: u16, length: usize) -> Slice {
+        Slice { key: self.control, offset: usize::from(slot) * MESSAGE_LEN, length }
+    }
+
+    fn staging_at(&self) -> usize {
+        usize::from(self.plan.receive_slots + self.plan.control_slots) * MESSAGE_LEN
+    }
+
+    /// Panics unless everything that was borrowed for a transfer is back.
+    pub fn assert_nothing_in_flight(&self, fabric: &Fabric) {
+        let (receives, entries) = fabric.in_use(self.plan.port);
+        assert_eq!(receives, usize::from(self.plan.receive_slots), "receives not posted again");
+        assert_eq!(entries, 0, "entries of the send queue in use");
+        assert_eq!(self.free_control_slots.len(), usize::from(self.plan.control_slots));
+        assert_eq!(self.ledger.credit(), self.plan.payload_depth, "work requests not given back");
+        let mut writer = self.ledger.writer().expect("nobody else");
+        assert_eq!(writer.free(), writer.capacity(), "staging memory not given back");
+        assert!(writer.large.is_none(), "staging memory of an idle connection");
+    }
+}
+
+thread_local! {
+    /// The simulated time.
+    pub static NOW: std::cell::Cell<Millis> = const { std::cell::Cell::new(0) };
+}
