@@ -445,13 +445,13 @@ impl Stream for Connection {
     }
 }
 
-fn milliseconds_left(deadline: Instant) -> i32 {
+pub(crate) fn milliseconds_left(deadline: Instant) -> i32 {
     let left = deadline.saturating_duration_since(Instant::now());
     left.as_millis().try_into().unwrap_or(i32::MAX)
 }
 
 /// Waits for the one event that the connection manager should report next.
-fn expect_event(id: &CmId, wanted: rdma_cm_event_type::Type, deadline: Instant) -> Result<()> {
+pub(crate) fn expect_event(id: &CmId, wanted: rdma_cm_event_type::Type, deadline: Instant) -> Result<()> {
     loop {
         match id.event()? {
             Some(event) if event.kind == wanted => return Ok(()),

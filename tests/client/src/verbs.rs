@@ -4,7 +4,7 @@
 
 use std::alloc::Layout;
 use std::ffi::CStr;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::RawFd;
 use std::ptr::{self, NonNull};
 use std::{io, mem};
@@ -170,14 +170,41 @@ impl CmId {
 
     /// Starts the connection.
     pub fn connect(&self) -> Result<()> {
+        self.connect_with(7)
+    }
+
+    /// The same, allowing the other side so many retries where no receive is posted here.
+    pub fn connect_with(&self, rnr_retry: u8) -> Result<()> {
         // SAFETY: all zeroes is a valid rdma_conn_param; it outlives the call.
         unsafe {
             let mut parameters: rdma_conn_param = mem::zeroed();
             parameters.responder_resources = 1;
             parameters.initiator_depth = 1;
             parameters.retry_count = 7;
-            parameters.rnr_retry_count = 7;
+            parameters.rnr_retry_count = rnr_retry;
             check("rdma_connect", rdma_connect(self.id.as_ptr(), &mut parameters))
+        }
+    }
+
+    /// The address of this side, once it is resolved.
+    pub fn local_address(&self) -> Option<SocketAddr> {
+        // SAFETY: the identifier lives; every member of the union begins with the family, by
+        // which the right one is read.
+        unsafe {
+            let address = &raw const self.id.as_ref().route.addr.src_addr_union;
+            match i32::from((*address.cast::<libc::sockaddr>()).sa_family) {
+                libc::AF_INET => {
+                    let v4 = &*address.cast::<libc::sockaddr_in>();
+                    let ip = IpAddr::from(v4.sin_addr.s_addr.to_ne_bytes());
+                    Some(SocketAddr::new(ip, u16::from_be(v4.sin_port)))
+                }
+                libc::AF_INET6 => {
+                    let v6 = &*address.cast::<libc::sockaddr_in6>();
+                    let ip = IpAddr::from(v6.sin6_addr.s6_addr);
+                    Some(SocketAddr::new(ip, u16::from_be(v6.sin6_port)))
+                }
+                _ => None,
+            }
         }
     }
 
@@ -416,6 +443,10 @@ pub struct Remote {
 pub enum Work {
     /// A control message.
     Send,
+    /// A control message with an immediate, which the protocol does not know.
+    SendWith(u32),
+    /// Bytes of the other side, which the protocol does not know either.
+    Read(Remote),
     /// Payload, with the immediate that announces it or without.
     Write(Remote, Option<u32>),
 }
@@ -497,13 +528,16 @@ impl QueuePair {
             request.send_flags = ibv_send_flags::IBV_SEND_SIGNALED.0;
             request.opcode = match work {
                 Work::Send => ibv_wr_opcode::IBV_WR_SEND,
+                Work::SendWith(_) => ibv_wr_opcode::IBV_WR_SEND_WITH_IMM,
+                Work::Read(_) => ibv_wr_opcode::IBV_WR_RDMA_READ,
                 Work::Write(_, None) => ibv_wr_opcode::IBV_WR_RDMA_WRITE,
                 Work::Write(_, Some(_)) => ibv_wr_opcode::IBV_WR_RDMA_WRITE_WITH_IMM,
             };
-            if let Work::Write(remote, immediate) = work {
+            if let Work::Write(remote, _) | Work::Read(remote) = work {
                 request.wr.rdma = rdma_t { remote_addr: remote.address, rkey: remote.rkey };
-                request.imm_data_invalidated_rkey_union.imm_data =
-                    immediate.unwrap_or_default().to_be();
+            }
+            if let Work::Write(_, Some(immediate)) | Work::SendWith(immediate) = work {
+                request.imm_data_invalidated_rkey_union.imm_data = immediate.to_be();
             }
             let mut refused = ptr::null_mut();
             check("ibv_post_send", ibv_post_send(self.0.as_ptr(), &mut request, &mut refused))
