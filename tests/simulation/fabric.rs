@@ -119,6 +119,8 @@ pub struct Fabric {
     pairs: [Pair; 2],
     memory: HashMap<Key, Region>,
     next_key: Key,
+    /// A queue pair broke because its peer had no receive posted for too long.
+    pub ran_out_of_retries: bool,
 }
 
 impl Fabric {
@@ -135,7 +137,7 @@ impl Fabric {
             silent: 0,
             retries_left: setup.retries,
         });
-        Self { pairs, memory: HashMap::new(), next_key: 1 }
+        Self { pairs, memory: HashMap::new(), next_key: 1, ran_out_of_retries: false }
     }
 
     // --- Memory ---------------------------------------------------------------
@@ -302,7 +304,10 @@ impl Fabric {
         if !matches!(request.operation, Operation::Probe) {
             let Some((slot, into)) = peer.receives.pop_front() else {
                 match &mut pair.retries_left {
-                    Some(0) => self.break_pair(port),
+                    Some(0) => {
+                        self.ran_out_of_retries = true;
+                        self.break_pair(port);
+                    }
                     Some(left) => *left -= 1,
                     None => {}
                 }

@@ -320,6 +320,7 @@ impl Side {
         self.ready = false;
         if !self.connected {
             if self.session.is_open() {
+                assert!(self.session.is_established(), "handed over in the handshake");
                 self.connected = true;
                 self.mark_if_ready();
             }
