@@ -6,7 +6,7 @@ use redis_module::{
     BlockedClient, Context, NextArg, RedisError, RedisResult, RedisString, RedisValue,
     ThreadSafeContext, raw,
 };
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_longlong};
 
@@ -17,6 +17,21 @@ type Client = ThreadSafeContext<BlockedClient>;
 
 thread_local! {
     static CONNECTIONS: RefCell<Connections> = RefCell::default();
+    static BLOCKS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Does the work of a slot that blocks, in which no handler may be called.
+fn blocking<T>(work: impl FnOnce() -> T) -> T {
+    BLOCKS.set(true);
+    let result = work();
+    BLOCKS.set(false);
+    result
+}
+
+/// The table, for a handler that is called at this moment.
+fn in_handler() -> &'static ConnectionType {
+    assert!(!BLOCKS.get(), "a handler was called inside a slot that blocks");
+    rdma().expect("the type that the connection is of")
 }
 
 /// The open connections. Never borrowed while a slot is called: the slot may call back.
@@ -155,6 +170,17 @@ pub fn visit(ctx: &Context, arguments: Vec<RedisString>) -> RedisResult {
     started
 }
 
+pub fn overlap(ctx: &Context, arguments: Vec<RedisString>) -> RedisResult {
+    let rdma = rdma()?;
+    let mut arguments = Arguments::new(arguments);
+    let (first, second) = (arguments.connection()?, arguments.connection()?);
+    let started = start(ctx, first, &mut arguments, false)?;
+    let (host, port, timeout) = (arguments.text()?, arguments.port()?, arguments.milliseconds()?);
+    // SAFETY: a live connection. Its outcome is its state, which another command shows.
+    let _ = blocking(|| unsafe { rdma.blocking_connect(second, &host, port, timeout) });
+    Ok(started)
+}
+
 /// Begins to connect; the client waits for the handler.
 fn start(
     ctx: &Context,
@@ -163,7 +189,9 @@ fn start(
     close: bool,
 ) -> RedisResult {
     let rdma = rdma()?;
-    let (host, port, source) = (arguments.text()?, arguments.port()?, arguments.optional_text()?);
+    let (host, port) = (arguments.text()?, arguments.port()?);
+    // An empty source is none.
+    let source = arguments.optional_text()?.filter(|source| !source.is_empty());
     // SAFETY: a live connection.
     unsafe {
         if !rdma.connect(connection, &host, port, source.as_deref(), on_connected) {
@@ -176,7 +204,7 @@ fn start(
 }
 
 unsafe extern "C" fn on_connected(connection: *mut Connection) {
-    let rdma = rdma().expect("the type that the connection is of");
+    let rdma = in_handler();
     let Some(Waiting::Connect { client, close }) = with(|open| open.waiting.remove(&connection))
     else {
         panic!("a connect handler that nobody waits for");
@@ -212,7 +240,7 @@ pub fn blocking_connect(_ctx: &Context, arguments: Vec<RedisString>) -> RedisRes
     let connection = arguments.connection()?;
     let (host, port, timeout) = (arguments.text()?, arguments.port()?, arguments.milliseconds()?);
     // SAFETY: a live connection.
-    unsafe { rdma.blocking_connect(connection, &host, port, timeout) }
+    blocking(|| unsafe { rdma.blocking_connect(connection, &host, port, timeout) })
         .map_err(|errno| failed_with(rdma, "blocking_connect", connection, errno))?;
     OK
 }
@@ -223,7 +251,7 @@ pub fn sync_write(_ctx: &Context, arguments: Vec<RedisString>) -> RedisResult {
     let connection = arguments.connection()?;
     let (bytes, timeout) = (arguments.bytes()?, arguments.milliseconds()?);
     // SAFETY: a live connection.
-    unsafe { rdma.sync_write(connection, &bytes, timeout) }
+    blocking(|| unsafe { rdma.sync_write(connection, &bytes, timeout) })
         .map(|count| RedisValue::Integer(count as i64))
         .map_err(|errno| failed_with(rdma, "sync_write", connection, errno))
 }
@@ -243,7 +271,7 @@ fn read_synchronously(slot: &str, arguments: Vec<RedisString>) -> RedisResult {
     let (count, timeout) = (arguments.count()?, arguments.milliseconds()?);
     let mut bytes = vec![0xff; count];
     // SAFETY: a live connection.
-    let read = unsafe { rdma.sync_read(slot, connection, &mut bytes, timeout) }
+    let read = blocking(|| unsafe { rdma.sync_read(slot, connection, &mut bytes, timeout) })
         .map_err(|errno| failed_with(rdma, slot, connection, errno))?;
     bytes.truncate(read);
     Ok(RedisValue::StringBuffer(bytes))
@@ -298,7 +326,7 @@ fn take_exchange(connection: *mut Connection) -> Exchange {
 
 /// Writes once, as a server does that has a reply to send.
 unsafe extern "C" fn on_writable(connection: *mut Connection) {
-    let rdma = rdma().expect("the type that the connection is of");
+    let rdma = in_handler();
     let mut exchange = take_exchange(connection);
     // SAFETY: the connection whose handler this is.
     let written = unsafe { rdma.write(connection, &exchange.unsent[exchange.sent..]) };
@@ -313,7 +341,7 @@ unsafe extern "C" fn on_writable(connection: *mut Connection) {
 
 /// Reads once, as a server does.
 unsafe extern "C" fn on_readable(connection: *mut Connection) {
-    let rdma = rdma().expect("the type that the connection is of");
+    let rdma = in_handler();
     let mut exchange = take_exchange(connection);
     let mut bytes = vec![0; 16 * 1024];
     // SAFETY: the connection whose handler this is.

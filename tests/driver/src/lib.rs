@@ -12,6 +12,7 @@
 //! | `DRIVER.STATE n` | `addr`, `is_local`, `get_last_error` |
 //! | `DRIVER.CONNECT n host port [source]` | `connect`; replies with the handler's view |
 //! | `DRIVER.VISIT host port` | the same on a new connection, `close` in the handler |
+//! | `DRIVER.OVERLAP n m host port source host port ms` | `connect` on n, then `blocking_connect` on m |
 //! | `DRIVER.ABANDON host port` | the same, `close` before the handler |
 //! | `DRIVER.BLOCKINGCONNECT n host port ms` | `blocking_connect` |
 //! | `DRIVER.SYNCWRITE n bytes ms` | `sync_write` |
@@ -51,6 +52,7 @@ pub unsafe extern "C" fn ValkeyModule_OnLoad(
     redis_command!(ctx, "driver.state", driver::state, "admin", 0, 0, 0, "");
     redis_command!(ctx, "driver.connect", driver::connect, "admin", 0, 0, 0, "");
     redis_command!(ctx, "driver.visit", driver::visit, "admin", 0, 0, 0, "");
+    redis_command!(ctx, "driver.overlap", driver::overlap, "admin", 0, 0, 0, "");
     redis_command!(ctx, "driver.abandon", driver::abandon, "admin", 0, 0, 0, "");
     redis_command!(ctx, "driver.blockingconnect", driver::blocking_connect, "admin", 0, 0, 0, "");
     redis_command!(ctx, "driver.syncwrite", driver::sync_write, "admin", 0, 0, 0, "");
