@@ -76,7 +76,8 @@ pub fn engine() -> &'static Engine {
             sources: Mutex::new(HashMap::new()),
             timers: Mutex::new(BinaryHeap::new()),
         };
-        engine.control(libc::EPOLL_CTL_ADD, engine.wake.raw(), libc::EPOLLET, WAKE);
+        let events = libc::EPOLLIN | libc::EPOLLET;
+        engine.control(libc::EPOLL_CTL_ADD, engine.wake.raw(), events, WAKE);
         engine
     });
     THREAD.get_or_init(|| spawn(engine));

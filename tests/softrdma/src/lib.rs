@@ -8,10 +8,12 @@
 
 mod cm;
 mod engine;
+mod fault;
 mod fork;
 mod handle;
 mod keys;
 mod link;
 mod notice;
+mod removal;
 mod sys;
 mod verbs;

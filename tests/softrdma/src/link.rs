@@ -136,6 +136,8 @@ impl Ring<'_> {
     }
 }
 
+type Cut = Box<dyn Fn() + Send + Sync>;
+
 /// One side's hold on the wire.
 pub struct Link {
     map: *mut u8,
@@ -147,6 +149,8 @@ pub struct Link {
     seen: AtomicU64,
     /// The other side's completion channel, if it has handed it over.
     peer_channel: OnceLock<Fd>,
+    cut: OnceLock<Cut>,
+    severed: AtomicBool,
     /// A look after the other side's progress is due.
     pub watching: AtomicBool,
 }
@@ -179,6 +183,8 @@ impl Link {
             dead: AtomicBool::new(false),
             seen: AtomicU64::new(0),
             peer_channel: OnceLock::new(),
+            cut: OnceLock::new(),
+            severed: AtomicBool::new(false),
             watching: AtomicBool::new(false),
         };
         Ok((link, [memory]))
@@ -200,6 +206,8 @@ impl Link {
             dead: AtomicBool::new(false),
             seen: AtomicU64::new(0),
             peer_channel: OnceLock::new(),
+            cut: OnceLock::new(),
+            severed: AtomicBool::new(false),
             watching: AtomicBool::new(false),
         })
     }
@@ -298,6 +306,20 @@ impl Link {
     pub fn peer_gone(&self) -> bool {
         self.dead.load(Ordering::Acquire) || self.theirs().closed.load(Ordering::Acquire)
     }
+    /// How to cut the connection that this wire belongs to.
+    pub fn set_cut(&self, cut: impl Fn() + Send + Sync + 'static) {
+        let _ = self.cut.set(Box::new(cut));
+    }
+    /// Cuts the connection, as a planned fault: nothing passes any more.
+    pub fn sever(&self) {
+        self.severed.store(true, Ordering::Release);
+        if let Some(cut) = self.cut.get() {
+            cut();
+        }
+    }
+    pub fn severed(&self) -> bool {
+        self.severed.load(Ordering::Acquire)
+    }
     /// Notes that the other process died.
     pub fn set_dead(&self) {
         self.dead.store(true, Ordering::Release);
@@ -305,8 +327,12 @@ impl Link {
 
     /// True if a glance finds nothing new from the other side.
     pub fn quiet(&self) -> bool {
-        let now = self.glance();
-        self.seen.swap(now, Ordering::Relaxed) == now
+        self.glance() == self.seen.load(Ordering::Relaxed)
+    }
+
+    /// Notes how far we look now; called before looking, under the queue pair's lock.
+    pub fn look(&self) {
+        self.seen.store(self.glance(), Ordering::Relaxed);
     }
 
     /// A sum over all that the other side may change: it only ever grows.

@@ -145,6 +145,12 @@ pub fn connect_abstract(fd: &Fd, name: &str) -> Result<()> {
     check(unsafe { libc::connect(fd.raw, (&raw const sa).cast(), len) }).map(drop)
 }
 
+/// Ends a connection for both sides.
+pub fn shut_down(fd: &Fd) {
+    // SAFETY: no pointers.
+    unsafe { libc::shutdown(fd.raw, libc::SHUT_RDWR) };
+}
+
 pub fn listen(fd: &Fd, backlog: i32) -> Result<()> {
     // SAFETY: no pointers.
     check(unsafe { libc::listen(fd.raw, backlog) }).map(drop)

@@ -317,3 +317,20 @@ fn unknown_operations_are_refused() {
         assert_eq!(p.client.post(wr), libc::EOPNOTSUPP);
     }
 }
+
+/// The adapter works while the application does something else.
+#[test]
+fn an_application_that_does_not_look_delays_nobody() {
+    let p = Pair::default();
+    for i in 0..50 {
+        p.server.recv(i, &[p.server.sge(0, 8)]);
+        p.server.arm(false);
+        let start = Instant::now();
+        p.client.post(Wr::send(i, &[p.client.sge(0, 8)]));
+        p.client.done(i);
+        assert!(start.elapsed() < Duration::from_millis(500), "round {i}: {:?}", start.elapsed());
+        assert!(readable(p.server.channel_fd(), WAIT));
+        assert_eq!(p.server.cq_event(), Ok(()));
+        p.server.done(i);
+    }
+}

@@ -5,6 +5,7 @@
 //! bound to. The device owns every address that the machine owns, which only
 //! the kernel can say; asking it costs a datagram socket and no traffic.
 
+use crate::fault;
 use crate::sys::{self, Fd};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
@@ -59,6 +60,11 @@ pub unsafe fn to_c(address: SocketAddr, out: *mut libc::sockaddr_storage) {
             }
         }
     }
+}
+
+/// True if the device owns the address.
+pub fn on_device(ip: IpAddr) -> bool {
+    fault::plan().only.map_or_else(|| owned(ip), |only| only == ip)
 }
 
 /// True if this machine owns the address.

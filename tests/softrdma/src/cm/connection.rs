@@ -8,6 +8,7 @@
 use super::id::CmId;
 use super::message::{self, Message};
 use crate::engine::{Source, Watch, engine};
+use crate::fault::{self, Point};
 use crate::link::Link;
 use crate::sys::{self, Fd};
 use std::io::ErrorKind;
@@ -86,11 +87,32 @@ impl Connection {
 
     /// Sends a message; a dead peer is noticed by the socket's end instead.
     pub fn send(&self, message: &Message, fds: &[RawFd]) {
+        let lost = match message.kind {
+            message::kind::REQ => fault::strikes(Point::LoseRequest),
+            message::kind::REP => fault::strikes(Point::LoseReply),
+            message::kind::RTU => fault::strikes(Point::LoseReadyToUse),
+            message::kind::DREQ => fault::strikes(Point::LoseDisconnect),
+            _ => None,
+        };
+        if lost.is_some() {
+            return self.cut();
+        }
         let _ = sys::send_packet(&self.socket, message.as_bytes(), fds);
     }
 
+    /// Both ends find the connection ended, as a planned fault.
+    fn cut(&self) {
+        sys::shut_down(&self.socket);
+    }
+
     /// The wire of this connection and the local queue pair that it goes to.
-    pub fn set_link(&self, link: Arc<Link>, qp_num: u32) {
+    pub fn set_link(self: &Arc<Self>, link: Arc<Link>, qp_num: u32) {
+        let weak = Arc::downgrade(self);
+        link.set_cut(move || {
+            if let Some(connection) = weak.upgrade() {
+                connection.cut();
+            }
+        });
         *self.link.lock().unwrap() = Some((link, qp_num));
     }
 

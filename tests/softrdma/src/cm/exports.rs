@@ -12,7 +12,7 @@ use super::id::CmId;
 use crate::verbs::context::cm_context;
 use crate::verbs::cq::{Channel, Cq};
 use crate::verbs::exports::{ibv_create_qp, ibv_create_srq, ibv_destroy_qp, ibv_destroy_srq};
-use crate::{fork, handle, sys};
+use crate::{fork, handle, removal, sys};
 use rdma_sys::*;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::mem::size_of;
@@ -46,7 +46,7 @@ unsafe fn on<'a>(id: *mut rdma_cm_id) -> Result<&'a CmId, i32> {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn rdma_create_event_channel() -> *mut rdma_event_channel {
-    if fork::in_child() {
+    if fork::in_child() || removal::no_device() {
         return null(libc::ENODEV);
     }
     crate::engine::engine();
@@ -274,7 +274,7 @@ pub unsafe extern "C" fn rdma_get_dst_port(id: *mut rdma_cm_id) -> u16 {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn rdma_get_devices(count: *mut c_int) -> *mut *mut ibv_context {
-    if fork::in_child() {
+    if fork::in_child() || removal::no_device() {
         return null(libc::ENODEV);
     }
     // SAFETY: room for two pointers; `count` may be null.

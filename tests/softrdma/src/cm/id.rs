@@ -132,7 +132,7 @@ impl CmId {
             responder_resources: 0,
             ack_timeout: ACK_TIMEOUT,
         };
-        Arc::new_cyclic(|weak| CmId {
+        let id = Arc::new_cyclic(|weak| CmId {
             c: UnsafeCell::new(c),
             inner: Mutex::new(inner),
             channel: Mutex::new(channel),
@@ -140,7 +140,12 @@ impl CmId {
             acks: Acks::default(),
             qp_template: Mutex::new(None),
             weak: weak.clone(),
-        })
+        });
+        let mut ids = IDS.lock().unwrap();
+        ids.retain(|other| other.strong_count() > 0);
+        ids.push(Arc::downgrade(&id));
+        drop(ids);
+        id
     }
 
     pub fn as_c(&self) -> *mut rdma_cm_id {
@@ -217,9 +222,7 @@ impl CmId {
             if inner.state != State::Idle {
                 return Err(libc::EINVAL);
             }
-            if !to.ip().is_unspecified() && !address::owned(to.ip()) {
-                return Err(libc::EADDRNOTAVAIL);
-            }
+            check_device(to.ip())?;
             inner.bind(to)?;
             inner.state = State::Bound;
         }
@@ -233,9 +236,7 @@ impl CmId {
             return Err(libc::EINVAL);
         }
         if let (State::Idle, Some(from)) = (inner.state, from) {
-            if !from.ip().is_unspecified() && !address::owned(from.ip()) {
-                return Err(libc::EADDRNOTAVAIL);
-            }
+            check_device(from.ip())?;
             inner.bind(from)?;
             inner.state = State::Bound;
         }
@@ -250,7 +251,7 @@ impl CmId {
             _ => to,
         };
         inner.remote = Some(to);
-        let source = if address::owned(to.ip()) {
+        let source = if address::on_device(to.ip()) {
             address::source_for(to.ip())
         } else {
             // The fabric ends at this machine.
@@ -785,6 +786,30 @@ impl CmId {
         self.acks.wait();
     }
 }
+
+/// An address to bind must be the machine's, and the device's.
+fn check_device(ip: IpAddr) -> Result<(), i32> {
+    if ip.is_unspecified() || address::on_device(ip) {
+        Ok(())
+    } else if address::owned(ip) {
+        Err(libc::ENODEV)
+    } else {
+        Err(libc::EADDRNOTAVAIL)
+    }
+}
+
+/// Tells every identifier that has a device that it is gone.
+pub fn device_removed() {
+    let ids: Vec<_> = IDS.lock().unwrap().iter().filter_map(Weak::upgrade).collect();
+    for id in ids {
+        // SAFETY: a word; the identifier's own calls write it.
+        if unsafe { !(*id.c.get()).verbs.is_null() } {
+            id.push(RDMA_CM_EVENT_DEVICE_REMOVAL, 0, None);
+        }
+    }
+}
+
+static IDS: Mutex<Vec<Weak<CmId>>> = Mutex::new(Vec::new());
 
 fn done(code: i32) -> Result<(), i32> {
     if code == 0 { Ok(()) } else { Err(code) }

@@ -10,3 +10,5 @@ mod exports;
 mod id;
 mod message;
 mod rsockets;
+
+pub use id::device_removed;

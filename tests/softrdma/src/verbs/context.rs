@@ -8,7 +8,7 @@ use crate::notice::Notices;
 use rdma_sys::*;
 use std::mem::{offset_of, size_of, zeroed};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 /// What the device can do; a request beyond one of these fails.
 pub mod limit {
@@ -35,7 +35,6 @@ pub enum About {
     Cq(Arc<Cq>),
     Qp(Arc<Qp>),
     Srq(Arc<Srq>),
-    #[allow(dead_code)]
     Device,
 }
 
@@ -78,6 +77,8 @@ pub fn device() -> *mut ibv_device {
     (&raw const shared.0).cast_mut()
 }
 
+static CONTEXTS: Mutex<Vec<Weak<Context>>> = Mutex::new(Vec::new());
+
 impl Context {
     /// Opens the device.
     pub fn open() -> Option<Arc<Context>> {
@@ -95,7 +96,16 @@ impl Context {
         c.num_comp_vectors = std::thread::available_parallelism().map_or(1, |n| n.get() as i32);
         // The mark of a context that has the extended verbs before it.
         c.abi_compat = usize::MAX as *mut _;
-        Some(Arc::new(Context { verbs, events }))
+        let context = Arc::new(Context { verbs, events });
+        let mut all = CONTEXTS.lock().unwrap();
+        all.retain(|c| c.strong_count() > 0);
+        all.push(Arc::downgrade(&context));
+        Some(context)
+    }
+
+    /// Every open context.
+    pub fn all() -> Vec<Arc<Context>> {
+        CONTEXTS.lock().unwrap().iter().filter_map(Weak::upgrade).collect()
     }
 
     pub fn as_c(self: &Arc<Self>) -> *mut ibv_context {

@@ -4,6 +4,7 @@
 use super::context::{About, Context, limit};
 use super::qp::Qp;
 use crate::engine::engine;
+use crate::fault::{self, Point};
 use crate::handle::Acks;
 use crate::link::Link;
 use crate::notice::Notices;
@@ -12,6 +13,10 @@ use std::collections::VecDeque;
 use std::mem::zeroed;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak};
+use std::time::Duration;
+
+/// How long a planned fault waits for a batch to fill.
+const BATCH_LIMIT: Duration = Duration::from_millis(5);
 
 /// A completion channel.
 #[repr(C)]
@@ -81,6 +86,8 @@ struct Inner {
     overrun: bool,
     /// The wire whose other side may raise the event itself.
     offered: Option<Arc<Link>>,
+    /// Completions that a planned fault holds back.
+    held: VecDeque<Completion>,
 }
 
 /// A completion queue.
@@ -120,8 +127,13 @@ impl Cq {
             channel.as_ref().map_or(std::ptr::null_mut(), |ch| (&raw const ch.c).cast_mut());
         c.cq_context = user;
         c.cqe = cqe;
-        let inner =
-            Inner { queue: VecDeque::new(), armed: Armed::No, overrun: false, offered: None };
+        let inner = Inner {
+            queue: VecDeque::new(),
+            armed: Armed::No,
+            overrun: false,
+            offered: None,
+            held: VecDeque::new(),
+        };
         let cq = Arc::new_cyclic(|weak| Cq {
             c,
             inner: Mutex::new(inner),
@@ -165,7 +177,7 @@ impl Cq {
         if inner.overrun {
             return;
         }
-        if inner.queue.len() >= self.c.cqe as usize {
+        if inner.queue.len() + inner.held.len() >= self.c.cqe as usize {
             inner.overrun = true;
             drop(inner);
             let Some(cq) = self.weak.upgrade() else { return };
@@ -173,6 +185,40 @@ impl Cq {
             engine().soon(move || cq.fail());
             return;
         }
+        if fault::planned() && self.hold(&mut inner) {
+            inner.held.push_back(completion);
+            return;
+        }
+        self.show(&mut inner, completion);
+    }
+
+    /// A planned fault holds completions back, and with one all after it: for a
+    /// time, or until there are enough, but not for ever.
+    fn hold(&self, inner: &mut Inner) -> bool {
+        let delay = fault::strikes(Point::CompletionDelay).map(Duration::from_micros);
+        let batch = fault::strikes(Point::CompletionBatch);
+        let wait = delay.or(batch.map(|_| BATCH_LIMIT));
+        if let (Some(wait), true) = (wait, inner.held.is_empty()) {
+            let weak = self.weak.clone();
+            engine().after(wait, move || {
+                if let Some(cq) = weak.upgrade() {
+                    cq.release(&mut cq.inner.lock().unwrap());
+                }
+            });
+        } else if batch.is_some_and(|n| inner.held.len() as u64 + 1 >= n) {
+            self.release(inner);
+            return false;
+        }
+        wait.is_some() || !inner.held.is_empty()
+    }
+
+    fn release(&self, inner: &mut Inner) {
+        while let Some(completion) = inner.held.pop_front() {
+            self.show(inner, completion);
+        }
+    }
+
+    fn show(&self, inner: &mut Inner, completion: Completion) {
         let fire = match inner.armed {
             Armed::No => false,
             Armed::Solicited => completion.solicited,
@@ -180,13 +226,16 @@ impl Cq {
         };
         inner.queue.push_back(completion);
         if fire {
-            self.fire(&mut inner);
+            self.fire(inner);
         }
     }
 
     fn fire(&self, inner: &mut Inner) {
         inner.armed = Armed::No;
         self.armed.store(false, Ordering::SeqCst);
+        if fault::strikes(Point::EventLost).is_some() {
+            return;
+        }
         let signalled = inner.offered.take().is_some_and(|link| !link.revoke());
         if let (Some(channel), Some(cq)) = (&self.channel, self.weak.upgrade()) {
             if signalled {

@@ -13,8 +13,9 @@ use super::qp::Qp;
 use super::srq::Srq;
 use super::strings;
 use super::work::RecvWork;
+use crate::fault::{self, Point};
 use crate::sys::set_errno;
-use crate::{fork, handle};
+use crate::{fork, handle, removal};
 use rdma_sys::*;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::mem::{size_of, zeroed};
@@ -57,12 +58,15 @@ pub fn fill(verbs: &mut verbs_context) {
 extern "C" fn ibv_get_device_list(count: *mut c_int) -> *mut *mut ibv_device {
     // SAFETY: two pointers' room, freed by ibv_free_device_list.
     let list = unsafe { libc::calloc(2, size_of::<*mut ibv_device>()) }.cast::<*mut ibv_device>();
+    let there = !removal::no_device();
     if !list.is_null() {
         // SAFETY: allocated above; `count` may be null.
         unsafe {
-            list.write(device());
+            if there {
+                list.write(device());
+            }
             if !count.is_null() {
-                count.write(1);
+                count.write(c_int::from(there));
             }
         }
     }
@@ -93,7 +97,7 @@ extern "C" fn ibv_get_device_guid(_device: *mut ibv_device) -> u64 {
 
 #[unsafe(no_mangle)]
 extern "C" fn ibv_open_device(_device: *mut ibv_device) -> *mut ibv_context {
-    if fork::in_child() {
+    if fork::in_child() || removal::no_device() {
         return pointer(Err(libc::ENODEV));
     }
     pointer(
@@ -268,7 +272,7 @@ extern "C" fn ibv_is_fork_initialized() -> c_uint {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ibv_alloc_pd(context: *mut ibv_context) -> *mut ibv_pd {
-    if fork::in_child() {
+    if fork::in_child() || removal::no_device() {
         return pointer(Err(libc::ENODEV));
     }
     // SAFETY: see above.
@@ -294,7 +298,7 @@ unsafe fn register(
     iova: u64,
     access: c_uint,
 ) -> *mut ibv_mr {
-    if fork::in_child() {
+    if fork::in_child() || removal::no_device() {
         return pointer(Err(libc::ENODEV));
     }
     // SAFETY: see above.
@@ -360,7 +364,7 @@ extern "C" fn ibv_rereg_mr(
 }
 
 unsafe extern "C" fn alloc_mw(pd: *mut ibv_pd, kind: ibv_mw_type::Type) -> *mut ibv_mw {
-    if fork::in_child() {
+    if fork::in_child() || removal::no_device() {
         return pointer(Err(libc::ENODEV));
     }
     // SAFETY: see above.
@@ -382,7 +386,7 @@ unsafe extern "C" fn bind_mw(_qp: *mut ibv_qp, _mw: *mut ibv_mw, _bind: *mut ibv
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ibv_create_comp_channel(context: *mut ibv_context) -> *mut ibv_comp_channel {
-    if fork::in_child() {
+    if fork::in_child() || removal::no_device() {
         return pointer(Err(libc::ENODEV));
     }
     // SAFETY: see above.
@@ -410,7 +414,7 @@ unsafe extern "C" fn ibv_create_cq(
     channel: *mut ibv_comp_channel,
     vector: c_int,
 ) -> *mut ibv_cq {
-    if fork::in_child() {
+    if fork::in_child() || removal::no_device() {
         return pointer(Err(libc::ENODEV));
     }
     // SAFETY: see above.
@@ -501,7 +505,7 @@ pub unsafe extern "C" fn ibv_create_srq(
     pd: *mut ibv_pd,
     init: *mut ibv_srq_init_attr,
 ) -> *mut ibv_srq {
-    if fork::in_child() {
+    if fork::in_child() || removal::no_device() {
         return pointer(Err(libc::ENODEV));
     }
     // SAFETY: see above.
@@ -586,7 +590,9 @@ unsafe extern "C" fn post_srq_recv(
     while !wr.is_null() {
         // SAFETY: see above.
         let one = unsafe { &*wr };
-        let code = if one.num_sge as u32 > srq.max_sge {
+        let code = if let Some(code) = fault::strikes(Point::PostReceive) {
+            code as c_int
+        } else if one.num_sge as u32 > srq.max_sge {
             libc::EINVAL
         // SAFETY: see above.
         } else if !srq.post(unsafe { receive(one) }) {
@@ -611,7 +617,7 @@ pub unsafe extern "C" fn ibv_create_qp(
     pd: *mut ibv_pd,
     init: *mut ibv_qp_init_attr,
 ) -> *mut ibv_qp {
-    if fork::in_child() {
+    if fork::in_child() || removal::no_device() {
         return pointer(Err(libc::ENODEV));
     }
     // SAFETY: see above.
@@ -687,8 +693,15 @@ unsafe extern "C" fn post_send(
     while !wr.is_null() {
         // SAFETY: see above.
         let one = unsafe { &*wr };
+        let planned = fault::strikes(Point::PostSend)
+            .or(fault::strikes(Point::SendQueueFull).map(|_| libc::ENOMEM as u64));
         // SAFETY: see above.
-        if let Err(code) = unsafe { qp.post_send(one, &mut inner) } {
+        let posted = match planned {
+            Some(code) => Err(code as i32),
+            None => unsafe { qp.post_send(one, &mut inner) },
+        };
+        removal::consider();
+        if let Err(code) = posted {
             // SAFETY: see above.
             unsafe { bad.write(wr) };
             result = code;
@@ -714,8 +727,12 @@ unsafe extern "C" fn post_recv(
     while !wr.is_null() {
         // SAFETY: see above.
         let one = unsafe { &*wr };
-        // SAFETY: see above.
-        if let Err(code) = qp.post_recv(unsafe { receive(one) }, &mut inner) {
+        let posted = match fault::strikes(Point::PostReceive) {
+            Some(code) => Err(code as i32),
+            // SAFETY: see above.
+            None => qp.post_recv(unsafe { receive(one) }, &mut inner),
+        };
+        if let Err(code) = posted {
             // SAFETY: see above.
             unsafe { bad.write(wr) };
             return code;

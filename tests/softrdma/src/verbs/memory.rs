@@ -2,11 +2,12 @@
 //! Protection domains, memory regions and memory windows.
 
 use super::context::{Context, limit, unique};
+use crate::fault::{self, Point};
 use crate::handle;
 use crate::keys::{self, Grant};
 use rdma_sys::*;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 /// A protection domain.
 #[repr(C)]
@@ -72,6 +73,9 @@ unsafe impl Send for Mr {}
 // SAFETY: as above.
 unsafe impl Sync for Mr {}
 
+/// Bytes registered: what a device would have locked.
+static LOCKED: AtomicU64 = AtomicU64::new(0);
+
 /// True if every page of the range is mapped.
 fn mapped(addr: usize, length: usize) -> bool {
     let page = 4096;
@@ -97,6 +101,9 @@ pub fn register(
     iova: u64,
     access: u32,
 ) -> Result<*mut ibv_mr, i32> {
+    if let Some(code) = fault::strikes(Point::Register) {
+        return Err(code as i32);
+    }
     // 10.6.3.1: remote write and atomic access need local write access.
     let writes = keys::REMOTE_WRITE | keys::REMOTE_ATOMIC;
     if access & writes != 0 && access & keys::LOCAL_WRITE == 0 {
@@ -107,6 +114,11 @@ pub fn register(
     }
     if !mapped(addr as usize, length) {
         return Err(libc::EFAULT);
+    }
+    let locked = LOCKED.fetch_add(length as u64, Ordering::Relaxed) + length as u64;
+    if fault::plan().memlock.is_some_and(|limit| locked > limit) {
+        LOCKED.fetch_sub(length as u64, Ordering::Relaxed);
+        return Err(libc::ENOMEM);
     }
     let iova = if access & keys::ZERO_BASED != 0 { 0 } else { iova };
     let key = keys::insert(Some(Grant {
@@ -142,6 +154,7 @@ pub unsafe fn deregister(mr: *mut ibv_mr) -> i32 {
     if !keys::remove(object.c.lkey) {
         return libc::EBUSY;
     }
+    LOCKED.fetch_sub(object.c.length as u64, Ordering::Relaxed);
     // SAFETY: as above.
     drop(unsafe { handle::take::<Mr, _>(mr) });
     0

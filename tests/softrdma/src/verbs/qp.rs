@@ -12,6 +12,7 @@ use super::responder::Inbound;
 use super::srq::Srq;
 use super::work::*;
 use crate::engine::{Source, Watch, engine};
+use crate::fault;
 use crate::handle::{self, Acks};
 use crate::keys;
 use crate::link::{Link, want};
@@ -106,6 +107,12 @@ pub fn lay(num: u32, link: Arc<Link>) {
 /// Forgets a wire that was laid and not used.
 pub fn unlay(num: u32) {
     LAID.lock().unwrap().get_or_insert_default().remove(&num);
+}
+
+/// Every queue pair of the process.
+pub fn all() -> Vec<Arc<Qp>> {
+    let qps = QPS.lock().unwrap();
+    qps.iter().flat_map(|by_number| by_number.values()).filter_map(Weak::upgrade).collect()
 }
 
 /// Queue pair numbers are 24 bits and should differ between processes, for the
@@ -574,6 +581,7 @@ impl Qp {
         let mut any = false;
         loop {
             let mut rang = 0;
+            link.look();
             let served = inner.serve(self, link, &mut rang);
             let collected = inner.collect(self, link, &mut rang);
             let sent = inner.send(self, link, &mut rang);
@@ -611,7 +619,7 @@ impl Qp {
             if !inner.sq.is_empty() {
                 self.run(&mut inner);
             }
-            if alone && inner.state == RTS && !inner.rq.is_empty() {
+            if alone && inner.state == RTS && !inner.rq.is_empty() && !fault::planned() {
                 self.recv_cq.offer(link);
             }
         }

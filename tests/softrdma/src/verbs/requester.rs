@@ -6,6 +6,7 @@ use super::qp::{ERR, Inner, Qp, RTS, SQD};
 use super::responder::Inbound;
 use super::work::*;
 use crate::engine::engine;
+use crate::fault::{self, Point};
 use crate::keys::{self, Grant};
 use crate::link::{Link, want};
 use rdma_sys::ibv_wc_status::{self, *};
@@ -163,6 +164,10 @@ impl Inner {
                 self.reads -= 1;
             } else if front.request > acked {
                 break;
+            }
+            if let Some(status) = fault::strikes(Point::SendError) {
+                self.fail_front(qp, status as ibv_wc_status::Type);
+                return true;
             }
             let work = self.sq.pop_front().expect("sent is not beyond the queue");
             self.sent -= 1;

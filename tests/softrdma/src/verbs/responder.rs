@@ -5,6 +5,7 @@
 use super::cq::Completion;
 use super::qp::{Inner, Qp, RTR, RTS, SQD, right};
 use super::work::*;
+use crate::fault::{self, Point};
 use crate::keys;
 use crate::link::{Link, want};
 use rdma_sys::{ibv_event_type, ibv_wc_flags, ibv_wc_opcode, ibv_wc_status};
@@ -64,7 +65,7 @@ const FOREIGN_RECEIVE: Violation =
 impl Inner {
     /// True if the other side has requests that we could go on with now.
     pub fn can_serve(&self, link: &Link) -> bool {
-        if !matches!(self.state, RTR | RTS | SQD) {
+        if !matches!(self.state, RTR | RTS | SQD) || link.severed() {
             return false;
         }
         match &self.inbound {
@@ -116,6 +117,9 @@ impl Inner {
         match header.kind {
             kind::SEND => {
                 recv = self.next_recv(qp);
+                if recv.is_none() || fault::strikes(Point::ReceiverNotReady).is_some() {
+                    self.put_back(qp, recv.take());
+                }
                 let Some(work) = &recv else {
                     let n = link.not_ready(self.attr.min_rnr_timer);
                     self.inbound = Inbound::NotReady(n);
@@ -147,6 +151,15 @@ impl Inner {
         match &qp.srq {
             Some(srq) => srq.pop(),
             None => self.rq.pop_front(),
+        }
+    }
+
+    /// A planned fault pretends that there is no receive.
+    fn put_back(&mut self, qp: &Qp, recv: Option<RecvWork>) {
+        match (recv, &qp.srq) {
+            (Some(recv), Some(srq)) => srq.put_back(recv),
+            (Some(recv), None) => self.rq.push_front(recv),
+            (None, _) => {}
         }
     }
 
@@ -213,7 +226,8 @@ impl Inner {
         let mut recv = recv;
         if header.kind == kind::WRITE && with_imm {
             recv = self.next_recv(qp);
-            if recv.is_none() {
+            if recv.is_none() || fault::strikes(Point::ReceiverNotReady).is_some() {
+                self.put_back(qp, recv.take());
                 let n = link.not_ready(self.attr.min_rnr_timer);
                 self.inbound = Inbound::NotReadyAtEnd(n, header);
                 *rang = want::ALL;
@@ -252,6 +266,9 @@ impl Inner {
     }
 
     fn acknowledge(&mut self, link: &Link, rang: &mut u32) {
+        if fault::strikes(Point::LoseTransfer).is_some() {
+            link.sever();
+        }
         self.executed += 1;
         link.acknowledge(self.executed);
         *rang |= want::ACK | want::ROOM;

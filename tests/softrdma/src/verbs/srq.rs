@@ -84,6 +84,11 @@ impl Srq {
         work
     }
 
+    /// Returns what was popped and not used.
+    pub fn put_back(&self, work: RecvWork) {
+        self.inner.lock().unwrap().queue.push_front(work);
+    }
+
     pub fn modify(&self, attr: &ibv_srq_attr, mask: u32) -> i32 {
         let mut inner = self.inner.lock().unwrap();
         let max_wr = if mask & 1 != 0 { attr.max_wr } else { inner.max_wr };

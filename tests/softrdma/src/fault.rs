@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! Faults on demand, from the environment variable `SOFTRDMA_FAULTS`.
+//!
+//! A list of terms, separated by commas or blanks: `seed=N`, settings, and faults
+//! `NAME[=VALUE][WHEN]`, where WHEN is `@N` (the Nth time, once), `/N` (every Nth
+//! time) or `%N` (one time in N, by a chance that only the seed and the count
+//! decide); without it, always. Each fault counts for itself in each process.
+//! README.md lists the names.
+
+use std::net::IpAddr;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A place where a fault can strike.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Point {
+    PostSend,
+    PostReceive,
+    SendQueueFull,
+    Register,
+    SendError,
+    CompletionDelay,
+    CompletionBatch,
+    EventLost,
+    ReceiverNotReady,
+    LoseRequest,
+    LoseReply,
+    LoseReadyToUse,
+    LoseDisconnect,
+    LoseTransfer,
+    RemoveDevice,
+}
+
+const NAMES: [(&str, Point); 15] = [
+    ("post-send", Point::PostSend),
+    ("post-recv", Point::PostReceive),
+    ("sq-full", Point::SendQueueFull),
+    ("reg-mr", Point::Register),
+    ("wc-error", Point::SendError),
+    ("wc-delay", Point::CompletionDelay),
+    ("wc-batch", Point::CompletionBatch),
+    ("event-lost", Point::EventLost),
+    ("rnr", Point::ReceiverNotReady),
+    ("lose-req", Point::LoseRequest),
+    ("lose-rep", Point::LoseReply),
+    ("lose-rtu", Point::LoseReadyToUse),
+    ("lose-dreq", Point::LoseDisconnect),
+    ("lose-transfer", Point::LoseTransfer),
+    ("remove-device", Point::RemoveDevice),
+];
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum When {
+    Always,
+    Once(u64),
+    Every(u64),
+    Chance(u64),
+}
+
+#[derive(Debug)]
+struct Fault {
+    point: Point,
+    value: u64,
+    when: When,
+    count: AtomicU64,
+}
+
+/// What the variable asks for.
+#[derive(Debug, Default)]
+pub struct Plan {
+    seed: u64,
+    faults: Vec<Fault>,
+    /// Bytes that may be registered, as RLIMIT_MEMLOCK limits them on a device.
+    pub memlock: Option<u64>,
+    /// There is no device.
+    pub no_device: bool,
+    /// The only address that the device owns.
+    pub only: Option<IpAddr>,
+}
+
+/// The process's plan. A plan that can't be understood ends the process: a test
+/// that believes in faults which never come proves nothing.
+pub fn plan() -> &'static Plan {
+    static PLAN: OnceLock<Plan> = OnceLock::new();
+    PLAN.get_or_init(|| {
+        let text = std::env::var("SOFTRDMA_FAULTS").unwrap_or_default();
+        Plan::parse(&text).unwrap_or_else(|term| {
+            eprintln!("softrdma: SOFTRDMA_FAULTS: can't understand '{term}'");
+            std::process::exit(2);
+        })
+    })
+}
+
+/// The value of the fault that strikes here and now, if one does.
+pub fn strikes(point: Point) -> Option<u64> {
+    let plan = plan();
+    if plan.faults.is_empty() {
+        return None;
+    }
+    plan.strikes(point)
+}
+
+/// True if any fault is planned: then shortcuts that would pass by them are off.
+pub fn planned() -> bool {
+    !plan().faults.is_empty()
+}
+
+/// A well-mixed function of its argument (splitmix64).
+fn mix(n: u64) -> u64 {
+    let n = n.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let n = (n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let n = (n ^ (n >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    n ^ (n >> 31)
+}
+
+/// Errnos by name, as far as the calls concerned return them.
+fn errno(name: &str) -> Option<u64> {
+    let code = match name {
+        "EAGAIN" => libc::EAGAIN,
+        "EFAULT" => libc::EFAULT,
+        "EINVAL" => libc::EINVAL,
+        "EIO" => libc::EIO,
+        "ENODEV" => libc::ENODEV,
+        "ENOMEM" => libc::ENOMEM,
+        "EPERM" => libc::EPERM,
+        _ => return name.parse().ok(),
+    };
+    Some(code as u64)
+}
+
+impl Plan {
+    fn parse(text: &str) -> Result<Plan, String> {
+        let mut plan = Plan::default();
+        for term in text.split([',', ' ', '\n']).filter(|t| !t.is_empty()) {
+            plan.term(term).ok_or(term)?;
+        }
+        Ok(plan)
+    }
+
+    fn term(&mut self, term: &str) -> Option<()> {
+        match term.split_once('=') {
+            Some(("seed", n)) => self.seed = n.parse().ok()?,
+            Some(("memlock", n)) => self.memlock = Some(n.parse().ok()?),
+            Some(("only", ip)) => self.only = Some(ip.parse().ok()?),
+            _ if term == "no-device" => self.no_device = true,
+            _ => self.faults.push(Fault::parse(term)?),
+        }
+        Some(())
+    }
+
+    fn strikes(&self, point: Point) -> Option<u64> {
+        let mut struck = None;
+        for (i, fault) in self.faults.iter().enumerate().filter(|(_, f)| f.point == point) {
+            let n = fault.count.fetch_add(1, Ordering::Relaxed) + 1;
+            let hit = match fault.when {
+                When::Always => true,
+                When::Once(at) => n == at,
+                When::Every(each) => n % each == 0,
+                When::Chance(of) => mix(self.seed ^ mix(i as u64) ^ mix(n)) % of == 0,
+            };
+            if hit {
+                struck = struck.or(Some(fault.value));
+            }
+        }
+        struck
+    }
+}
+
+impl Fault {
+    fn parse(term: &str) -> Option<Fault> {
+        let (rest, when) = match term.find(['@', '/', '%']) {
+            None => (term, When::Always),
+            Some(at) => {
+                let n: u64 = term[at + 1..].parse().ok().filter(|n| *n > 0)?;
+                let when = match term.as_bytes()[at] {
+                    b'@' => When::Once(n),
+                    b'/' => When::Every(n),
+                    _ => When::Chance(n),
+                };
+                (&term[..at], when)
+            }
+        };
+        let (name, value) = rest.split_once('=').map_or((rest, None), |(n, v)| (n, Some(v)));
+        let point = NAMES.iter().find(|(n, _)| *n == name)?.1;
+        let value = match (point, value) {
+            (Point::PostSend | Point::PostReceive | Point::Register, Some(v)) => errno(v)?,
+            // Microseconds; completions; a completion status.
+            (Point::CompletionDelay | Point::CompletionBatch | Point::SendError, Some(v)) => {
+                v.parse().ok()?
+            }
+            (Point::PostSend | Point::PostReceive | Point::Register, None)
+            | (Point::CompletionDelay | Point::CompletionBatch | Point::SendError, None)
+            | (_, Some(_)) => return None,
+            (_, None) => 0,
+        };
+        Some(Fault { point, value, when, count: AtomicU64::new(0) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hits(text: &str, point: Point, tries: u64) -> Vec<u64> {
+        let plan = Plan::parse(text).expect("a plan");
+        (1..=tries).filter(|_| plan.strikes(point).is_some()).collect()
+    }
+
+    #[test]
+    fn a_fault_strikes_when_it_is_told_to() {
+        assert_eq!(hits("sq-full@3", Point::SendQueueFull, 10).len(), 1);
+        assert_eq!(hits("sq-full/4", Point::SendQueueFull, 12).len(), 3);
+        assert_eq!(hits("rnr", Point::ReceiverNotReady, 5).len(), 5);
+        assert_eq!(hits("rnr", Point::SendQueueFull, 5).len(), 0);
+    }
+
+    #[test]
+    fn chance_is_the_seed_s_alone() {
+        let once = hits("seed=5 rnr%10", Point::ReceiverNotReady, 10_000);
+        assert_eq!(once, hits("seed=5 rnr%10", Point::ReceiverNotReady, 10_000));
+        assert_ne!(once, hits("seed=6 rnr%10", Point::ReceiverNotReady, 10_000));
+        assert!((800..1200).contains(&once.len()), "{}", once.len());
+    }
+
+    #[test]
+    fn values_are_read_and_nonsense_is_not() {
+        let plan = Plan::parse("post-send=EIO@1,reg-mr=12 memlock=65536,only=::1").expect("a plan");
+        assert_eq!(plan.strikes(Point::PostSend), Some(libc::EIO as u64));
+        assert_eq!(plan.strikes(Point::Register), Some(12));
+        assert_eq!(
+            (plan.memlock, plan.only),
+            (Some(65_536), Some("::1".parse().expect("an address")))
+        );
+        for bad in
+            ["rnr@0", "rnr=1", "post-send", "wc-delay=x", "nothing", "rnr%", "seed=x", "only=me"]
+        {
+            assert_eq!(Plan::parse(bad).unwrap_err(), bad);
+        }
+    }
+}

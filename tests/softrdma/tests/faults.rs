@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! Planned faults strike where and when they were planned. The plan is the
+//! process's, so each test runs in a process of its own: this program again.
+
+mod common;
+
+use common::*;
+use rdma_sys::ibv_event_type::*;
+use rdma_sys::ibv_wc_status::*;
+use rdma_sys::rdma_cm_event_type::*;
+use rdma_sys::*;
+use std::process::Command;
+use std::ptr::null_mut;
+use std::time::{Duration, Instant};
+
+const PART: &str = "SOFTRDMA_TEST_PART";
+
+/// Runs `body` in a process of its own with that plan.
+fn planned(name: &str, plan: &str, body: impl FnOnce()) {
+    if std::env::var(PART).as_deref() == Ok(name) {
+        return body();
+    }
+    let out = Command::new(std::env::current_exe().expect("this program"))
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env(PART, name)
+        .env("SOFTRDMA_FAULTS", plan)
+        .output()
+        .expect("the process");
+    let text = [out.stdout, out.stderr].concat();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&text));
+}
+
+#[test]
+fn posts_fail_as_told() {
+    planned("posts_fail_as_told", "post-send=EIO@2 post-recv=ENOMEM@1", || {
+        let p = Pair::default();
+        assert_eq!(p.server.recv(1, &[]), libc::ENOMEM);
+        assert_eq!(p.server.recv(1, &[]), 0);
+        assert_eq!(p.client.post(Wr::write(1, &[], 0, 0)), 0);
+        assert_eq!(p.client.post(Wr::write(2, &[], 0, 0)), libc::EIO);
+        assert_eq!(p.client.post(Wr::write(3, &[], 0, 0)), 0);
+        p.client.done(1);
+        p.client.done(3);
+    });
+}
+
+#[test]
+fn the_send_queue_seems_full_now_and_then() {
+    planned("the_send_queue_seems_full_now_and_then", "sq-full/3", || {
+        let p = Pair::default();
+        let results: Vec<i32> = (0..9).map(|i| p.client.post(Wr::write(i, &[], 0, 0))).collect();
+        assert_eq!(results.iter().filter(|r| **r == libc::ENOMEM).count(), 3);
+        assert_eq!(results[2], libc::ENOMEM);
+    });
+}
+
+#[test]
+fn registrations_fail_by_count_and_by_size() {
+    planned("registrations_fail_by_count_and_by_size", "reg-mr=EPERM@3 memlock=200000", || {
+        let p = Pair::default(); // Two regions of 64 KB.
+        let mut more = vec![0u8; 100_000];
+        // SAFETY: a live domain and memory of ours.
+        unsafe {
+            let mr = ibv_reg_mr(p.client.pd, more.as_mut_ptr().cast(), 10, 1);
+            assert_eq!((mr.is_null(), errno()), (true, libc::EPERM));
+            let mr = ibv_reg_mr(p.client.pd, more.as_mut_ptr().cast(), more.len(), 1);
+            assert_eq!((mr.is_null(), errno()), (true, libc::ENOMEM));
+            let mr = ibv_reg_mr(p.client.pd, more.as_mut_ptr().cast(), 60_000, 1);
+            assert!(!mr.is_null());
+            ibv_dereg_mr(mr);
+        }
+    });
+}
+
+#[test]
+fn a_completion_fails_and_the_queue_pair_with_it() {
+    planned("a_completion_fails_and_the_queue_pair_with_it", "wc-error=12@3", || {
+        let p = Pair::default();
+        for i in 1..=4 {
+            p.client.post(Wr::write(i, &[], 0, 0));
+        }
+        p.client.done(1);
+        p.client.done(2);
+        p.client.fails(3, IBV_WC_RETRY_EXC_ERR);
+        p.client.fails(4, IBV_WC_WR_FLUSH_ERR);
+    });
+}
+
+#[test]
+fn completions_come_late_but_in_order() {
+    planned("completions_come_late_but_in_order", "wc-delay=50000@2", || {
+        let p = Pair::default();
+        let start = Instant::now();
+        for i in 1..=5 {
+            p.client.post(Wr::write(i, &[], 0, 0));
+        }
+        p.client.done(1);
+        assert!(start.elapsed() < Duration::from_millis(45));
+        for i in 2..=5 {
+            p.client.done(i);
+        }
+        assert!(start.elapsed() >= Duration::from_millis(50));
+    });
+}
+
+#[test]
+fn completions_come_in_batches() {
+    planned("completions_come_in_batches", "wc-batch=4", || {
+        let p = Pair::default();
+        p.client.arm(false);
+        for i in 0..8 {
+            p.client.post(Wr::write(i, &[], 0, 0));
+        }
+        assert!(readable(p.client.channel_fd(), WAIT));
+        for i in 0..8 {
+            p.client.done(i);
+        }
+        // A batch that does not fill comes nevertheless.
+        p.client.post(Wr::write(9, &[], 0, 0));
+        p.client.done(9);
+    });
+}
+
+#[test]
+fn an_event_is_lost() {
+    planned("an_event_is_lost", "event-lost@2", || {
+        let p = Pair::default();
+        for i in 1..=3 {
+            p.client.arm(false);
+            p.client.post(Wr::write(i, &[], 0, 0));
+            p.client.done(i);
+            let told = readable(p.client.channel_fd(), Duration::from_millis(100));
+            assert_eq!(told, i != 2, "round {i}");
+            if told {
+                assert_eq!(p.client.cq_event(), Ok(()));
+            }
+        }
+    });
+}
+
+#[test]
+fn receivers_are_not_ready_though_they_are() {
+    planned("receivers_are_not_ready_though_they_are", "seed=1 rnr%2", || {
+        let p = Pair::default();
+        p.server.rnr_timer(14);
+        for i in 0..100 {
+            p.server.recv(i, &[]);
+            p.client.post(Wr::send(i, &[]));
+            p.server.done(i);
+            p.client.done(i);
+        }
+        drop(p);
+        let p = Pair::new(Options::default(), Options { rnr_retry: 0, ..Options::default() });
+        for i in 0..60 {
+            p.server.recv(i, &[]);
+            p.client.post(Wr::send(i, &[]));
+        }
+        while p.client.wc().status == IBV_WC_SUCCESS {}
+        p.client.enters_error();
+    });
+}
+
+/// Connects as far as it goes; answers the events of both sides after the request.
+fn handshake() -> (Vec<u32>, Vec<u32>) {
+    let (client_cm, server_cm) = (Cm::new(), Cm::new());
+    let (listener, port) = server_cm.listen("127.0.0.1:0");
+    let client = Side::new(client_cm.resolve(&format!("127.0.0.1:{port}")), Options::default());
+    connect(client.id, &client.options);
+    let soon = Duration::from_millis(300);
+    let mut server = None;
+    let mut events = (vec![], vec![]);
+    while let Some(event) = server_cm.try_event(soon) {
+        if event.kind == RDMA_CM_EVENT_CONNECT_REQUEST {
+            let side = Side::new(event.id, Options::default());
+            accept(side.id, &side.options);
+            server = Some(side);
+        } else {
+            events.1.push(event.kind);
+        }
+    }
+    while let Some(event) = client_cm.try_event(soon) {
+        events.0.push(event.kind);
+    }
+    while let Some(event) = server_cm.try_event(soon) {
+        events.1.push(event.kind);
+    }
+    drop((client, server));
+    // SAFETY: a live identifier.
+    unsafe { rdma_destroy_id(listener) };
+    events
+}
+
+#[test]
+fn a_request_is_lost() {
+    planned("a_request_is_lost", "lose-req@1", || {
+        assert_eq!(handshake(), (vec![RDMA_CM_EVENT_REJECTED], vec![]));
+        assert_eq!(handshake().0, [RDMA_CM_EVENT_ESTABLISHED]);
+    });
+}
+
+#[test]
+fn a_reply_is_lost() {
+    planned("a_reply_is_lost", "lose-rep@1", || {
+        assert_eq!(handshake(), (vec![RDMA_CM_EVENT_REJECTED], vec![RDMA_CM_EVENT_REJECTED]));
+    });
+}
+
+#[test]
+fn ready_to_use_is_lost() {
+    planned("ready_to_use_is_lost", "lose-rtu@1", || {
+        let (client, server) = handshake();
+        assert_eq!(client, [RDMA_CM_EVENT_ESTABLISHED, RDMA_CM_EVENT_DISCONNECTED]);
+        assert_eq!(server, [RDMA_CM_EVENT_REJECTED]);
+    });
+}
+
+#[test]
+fn a_connection_is_lost_amid_the_transfer() {
+    planned("a_connection_is_lost_amid_the_transfer", "lose-transfer@3", || {
+        let p = Pair::default();
+        for i in 1..=5 {
+            p.client.post(Wr::write(i, &[], 0, 0));
+        }
+        let mut wc = p.client.wc();
+        while wc.status == IBV_WC_SUCCESS {
+            wc = p.client.wc();
+        }
+        assert_eq!((wc.wr_id, wc.status), (4, IBV_WC_RETRY_EXC_ERR));
+        p.client_cm.expect(RDMA_CM_EVENT_DISCONNECTED);
+        p.server_cm.expect(RDMA_CM_EVENT_DISCONNECTED);
+    });
+}
+
+#[test]
+fn the_device_is_removed() {
+    planned("the_device_is_removed", "remove-device@2", || {
+        let p = Pair::default();
+        p.server.recv(5, &[]);
+        p.client.post(Wr::write(1, &[], 0, 0));
+        p.client.done(1);
+        p.client.post(Wr::send(2, &[]).flags(0));
+        p.client_cm.expect(RDMA_CM_EVENT_DEVICE_REMOVAL);
+        p.server_cm.expect(RDMA_CM_EVENT_DEVICE_REMOVAL);
+        async_event(&p.client, std::ptr::without_provenance_mut::<u8>(1), IBV_EVENT_DEVICE_FATAL);
+        async_event(&p.client, p.server.qp, IBV_EVENT_QP_FATAL);
+        p.client.enters_error();
+        // SAFETY: a live domain and nothing that would be touched.
+        unsafe {
+            assert!(ibv_reg_mr(p.client.pd, p.client.addr(0) as *mut _, 8, 1).is_null());
+            assert_eq!(errno(), libc::ENODEV);
+            assert!(rdma_get_devices(null_mut()).is_null());
+        }
+    });
+}
+
+#[test]
+fn there_is_no_device() {
+    planned("there_is_no_device", "no-device", || {
+        let mut n = 7;
+        // SAFETY: the list is freed as it was got.
+        unsafe {
+            assert!(rdma_create_event_channel().is_null());
+            assert_eq!(errno(), libc::ENODEV);
+            let list = ibv_get_device_list(&raw mut n);
+            assert!(!list.is_null() && (*list).is_null() && n == 0);
+            ibv_free_device_list(list);
+        }
+    });
+}
+
+#[test]
+fn the_device_owns_one_address() {
+    planned("the_device_owns_one_address", "only=127.0.0.2", || {
+        drop(Pair::at("127.0.0.2", Options::default(), Options::default()));
+        let cm = Cm::new();
+        let id = cm.id();
+        for (address, expected) in
+            [("127.0.0.1:0", libc::ENODEV), ("192.0.2.1:0", libc::EADDRNOTAVAIL), ("0.0.0.0:0", 0)]
+        {
+            let mut sa = sockaddr(address);
+            // SAFETY: a live identifier and an address.
+            let ret = unsafe { rdma_bind_addr(id, (&raw mut sa).cast()) };
+            assert_eq!(if ret == 0 { 0 } else { errno() }, expected, "{address}");
+        }
+        // SAFETY: a live identifier.
+        unsafe { rdma_destroy_id(id) };
+    });
+}
+
+#[test]
+fn a_plan_that_makes_no_sense_ends_the_process() {
+    let out = Command::new(std::env::current_exe().expect("this program"))
+        .args(["--exact", "there_is_no_device", "--nocapture"])
+        .env(PART, "there_is_no_device")
+        .env("SOFTRDMA_FAULTS", "no-devise")
+        .output()
+        .expect("the process");
+    assert_eq!(out.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&out.stderr).contains("can't understand 'no-devise'"));
+}
