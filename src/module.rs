@@ -7,6 +7,7 @@ use crate::host::main_cell::declare_main_thread;
 use crate::host::symbols::{Symbols, server_has_own_rdma};
 use crate::host::{api, fingerprint};
 use crate::metrics::METRICS;
+use crate::transport::guard::guard;
 use crate::transport::{Transport, listener, rebind, table};
 use crate::verbs::{library, memory};
 use redis_module::raw;
@@ -40,7 +41,7 @@ pub unsafe extern "C" fn ValkeyModule_OnLoad(
     argv: *mut *mut raw::RedisModuleString,
     argc: c_int,
 ) -> c_int {
-    table::guard("loading", ERR, || {
+    guard("loading", ERR, || {
         declare_main_thread();
         let version = version_number();
         // SAFETY: the server's own context; the name is a C string.
@@ -194,7 +195,7 @@ unsafe fn io_threads(ctx: *mut raw::RedisModuleCtx) -> usize {
 }
 
 unsafe extern "C" fn info(ctx: *mut raw::RedisModuleInfoCtx, _for_crash_report: c_int) {
-    table::guard("INFO", (), || {
+    guard("INFO", (), || {
         // SAFETY: the server's own context, C strings, numbers.
         unsafe {
             if raw::RedisModule_InfoAddSection.expect("server API")(ctx, c"".as_ptr()) == ERR {

@@ -74,7 +74,7 @@ fn step(endpoint: &Arc<Endpoint>) {
 }
 
 unsafe extern "C" fn on_fast(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
-    super::table::guard("fast clock", (), || {
+    super::guard::guard("fast clock", (), || {
         let poller = &Transport::get().poller;
         let attended = std::mem::take(&mut CLOCKS.open().attended);
         let mut kept = Vec::with_capacity(attended.len());
@@ -95,7 +95,7 @@ unsafe extern "C" fn on_fast(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
 }
 
 unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
-    super::table::guard("slow clock", (), || {
+    super::guard::guard("slow clock", (), || {
         let poller = &Transport::get().poller;
         let endpoints = poller.endpoints();
         for endpoint in &endpoints {

@@ -76,9 +76,9 @@ impl RdmaConnection {
 ///
 /// # Safety
 /// `connection` is live.
-pub unsafe fn has_write_barrier(connection: *mut RdmaConnection) -> bool {
+pub unsafe fn has_write_barrier(connection: *mut Connection) -> bool {
     // SAFETY: by the caller's promise.
-    unsafe { (*connection).base.flags & FLAG_WRITE_BARRIER != 0 }
+    unsafe { (*connection).flags & FLAG_WRITE_BARRIER != 0 }
 }
 
 /// Calls a handler of the server as the server does it: while it runs, a close is
@@ -86,19 +86,19 @@ pub unsafe fn has_write_barrier(connection: *mut RdmaConnection) -> bool {
 /// there. Main thread, no cell open.
 ///
 /// # Safety
-/// `connection` is live.
-pub unsafe fn call_handler(connection: *mut RdmaConnection, handler: Option<Handler>) -> bool {
+/// `connection` is live and of our type.
+pub unsafe fn call_handler(connection: *mut Connection, handler: Option<Handler>) -> bool {
     // SAFETY: `refs` keeps the connection alive while the handler runs; no
     // reference to it is held across the call, since the handler changes it.
     unsafe {
-        (*connection).base.refs += 1;
+        (*connection).refs += 1;
         if let Some(handler) = handler {
-            handler(connection.cast());
+            handler(connection);
         }
-        (*connection).base.refs -= 1;
-        if (*connection).base.flags & FLAG_CLOSE_SCHEDULED != 0 {
-            if (*connection).base.refs == 0 {
-                RdmaConnection::free(connection);
+        (*connection).refs -= 1;
+        if (*connection).flags & FLAG_CLOSE_SCHEDULED != 0 {
+            if (*connection).refs == 0 {
+                RdmaConnection::free(connection.cast());
             }
             return false;
         }

@@ -12,11 +12,10 @@
 //! endpoint has a protection domain of its own, so that no peer can use a key of
 //! another's.
 
-use super::connection::RdmaConnection;
 use super::hub::Hub;
 use super::key::{Key, Work};
-use crate::host::MainCell;
 use crate::host::main_cell::is_main_thread;
+use crate::host::{Connection, MainCell};
 use crate::metrics::{Counter, METRICS};
 use crate::session::{Millis, Session, Timing};
 use crate::verbs::cm::Id;
@@ -127,7 +126,7 @@ struct Outgoing {
 pub struct Own {
     pub session: Session,
     /// The server's connection, unless it has none yet or none any more.
-    pub connection: *mut RdmaConnection,
+    pub connection: *mut Connection,
     /// Whether the endpoint is in the ready queue.
     pub queued: bool,
     /// Whether it was parked with something to do.

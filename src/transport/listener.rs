@@ -7,6 +7,7 @@
 //! by its own functions, at a rebind, at shutdown, in 8.0 which knows no other way,
 //! and nothing of ours is closed by that.
 
+use super::address::resolve;
 use super::endpoint::Reason;
 use super::{Transport, clock};
 use crate::config::Settings;
@@ -15,7 +16,6 @@ use crate::metrics::METRICS;
 use crate::session::Millis;
 use crate::verbs::cm::{Device, EventChannel, EventKind, Id, IdKey};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 /// Connection requests that wait in the kernel; it caps the number itself.
@@ -239,17 +239,6 @@ fn open(address: &str, port: u16) -> Result<(Listener, OwnedFd), String> {
     let descriptor = unsafe { OwnedFd::from_raw_fd(copy) };
     let given = descriptor.as_raw_fd();
     Ok((Listener { _id: id, channel, given }, descriptor))
-}
-
-/// The address behind a name; `*` and `::*` are all of a family.
-pub fn resolve(name: &str, port: u16) -> Result<SocketAddr, String> {
-    match name {
-        "*" => return Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port)),
-        "::*" => return Ok(SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)),
-        _ => {}
-    }
-    let mut found = (name, port).to_socket_addrs().map_err(|error| error.to_string())?;
-    found.next().ok_or_else(|| String::from("the name has no address"))
 }
 
 /// Listens on what the module was told by now. Returns whether that worked.

@@ -11,11 +11,15 @@
 //! * [`rebind`]: the settings that change what is listened on in 8.0.
 //! * [`clock`]: what the time asks for.
 //! * [`outgoing`]: connections that this server opens.
+//! * [`address`]: addresses as the operator writes them.
+//! * [`guard`]: no panic crosses into C.
 //! * [`table`]: the functions of `ConnectionType`, the door to C.
 
+pub mod address;
 pub mod clock;
 pub mod connection;
 pub mod endpoint;
+pub mod guard;
 pub mod hub;
 pub mod key;
 pub mod listener;

@@ -5,9 +5,9 @@
 //! but the table has them, and they do what TCP's do.
 
 use super::Transport;
+use super::address::resolve;
 use super::connection::{RdmaConnection, call_handler};
 use super::endpoint::{Endpoint, Fate, ReadOutcome, Reason, Stage, WriteOutcome};
-use super::listener::resolve;
 use crate::host::connection::{Handler, State};
 use crate::host::main_cell::is_main_thread;
 use crate::host::{MainCell, api};
@@ -118,7 +118,7 @@ pub fn event(event: Event) {
 fn join(id: Id, connection: *mut RdmaConnection) {
     let poller = &Transport::get().poller;
     let joined = poller.enter(id).and_then(|endpoint| {
-        endpoint.own().connection = connection;
+        endpoint.own().connection = connection.cast();
         // SAFETY: a connection that is being resolved is live: its close removes it
         // from the list.
         unsafe { (*connection).endpoint = Some(Arc::clone(&endpoint)) };
@@ -154,14 +154,14 @@ fn fail(connection: *mut RdmaConnection, errno: i32) {
 
 /// Calls the handler of the attempt that failed first.
 unsafe extern "C" fn on_failed(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
-    super::table::guard("connect handler", (), || {
+    super::guard::guard("connect handler", (), || {
         let first = FAILED.open().pop_front();
         if let Some(connection) = first {
             // SAFETY: live, since its close removes it from the list; no cell is open
             // during the call.
             unsafe {
                 let handler = (*connection).base.conn_handler.take();
-                call_handler(connection, handler);
+                call_handler(connection.cast(), handler);
             }
         }
     });
@@ -173,12 +173,12 @@ pub fn finish(endpoint: &Arc<Endpoint>) {
     if connection.is_null() {
         return;
     }
-    if !settle(endpoint, connection) {
+    if !settle(endpoint, connection.cast()) {
         return;
     }
     // SAFETY: the endpoint's connection is live; no cell is open during the call.
     unsafe {
-        let handler = (*connection).base.conn_handler.take();
+        let handler = (*connection).conn_handler.take();
         if !call_handler(connection, handler) {
             return;
         }

@@ -271,8 +271,7 @@ impl Poller {
         }
         // SAFETY: an endpoint's connection is live until the server closes it,
         // which clears the pointer.
-        let (read, write) =
-            unsafe { ((*connection).base.read_handler, (*connection).base.write_handler) };
+        let (read, write) = unsafe { ((*connection).read_handler, (*connection).write_handler) };
         if has_work(endpoint, read, write) {
             self.mark_ready(endpoint);
         }
@@ -501,7 +500,7 @@ impl Poller {
             return;
         }
         // SAFETY: live, see `mark_if_ready`.
-        if unsafe { (*connection).base.state() } == State::Connecting {
+        if unsafe { (*connection).state() } == State::Connecting {
             if open || endpoint.fate() != Fate::Alive {
                 outgoing::finish(endpoint);
             }
@@ -522,8 +521,7 @@ impl Poller {
         }
         self.attempt(endpoint, endpoint.announce_if_consumed());
         // SAFETY: the pointer is not null, so the connection is still live.
-        let (read, write) =
-            unsafe { ((*connection).base.read_handler, (*connection).base.write_handler) };
+        let (read, write) = unsafe { ((*connection).read_handler, (*connection).write_handler) };
         if has_work(endpoint, read, write) {
             if endpoint.progress() != before {
                 self.mark_ready(endpoint);
@@ -542,7 +540,7 @@ impl Poller {
             }
             // SAFETY: live, see `mark_if_ready`; no cell is open during the call.
             unsafe {
-                let base = &(*connection).base;
+                let base = &*connection;
                 let handler = match (base.read_handler, endpoint.fate()) {
                     (None, Fate::Alive) => return,
                     // Nobody reads: let the writer find out.
@@ -570,7 +568,7 @@ impl Poller {
         }
         // SAFETY: live, see `mark_if_ready`; no cell is open during the call.
         unsafe {
-            let handler = (*connection).base.write_handler;
+            let handler = (*connection).write_handler;
             if handler.is_some() && endpoint.is_writable() {
                 let main = crate::host::main_cell::is_main_thread();
                 if main { &METRICS.resumptions_main } else { &METRICS.resumptions_io }.add(1);
@@ -594,7 +592,7 @@ impl Poller {
             }
             (*connection).endpoint = Some(Arc::clone(endpoint));
         }
-        endpoint.own().connection = connection;
+        endpoint.own().connection = connection.cast();
         endpoint.enter_stage(Some(Stage::Established));
         METRICS.connections_accepted.add(1);
         let ip = endpoint.peer().map_or_else(String::new, |peer| peer.ip().to_string());
@@ -768,7 +766,7 @@ fn has_work(endpoint: &Endpoint, read: Option<Handler>, write: Option<Handler>) 
 }
 
 unsafe extern "C" fn on_wake(_fd: c_int, _data: *mut c_void, _mask: c_int) {
-    super::table::guard("wake-up", (), || {
+    super::guard::guard("wake-up", (), || {
         let poller = &Transport::get().poller;
         poller.clear_wake();
         let _pass = poller.pass();
@@ -777,11 +775,11 @@ unsafe extern "C" fn on_wake(_fd: c_int, _data: *mut c_void, _mask: c_int) {
 }
 
 unsafe extern "C" fn on_connection_event(_fd: c_int, _data: *mut c_void, _mask: c_int) {
-    super::table::guard("connection event", (), || Transport::get().poller.run_connection_events());
+    super::guard::guard("connection event", (), || Transport::get().poller.run_connection_events());
 }
 
 unsafe extern "C" fn on_completions(_fd: c_int, data: *mut c_void, _mask: c_int) {
-    super::table::guard("completion", (), || {
+    super::guard::guard("completion", (), || {
         let poller = &Transport::get().poller;
         let hub = poller.hubs.open().get(data as usize).cloned();
         if let Some(hub) = hub {

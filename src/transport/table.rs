@@ -7,6 +7,7 @@
 
 use super::connection::RdmaConnection;
 use super::endpoint::{Fate, ReadOutcome, WriteOutcome};
+use super::guard::guard;
 use super::{Transport, in_child, listener, outgoing};
 use crate::host::Line;
 use crate::host::connection::{
@@ -19,20 +20,11 @@ use crate::host::main_cell::is_main_thread;
 use crate::host::symbols::{TYPE_NAME, TYPE_NUMBER};
 use libc::{iovec, ssize_t};
 use std::ffi::{CStr, c_char, c_int, c_longlong, c_void};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
 const OK: c_int = 0;
 const ERR: c_int = -1;
-
-/// Runs `work`; a panic in it is logged and answered by `otherwise`.
-pub fn guard<T>(what: &str, otherwise: T, work: impl FnOnce() -> T) -> T {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
-        log::error!("panic in {what}: this is a bug in valkey-rdma, please report it");
-        otherwise
-    })
-}
 
 /// As [`guard`], for work on a connection, which ends by a panic.
 fn guard_on<T>(
@@ -252,7 +244,7 @@ unsafe extern "C" fn accept(connection: *mut Connection, handler: Option<Handler
                 return ERR;
             }
             (*connection).set_state(State::Connected);
-            if super::connection::call_handler(ours(connection), handler) { OK } else { ERR }
+            if super::connection::call_handler(connection, handler) { OK } else { ERR }
         }
     })
 }
