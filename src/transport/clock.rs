@@ -67,7 +67,7 @@ fn step(endpoint: &Arc<Endpoint>) {
         },
         Duty::End => poller.remove(Arc::clone(endpoint), Reason::Server),
         Duty::TimedOut => {
-            log::info!("connection of {}: handshake not completed in time", endpoint.peer_text());
+            poller.say_lost(endpoint, "its handshake was not completed in time");
             poller.lose(endpoint, Fate::Gone, Reason::Timeout);
         }
     }

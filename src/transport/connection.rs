@@ -8,7 +8,6 @@ use crate::host::connection::{
 use std::ffi::c_void;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
 
 /// Pieces that the server may hand to one `writev`, as for its TCP connections.
 /// They are copied before `writev` returns, so the number costs us nothing.
@@ -21,9 +20,6 @@ pub struct RdmaConnection {
     pub base: Connection,
     /// The RDMA side; gone once the server has closed.
     pub endpoint: Option<Arc<Endpoint>>,
-    /// The last `postpone_update_state`, which any thread may call: a hint for
-    /// whoever looks at a connection, and no more.
-    postponed: AtomicI32,
     /// The server prints a descriptor, and calls shutdown(2) and the like on it.
     /// This one is the connection's own and answers those with a harmless error.
     descriptor: Option<OwnedFd>,
@@ -39,12 +35,7 @@ impl RdmaConnection {
         let descriptor = (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) });
         let mut base = Connection::new(kind, state, PIECES);
         base.fd = descriptor.as_ref().map_or(-1, AsRawFd::as_raw_fd);
-        Box::into_raw(Box::new(Self {
-            base,
-            endpoint: None,
-            postponed: AtomicI32::new(0),
-            descriptor,
-        }))
+        Box::into_raw(Box::new(Self { base, endpoint: None, descriptor }))
     }
 
     /// Whether the connection has its descriptor.
@@ -59,16 +50,6 @@ impl RdmaConnection {
     pub unsafe fn free(connection: *mut Self) {
         // SAFETY: by the caller's promise.
         drop(unsafe { Box::from_raw(connection) });
-    }
-
-    /// Stores the hint; any thread.
-    pub fn postpone(&self, mask: i32) {
-        self.postponed.store(mask, Ordering::Relaxed);
-    }
-
-    /// The hint; any thread.
-    pub fn postponed(&self) -> i32 {
-        self.postponed.load(Ordering::Relaxed)
     }
 }
 

@@ -9,11 +9,11 @@
 
 use super::address::resolve;
 use super::endpoint::Reason;
+use super::valve::Valve;
 use super::{Transport, clock};
 use crate::config::Settings;
 use crate::host::layout::{ConnectionType91, EventLoop, Listener81, MAX_BINDS, RdmaSettings};
 use crate::metrics::METRICS;
-use crate::session::Millis;
 use crate::verbs::cm::{Device, EventChannel, EventKind, Id, IdKey};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
@@ -41,8 +41,7 @@ pub struct Listeners {
     /// The names that `bindaddr` of the server's structure points to, for `INFO`.
     names: Vec<CString>,
     pointers: Box<[*mut c_char; MAX_BINDS]>,
-    last_refusal_logged: Option<Millis>,
-    refusals_unlogged: u64,
+    refusals: Valve,
 }
 
 #[derive(Debug)]
@@ -65,8 +64,7 @@ impl Listeners {
             next_by_own: false,
             names: Vec::new(),
             pointers: Box::new([std::ptr::null_mut(); MAX_BINDS]),
-            last_refusal_logged: None,
-            refusals_unlogged: 0,
+            refusals: Valve::default(),
         }
     }
 }
@@ -363,13 +361,7 @@ unsafe fn accept(key: IdKey) {
 /// Counts a refusal and says so, once a minute.
 fn refused(peer: &str, why: &str) {
     METRICS.connections_refused.add(1);
-    let mut listeners = Transport::get().listeners.open();
-    let now = clock::now();
-    if listeners.last_refusal_logged.is_some_and(|last| now < last + 60_000) {
-        listeners.refusals_unlogged += 1;
-        return;
+    if let Some(more) = Transport::get().listeners.open().refusals.open(clock::now()) {
+        log::warn!("client {peer} refused: {why}{more}");
     }
-    listeners.last_refusal_logged = Some(now);
-    let more = std::mem::take(&mut listeners.refusals_unlogged);
-    log::warn!("client {peer} refused: {why} ({more} more since the last such line)");
 }

@@ -12,6 +12,7 @@
 //! * [`clock`]: what the time asks for.
 //! * [`outgoing`]: connections that this server opens.
 //! * [`address`]: addresses as the operator writes them.
+//! * [`valve`]: messages that must not flood the log.
 //! * [`guard`]: no panic crosses into C.
 //! * [`table`]: the functions of `ConnectionType`, the door to C.
 
@@ -27,6 +28,7 @@ pub mod outgoing;
 pub mod poller;
 pub mod rebind;
 pub mod table;
+pub mod valve;
 
 use crate::config::Settings;
 use crate::host::symbols::Symbols;

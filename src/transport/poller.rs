@@ -23,6 +23,7 @@ use super::connection::{RdmaConnection, call_handler, has_write_barrier};
 use super::endpoint::{Endpoint, Fate, Plan, Reason, Stage};
 use super::hub::{Hub, Progress};
 use super::key::{Key, MAX_ENDPOINTS, Work};
+use super::valve::Valve;
 use super::{clock, outgoing};
 use crate::host::connection::{Handler, State};
 use crate::host::{MainCell, api};
@@ -62,6 +63,7 @@ pub struct Poller {
     /// A hub had more completions than one pass takes.
     unfinished: MainCell<bool>,
     echoes: MainCell<Echoes>,
+    losses: MainCell<Valve>,
 }
 
 // SAFETY: all fields are cells of the main thread or used on it alone; the event
@@ -118,6 +120,7 @@ impl Poller {
             channel: EventChannel::new()?,
             unfinished: MainCell::default(),
             echoes: MainCell::default(),
+            losses: MainCell::default(),
         })
     }
 
@@ -361,13 +364,17 @@ impl Poller {
                 self.violate(&endpoint, Violation::TooLong);
             }
             Outcome::Failed(status) => {
-                if !status.is_flush() && endpoint.fate() == Fate::Alive {
+                if !status.is_flush() {
                     METRICS.error_completions.add(1);
-                    log::info!(
-                        "connection of {} lost: {} ({work:?})",
-                        endpoint.peer_text(),
-                        status.text()
-                    );
+                }
+                if endpoint.fate() == Fate::Alive {
+                    let why = if status.is_flush() {
+                        // Nothing of ours failed: the device refused what the peer tried.
+                        String::from("an access that it has no right to, or the device failed")
+                    } else {
+                        format!("{} ({work:?})", status.text())
+                    };
+                    self.say_lost(&endpoint, &why);
                 }
                 self.lose(&endpoint, Fate::Gone, Reason::Error);
             }
@@ -436,6 +443,13 @@ impl Poller {
         if let Err(error) = result {
             log::debug!("connection of {}: {error}", endpoint.peer_text());
             self.lose(endpoint, Fate::Gone, Reason::Error);
+        }
+    }
+
+    /// Says why a connection is lost, unless many are.
+    pub fn say_lost(&self, endpoint: &Endpoint, why: &str) {
+        if let Some(more) = self.losses.open().open(clock::now()) {
+            log::info!("connection of {} lost: {why}{more}", endpoint.peer_text());
         }
     }
 
@@ -673,11 +687,8 @@ impl Poller {
                 self.lose(&endpoint, Fate::Gone, Reason::Client);
             }
             EventKind::Failed | EventKind::Rejected => {
-                log::info!(
-                    "connection of {} failed: event status {}",
-                    endpoint.peer_text(),
-                    event.status
-                );
+                let why = format!("it could not be established (status {})", event.status);
+                self.say_lost(&endpoint, &why);
                 self.lose(&endpoint, Fate::Gone, Reason::Error);
             }
             EventKind::DeviceRemoval => {

@@ -103,7 +103,7 @@ impl Region {
         let total = REGISTERED.fetch_add(length as u64, Ordering::Relaxed) + length as u64;
         let region = if total > REGISTERED_LIMIT.load(Ordering::Relaxed) {
             Err(Error {
-                action: "register memory within the configured total",
+                action: "register memory within the configured total (max-registered)",
                 errno: libc::EDQUOT,
             })
         } else {
