@@ -451,7 +451,11 @@ pub(crate) fn milliseconds_left(deadline: Instant) -> i32 {
 }
 
 /// Waits for the one event that the connection manager should report next.
-pub(crate) fn expect_event(id: &CmId, wanted: rdma_cm_event_type::Type, deadline: Instant) -> Result<()> {
+pub(crate) fn expect_event(
+    id: &CmId,
+    wanted: rdma_cm_event_type::Type,
+    deadline: Instant,
+) -> Result<()> {
     loop {
         match id.event()? {
             Some(event) if event.kind == wanted => return Ok(()),

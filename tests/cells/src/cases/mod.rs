@@ -7,7 +7,9 @@ mod basics;
 mod churn;
 mod config;
 mod deadlock;
+mod hostile;
 mod lifecycle;
+mod outgoing;
 mod refusals;
 mod sizes;
 mod stalled;
@@ -21,8 +23,10 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         stock_clients::CASES,
         deadlock::CASES,
         stalled::CASES,
+        hostile::CASES,
         churn::CASES,
         lifecycle::CASES,
+        outgoing::CASES,
         config::CASES,
         refusals::CASES,
     ]
