@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Every way to say where to listen and how, at start and while the server runs.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -56,7 +56,7 @@ fn announced(cell: &Cell, client: &mut Client<Connection>) -> Result<u32> {
 }
 
 /// The addresses of the device that this fabric has.
-fn addresses(cell: &Cell) -> Vec<std::net::IpAddr> {
+fn addresses(cell: &Cell) -> Vec<IpAddr> {
     [Some(cell.lab.address), cell.lab.second_address, cell.lab.address_v6]
         .into_iter()
         .flatten()
@@ -89,19 +89,20 @@ fn arguments(cell: &mut Cell) -> Result<()> {
     Ok(())
 }
 
+/// Everywhere: without a bind both kinds of addresses, with `*` IPv4's, as for TCP.
 fn wildcard(cell: &mut Cell) -> Result<()> {
     let port = cell.settings.rdma.port();
-    for arguments in
-        [vec![format!("port={port}")], vec!["bind=*".to_owned(), format!("port={port}")]]
-    {
-        cell.settings.arguments = arguments;
+    type Covers = fn(&IpAddr) -> bool;
+    let everywhere: [(&[&str], Covers); 3] =
+        [(&[], |_| true), (&["bind=*"], IpAddr::is_ipv4), (&["bind=::*"], IpAddr::is_ipv6)];
+    for (bind, covers) in everywhere {
+        cell.settings.arguments(bind);
+        cell.settings.arguments.push(format!("port={port}"));
         cell.start()?;
+        // It walks through all addresses, and has to find each of them there.
         cell.info()?;
-        for address in addresses(cell) {
-            if address.is_ipv6() && !cell.settings.arguments.contains(&"bind=*".to_owned()) {
-                continue;
-            }
-            at(cell, SocketAddr::new(address, port))?;
+        for address in addresses(cell).into_iter().filter(covers) {
+            at(cell, SocketAddr::new(address, port)).with_context(|| format!("with {bind:?}"))?;
         }
         cell.stop()?;
     }
