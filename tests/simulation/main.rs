@@ -76,6 +76,8 @@ struct World {
     loud: bool,
     /// Whether what happens here may have to wait for the clock to look again.
     needs_clock: bool,
+    /// One in so many steps is the clock's.
+    rush: u32,
     /// How often in a row only the clock moved anything.
     idle_ticks: u32,
 }
@@ -111,7 +113,7 @@ impl World {
         }
         NOW.set(0);
         let needs_clock = needs_clock || fault != Fault::None;
-        Self { rng, fabric, sides, fault, loud, needs_clock, idle_ticks: 0 }
+        Self { fabric, sides, fault, loud, needs_clock, rush: rng.u32(4..200), rng, idle_ticks: 0 }
     }
 
     /// What could happen now, things that stand for more of the same more than once.
@@ -183,7 +185,7 @@ impl World {
             assert!(step < PATIENCE && self.idle_ticks < 200, "stuck: {:#?}", self.sides);
             self.inject(step);
             let possible = self.possible();
-            let action = match self.rng.u32(0..200) {
+            let action = match self.rng.u32(0..self.rush) {
                 0 => Action::Tick,
                 1 => Action::KeepAlive(self.rng.usize(0..2)),
                 _ => self.rng.choice(possible.iter().copied()).unwrap_or(Action::Tick),

@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: BSD-3-Clause
+#
+# scripts/mutants.sh [PATTERN] — weakens each memory ordering of src/window in turn
+# (Acquire, Release and the like become Relaxed), in a copy, and runs the models of
+# src/window/model.rs on it: they must fail. A mutant that survives is an ordering
+# that is not needed, or one that no model needs; either is a failure, unless it
+# stands in the list below with its reason. PATTERN chooses among the mutants by
+# name ("send.rs take 2" is the second ordering in that function).
+#
+# The windows know nothing but the standard library, so the copy is a crate of
+# those files alone, which compiles in seconds.
+# shellcheck source=scripts/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+# Mutants that survive, and why they may.
+declare -A explained=(
+)
+
+main() {
+    local pattern=${1:-} copy killed=0 survived=0 start=$SECONDS name
+    copy=$(mktemp -d "${TMPDIR:-/tmp}/valkey-rdma-mutants.XXXXXX")
+    # shellcheck disable=SC2064
+    trap "rm -rf '$copy'" EXIT
+    lay_out "$copy"
+    step "the models as they are" models "$copy"
+    while read -r file number name; do
+        [[ $name == *"$pattern"* ]] || continue
+        cp "$repo/src/window/$file" "$copy/src/window/$file"
+        weaken "$repo/src/window/$file" "$number" >"$copy/src/window/$file"
+        printf '  %-58s ' "$name" >&2
+        (compile "$copy") || die "the mutant does not compile"
+        if models "$copy" >"$copy/log" 2>&1; then
+            if [[ ${explained[$name]:-} ]]; then
+                say "survives: ${explained[$name]}"
+            else
+                say "SURVIVES"
+                survived=$((survived + 1))
+            fi
+        else
+            say "killed"
+            killed=$((killed + 1))
+            if [[ ${explained[$name]:-} ]]; then
+                say "    is explained as a survivor: take it off the list"
+                survived=$((survived + 1))
+            fi
+        fi
+        cp "$repo/src/window/$file" "$copy/src/window/$file"
+    done < <(mutants)
+    say "$killed killed, $survived not as expected, in $((SECONDS - start)) s"
+    ((killed && !survived))
+}
+
+# The models as a crate of their own, with the versions of Cargo.lock.
+lay_out() {
+    mkdir -p "$1/src"
+    cp -r "$repo/src/window" "$1/src/window"
+    printf '#[cfg(test)]\nmod window;\n' >"$1/src/lib.rs"
+    cp "$repo/Cargo.lock" "$1/Cargo.lock"
+    cat >"$1/Cargo.toml" <<'TOML'
+[package]
+name = "valkey-rdma"
+version = "0.1.0"
+edition = "2024"
+
+[dev-dependencies]
+loom = "0.7"
+
+[lints.rust]
+unexpected_cfgs = { level = "warn", check-cfg = ["cfg(loom)"] }
+dead_code = "allow"
+unused_imports = "allow"
+
+[workspace]
+TOML
+}
+
+in_copy() {
+    cd "$1"
+    RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$repo/target}/mutants \
+        timeout 900 cargo test --quiet --release --lib "${@:2}"
+}
+
+compile() { in_copy "$1" --no-run >&2; }
+models() { (in_copy "$1" window); }
+
+# One line for each ordering: file, its number in the file, and a name of file,
+# function and number in the function.
+mutants() {
+    local file
+    for file in "$repo"/src/window/{ledger,receive,send}.rs; do
+        awk -v file="${file##*/}" '
+            /^#\[cfg\(all\(test/ { exit }
+            match($0, /fn [a-z_]+/) { name = substr($0, RSTART + 3, RLENGTH - 3); within = 0 }
+            {
+                line = $0
+                while (match(line, /Ordering::(Acquire|Release|AcqRel|SeqCst)/)) {
+                    print file, ++number, file " " name " " ++within
+                    line = substr(line, RSTART + RLENGTH)
+                }
+            }' "$file"
+    done
+}
+
+# weaken FILE NUMBER — FILE with its NUMBERth ordering relaxed.
+weaken() {
+    awk -v number="$2" '
+        {
+            rest = $0
+            done = ""
+            while (match(rest, /Ordering::(Acquire|Release|AcqRel|SeqCst)/)) {
+                word = substr(rest, RSTART, RLENGTH)
+                if (++count == number) word = "Ordering::Relaxed"
+                done = done substr(rest, 1, RSTART - 1) word
+                rest = substr(rest, RSTART + RLENGTH)
+            }
+            print done rest
+        }' "$1"
+}
+
+main "$@"
