@@ -12,7 +12,7 @@
 #   --line L        the server's release line: 8.0 unless given (8.1 and 9.1 need root)
 #   --clients N     50 unless given
 #   --size BYTES    10485760 unless given
-#   --requests N    of each kind; 500 unless given, in the virtual machine 100
+#   --requests N    of each kind; 500 unless given, in the virtual machine 50
 #   --io-threads N  8 unless given
 # shellcheck source=scripts/lib.sh
 . "${BASH_SOURCE[0]%/*}/lib.sh"
@@ -66,7 +66,7 @@ prepare() {
         ;;
     vm)
         address=10.9.9.1
-        : "${requests:=100}"
+        : "${requests:=50}"
         where=("$repo/scripts/guest.sh" --timeout 1800)
         [[ $target != /tmp/* ]] || where+=(--ro "$target")
         say "Booting a virtual machine with Soft-RoCE (half a minute)"
@@ -128,10 +128,13 @@ demonstrate() {
     local try port=$((20000 + RANDOM % 20000))
     [[ -e $module ]] || die "no $module: run scripts/demo.sh without --inside"
     work=$(mktemp -d "${TMPDIR:-/tmp}/valkey-rdma-demo.XXXXXX")
+    # The device's address may be reachable from outside, and protected mode, which
+    # would refuse that, refuses us there too.
+    password=$(od -An -N16 -tx8 /dev/urandom | tr -d ' \n')
     trap 'kill $jobs_of_ours 2>/dev/null || true; wait; rm -rf "$work"' EXIT
     jobs_of_ours=''
     "$repo/scripts/chroot.sh" "$line" valkey-server --port "$port" --bind 127.0.0.1 --save '' --dir "$work" \
-        --logfile "$work/server.log" --io-threads "$threads" \
+        --logfile "$work/server.log" --io-threads "$threads" --requirepass "$password" \
         --loadmodule "$module" "bind=$address" "port=$((port + 1))" >"$work/server.out" 2>&1 &
     server=$!
     jobs_of_ours=$server
@@ -143,6 +146,7 @@ demonstrate() {
         fi
         sleep 0.1
     done
+    ask AUTH "$password"
     ask INFO server
     [[ $reply =~ valkey_version:([0-9.]+) ]] || die "the server does not say its version"
     say "valkey-server ${BASH_REMATCH[1]} with $(basename "$module"), $threads I/O threads; RDMA at $address:$((port + 1)) ($fabric)"
@@ -167,8 +171,8 @@ idle() {
 load() {
     local name=$1 port=$2 direction=bytes_received bench status=0 calls start cpu bytes time csv
     [[ $name == set ]] || direction=bytes_sent
-    "$cache/clients/valkey-benchmark" --rdma -h "$address" -p "$port" -t "$name" -c "$clients" -d "$size" \
-        -n "$requests" --csv >"$work/$name.csv" 2>"$work/$name.err" &
+    timeout 900 "$cache/clients/valkey-benchmark" --rdma -h "$address" -p "$port" -a "$password" \
+        -t "$name" -c "$clients" -d "$size" -n "$requests" --csv >"$work/$name.csv" 2>"$work/$name.err" &
     bench=$!
     jobs_of_ours="$server $bench"
     next_line=0
@@ -187,7 +191,7 @@ load() {
     progress "$name" "$requests" "$start" end
     IFS=, read -r -a csv < <(sed -n '2s/"//gp' "$work/$name.csv")
     figures+=([$name.requests]=$requests [$name.payload]=$(per "$bytes" 1000000 1e-6)
-        [$name.throughput]=$(per "$bytes" "$time" 1e-6) [$name.rate]=${csv[1]}
+        [$name.throughput]=$(per "$bytes" "$time" 1e-6) [$name.rate]=$(per "$requests" "$time" 1)
         [$name.p50]=${csv[4]} [$name.p95]=${csv[5]} [$name.p99]=${csv[6]} [$name.max]=${csv[7]}
         [$name.cpu]=$(per "$cpu" "$time" 1))
 }
