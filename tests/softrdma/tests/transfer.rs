@@ -334,3 +334,81 @@ fn an_application_that_does_not_look_delays_nobody() {
         p.server.done(i);
     }
 }
+
+/// A stream of writes of every size, each announced by an immediate, in both
+/// directions at once and by event loops: what the module under test does all day.
+#[test]
+fn streams_of_announced_writes_arrive_exact() {
+    const WINDOW: usize = 300_000;
+    const ROUNDS: usize = 60;
+    const EMPTY: u32 = 0;
+    let o = Options { buffer: 2 * WINDOW, ..Options::default() };
+    let p = Pair::new(o.clone(), o);
+    for side in [&p.client, &p.server] {
+        side.rnr_timer(1);
+        for _ in 0..64 {
+            side.recv(0, &[]);
+        }
+        side.arm(false);
+    }
+    // Each side fills the other's window, waits until that is said to be empty,
+    // and fills it anew.
+    let run = |me: &Side, peer: &Side, mut x: u64| {
+        let (mut sent, mut round_out, mut got, mut round_in) = (WINDOW, 0, 0, 0);
+        let mut window_empty = true;
+        let own = me.addr(WINDOW) as *mut u8;
+        loop {
+            if window_empty && sent == WINDOW && round_out < ROUNDS {
+                let data = pattern(WINDOW, round_out as u8);
+                // SAFETY: the second half of our own buffer, all of it acknowledged.
+                unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), own, WINDOW) };
+                (sent, window_empty) = (0, false);
+                round_out += 1;
+            }
+            while sent < WINDOW {
+                x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let len = ((x >> 33) as usize % 40_000 + 1).min(WINDOW - sent);
+                let sge = [me.sge(WINDOW + sent, len)];
+                match me.post(Wr::write_imm(1, &sge, peer.addr(sent), peer.rkey(), len as u32)) {
+                    0 => sent += len,
+                    libc::ENOMEM => break,
+                    other => panic!("post: {other}"),
+                }
+            }
+            if round_in == ROUNDS && round_out == ROUNDS && window_empty {
+                return;
+            }
+            assert!(readable(me.channel_fd(), WAIT), "stalled: {round_out} out, {round_in} in");
+            me.cq_event().expect("an event");
+            me.arm(false);
+            while let Some(wc) = me.try_poll() {
+                assert_eq!(wc.status, 0, "{wc:?}");
+                if wc.wr_id != 0 {
+                    continue;
+                }
+                me.recv(0, &[]);
+                match wc.imm {
+                    Some(EMPTY) => window_empty = true,
+                    Some(len) => got += len as usize,
+                    None => panic!("no immediate: {wc:?}"),
+                }
+                if got == WINDOW {
+                    assert!(
+                        me.bytes(0, WINDOW) == pattern(WINDOW, round_in as u8),
+                        "round {round_in}"
+                    );
+                    got = 0;
+                    round_in += 1;
+                    while me.post(Wr::send_imm(2, &[], EMPTY)) != 0 {
+                        std::thread::yield_now();
+                        assert!(me.try_poll().is_none_or(|wc| wc.wr_id != 0), "no room to answer");
+                    }
+                }
+            }
+        }
+    };
+    std::thread::scope(|s| {
+        s.spawn(|| run(&p.server, &p.client, 1));
+        run(&p.client, &p.server, 2);
+    });
+}
