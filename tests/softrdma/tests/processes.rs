@@ -226,6 +226,9 @@ fn forked() {
                 rdma_disconnect(p.client.id) == -1,
                 rdma_destroy_id(p.client.id) == -1,
                 ibv_destroy_qp(p.client.qp) == libc::ENODEV,
+                ibv_destroy_cq(p.client.cq) == libc::ENODEV,
+                ibv_destroy_comp_channel(p.client.channel) == libc::ENODEV,
+                ibv_dealloc_pd(p.client.pd) == libc::ENODEV,
             ];
             let first = failures.iter().position(|failed| !failed);
             libc::_exit(first.map_or(0, |i| 1 + i as i32));

@@ -55,6 +55,9 @@ pub extern "C" fn rdma_create_event_channel() -> *mut rdma_event_channel {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rdma_destroy_event_channel(channel: *mut rdma_event_channel) {
+    if fork::in_child() {
+        return;
+    }
     // SAFETY: see above.
     drop(unsafe { handle::take::<EventChannel, _>(channel) });
 }
@@ -76,6 +79,9 @@ pub unsafe extern "C" fn rdma_get_cm_event(
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rdma_ack_cm_event(event: *mut rdma_cm_event) -> c_int {
+    if fork::in_child() {
+        return result(Err(libc::ENODEV));
+    }
     if event.is_null() {
         return result(Err(libc::EINVAL));
     }
@@ -263,11 +269,17 @@ pub unsafe extern "C" fn rdma_set_option(
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rdma_get_src_port(id: *mut rdma_cm_id) -> u16 {
+    if fork::in_child() {
+        return 0;
+    }
     // SAFETY: see above.
     unsafe { handle::borrow::<CmId, _>(id) }.ports().0.to_be()
 }
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rdma_get_dst_port(id: *mut rdma_cm_id) -> u16 {
+    if fork::in_child() {
+        return 0;
+    }
     // SAFETY: see above.
     unsafe { handle::borrow::<CmId, _>(id) }.ports().1.to_be()
 }
@@ -424,6 +436,9 @@ pub extern "C" fn rdma_create_srq_ex(
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rdma_destroy_srq(id: *mut rdma_cm_id) {
+    if fork::in_child() {
+        return;
+    }
     // SAFETY: see above.
     unsafe {
         if !(*id).srq.is_null() {

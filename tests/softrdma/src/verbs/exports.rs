@@ -113,6 +113,9 @@ extern "C" fn ibv_open_device(_device: *mut ibv_device) -> *mut ibv_context {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ibv_close_device(context: *mut ibv_context) -> c_int {
+    if fork::in_child() {
+        return libc::ENODEV;
+    }
     // SAFETY: the application's reference, which it gives up.
     unsafe { Arc::decrement_strong_count(Arc::as_ptr(&Context::share(context))) };
     0
@@ -281,6 +284,9 @@ unsafe extern "C" fn ibv_alloc_pd(context: *mut ibv_context) -> *mut ibv_pd {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ibv_dealloc_pd(pd: *mut ibv_pd) -> c_int {
+    if fork::in_child() {
+        return libc::ENODEV;
+    }
     // SAFETY: see above.
     unsafe {
         if handle::borrow::<Pd, _>(pd).busy() {
@@ -372,6 +378,9 @@ unsafe extern "C" fn alloc_mw(pd: *mut ibv_pd, kind: ibv_mw_type::Type) -> *mut 
 }
 
 unsafe extern "C" fn dealloc_mw(mw: *mut ibv_mw) -> c_int {
+    if fork::in_child() {
+        return libc::ENODEV;
+    }
     // SAFETY: see above.
     unsafe { memory::free_window(mw) };
     0
@@ -396,6 +405,9 @@ unsafe extern "C" fn ibv_create_comp_channel(context: *mut ibv_context) -> *mut 
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ibv_destroy_comp_channel(channel: *mut ibv_comp_channel) -> c_int {
+    if fork::in_child() {
+        return libc::ENODEV;
+    }
     // SAFETY: see above.
     unsafe {
         if handle::borrow::<Channel, _>(channel).users.load(Ordering::Relaxed) > 0 {
@@ -435,6 +447,9 @@ extern "C" fn ibv_resize_cq(_cq: *mut ibv_cq, _cqe: c_int) -> c_int {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ibv_destroy_cq(c: *mut ibv_cq) -> c_int {
+    if fork::in_child() {
+        return libc::ENODEV;
+    }
     // SAFETY: see above.
     let cq = unsafe { handle::share::<Cq, _>(c) };
     if cq.in_use() {
@@ -477,6 +492,9 @@ unsafe extern "C" fn ibv_get_cq_event(
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ibv_ack_cq_events(cq: *mut ibv_cq, n: c_uint) {
+    if fork::in_child() {
+        return;
+    }
     // SAFETY: see above.
     unsafe { handle::borrow::<Cq, _>(cq) }.acks.ack(n);
 }
@@ -538,12 +556,18 @@ unsafe extern "C" fn ibv_modify_srq(
     attr: *mut ibv_srq_attr,
     mask: c_int,
 ) -> c_int {
+    if fork::in_child() {
+        return libc::ENODEV;
+    }
     // SAFETY: see above.
     unsafe { handle::borrow::<Srq, _>(srq).modify(&*attr, mask as u32) }
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ibv_query_srq(srq: *mut ibv_srq, attr: *mut ibv_srq_attr) -> c_int {
+    if fork::in_child() {
+        return libc::ENODEV;
+    }
     // SAFETY: see above.
     unsafe { handle::borrow::<Srq, _>(srq).query(&mut *attr) };
     0
@@ -551,6 +575,9 @@ unsafe extern "C" fn ibv_query_srq(srq: *mut ibv_srq, attr: *mut ibv_srq_attr) -
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ibv_destroy_srq(c: *mut ibv_srq) -> c_int {
+    if fork::in_child() {
+        return libc::ENODEV;
+    }
     // SAFETY: see above.
     let srq = unsafe { handle::share::<Srq, _>(c) };
     if srq.users.load(Ordering::Relaxed) > 0 {
@@ -658,6 +685,9 @@ unsafe extern "C" fn ibv_query_qp(
     _mask: c_int,
     init: *mut ibv_qp_init_attr,
 ) -> c_int {
+    if fork::in_child() {
+        return libc::ENODEV;
+    }
     // SAFETY: see above.
     unsafe { handle::borrow::<Qp, _>(qp).query(&mut *attr, &mut *init) };
     0
@@ -781,6 +811,9 @@ unsafe extern "C" fn ibv_get_async_event(
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ibv_ack_async_event(event: *mut ibv_async_event) {
+    if fork::in_child() {
+        return;
+    }
     use ibv_event_type::*;
     // SAFETY: the element is of the kind that the event's type says.
     unsafe {
