@@ -22,9 +22,7 @@ pub const CASES: &[Case] = &[
     Case::new("outgoing-connect", |cell| on_driver(cell, &[], connect)),
     Case::new("outgoing-sync", |cell| on_driver(cell, &[], sync)),
     Case::new("outgoing-async", |cell| on_driver(cell, &[], asynchronous)),
-    Case::new("outgoing-timeouts", |cell| {
-        on_driver(cell, &["handshake-timeout=1500"], timeouts)
-    }),
+    Case::new("outgoing-timeouts", |cell| on_driver(cell, &["handshake-timeout=1500"], timeouts)),
     Case::new("outgoing-refusals", |cell| on_driver(cell, &[], refusals)),
     Case::new("outgoing-close", |cell| on_driver(cell, &[], close)),
     Case::new("outgoing-lost", |cell| on_driver(cell, &[], lost)),
@@ -46,6 +44,8 @@ fn on_driver(
     case: fn(&mut Cell, &mut Driver) -> Result<()>,
 ) -> Result<()> {
     let mut settings = Settings::new(cell.lab, &cell.id.server, cell.id.io_threads)?;
+    // No I/O thread has to do with a connection that is not a client's.
+    settings.io_threads_as_they_are();
     settings.directive(&format!("loadmodule {}", module()?.display()));
     settings.arguments.extend(arguments.iter().map(|&text| text.to_owned()));
     let folder = cell.folder().join("driver");
@@ -193,8 +193,8 @@ impl Driver {
     ) -> Result<Duration> {
         let number = self.create()?;
         let started = Instant::now();
-        let reply = self
-            .words(&format!("DRIVER.BLOCKINGCONNECT {number} {host} {port} {milliseconds}"))?;
+        let reply =
+            self.words(&format!("DRIVER.BLOCKINGCONNECT {number} {host} {port} {milliseconds}"))?;
         let took = started.elapsed();
         ensure!(reply.is_error(), "a connection to {host} port {port}: {reply}");
         self.view(&number)?.check("ERROR", error)?;
@@ -443,8 +443,7 @@ fn timeouts(cell: &mut Cell, driver: &mut Driver) -> Result<()> {
 
     let stopped = Stopped::now(cell);
     let wanted = Duration::from_millis(SHORT);
-    let took =
-        driver.failed_blocking_connect((&host, port), SHORT, "Connection timed out")?;
+    let took = driver.failed_blocking_connect((&host, port), SHORT, "Connection timed out")?;
     cell.figure("blocking_connect of 500 ms", format!("{} ms", took.as_millis()));
     ensure!(took >= wanted && took < wanted + slack(cell), "it took {} ms", took.as_millis());
 
@@ -585,11 +584,7 @@ fn close(cell: &mut Cell, driver: &mut Driver) -> Result<()> {
 
     for _ in 0..if cell.lab.is_slow() { 5 } else { 30 } {
         for (host, port) in [(host.as_str(), port), (&host, closed), (NOWHERE, port)] {
-            driver.command(&[
-                b"DRIVER.ABANDON",
-                host.as_bytes(),
-                port.to_string().as_bytes(),
-            ])?;
+            driver.command(&[b"DRIVER.ABANDON", host.as_bytes(), port.to_string().as_bytes()])?;
             // Also where the slot itself fails, since nobody can get there.
             driver.words(&format!("DRIVER.VISIT {host} {port}"))?;
         }
