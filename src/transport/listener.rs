@@ -64,7 +64,7 @@ impl Listeners {
             next_by_own: false,
             names: Vec::new(),
             pointers: Box::new([std::ptr::null_mut(); MAX_BINDS]),
-            refusals: Valve::default(),
+            refusals: Valve::new(1),
         }
     }
 }

@@ -44,6 +44,9 @@ use std::sync::Arc;
 /// the event loop its turn.
 const EVENTS_PER_GO: usize = 32;
 
+/// Lost connections that are logged in a minute.
+const LOSSES_PER_MINUTE: u32 = 30;
+
 /// See the module's text. Main thread only, all of it.
 #[derive(Debug)]
 pub struct Poller {
@@ -120,7 +123,7 @@ impl Poller {
             channel: EventChannel::new()?,
             unfinished: MainCell::default(),
             echoes: MainCell::default(),
-            losses: MainCell::default(),
+            losses: MainCell::new(Valve::new(LOSSES_PER_MINUTE)),
         })
     }
 

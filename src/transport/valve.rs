@@ -1,26 +1,37 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! Messages that a crowd of clients could cause are logged once a minute, with the
-//! number of those that were not.
+//! Messages that a crowd of clients could cause are logged a few times a minute, with
+//! the number of those that were not.
 
 use crate::session::Millis;
 
 const INTERVAL: Millis = 60_000;
 
-/// Lets one message through in a minute.
-#[derive(Debug, Default)]
+/// Lets a number of messages through in a minute.
+#[derive(Debug)]
 pub struct Valve {
-    last: Option<Millis>,
+    most: u32,
+    begun: Option<Millis>,
+    let_through: u32,
     held_back: u64,
 }
 
 impl Valve {
+    /// A valve for `most` messages in a minute.
+    pub const fn new(most: u32) -> Self {
+        Self { most, begun: None, let_through: 0, held_back: 0 }
+    }
+
     /// Whether a message may be logged now, and then what to append to it.
     pub fn open(&mut self, now: Millis) -> Option<String> {
-        if self.last.is_some_and(|last| now < last + INTERVAL) {
+        if self.begun.is_none_or(|begun| now >= begun + INTERVAL) {
+            self.begun = Some(now);
+            self.let_through = 0;
+        }
+        if self.let_through == self.most {
             self.held_back += 1;
             return None;
         }
-        self.last = Some(now);
+        self.let_through += 1;
         Some(match std::mem::take(&mut self.held_back) {
             0 => String::new(),
             more => format!(" ({more} more since the last such line)"),
@@ -33,10 +44,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_message_a_minute_and_the_others_counted() {
-        let mut valve = Valve::default();
+    fn so_many_messages_a_minute_and_the_others_counted() {
+        let mut valve = Valve::new(2);
         assert_eq!(valve.open(5).as_deref(), Some(""));
-        assert_eq!(valve.open(6), None);
+        assert_eq!(valve.open(6).as_deref(), Some(""));
+        assert_eq!(valve.open(7), None);
         assert_eq!(valve.open(60_004), None);
         let text = valve.open(60_005).unwrap();
         assert_eq!(text, " (2 more since the last such line)");
