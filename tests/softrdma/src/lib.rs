@@ -14,6 +14,7 @@ mod handle;
 mod keys;
 mod link;
 mod notice;
+mod number;
 mod removal;
 mod sys;
 mod verbs;

@@ -16,6 +16,7 @@ use crate::fault;
 use crate::handle::{self, Acks};
 use crate::keys;
 use crate::link::{Link, want};
+use crate::number;
 use rdma_sys::*;
 use std::cell::UnsafeCell;
 use std::collections::{HashMap, VecDeque};
@@ -69,6 +70,8 @@ pub struct Inner {
     watch: Option<Watch>,
 }
 
+type End = Box<dyn FnOnce() + Send>;
+
 /// A queue pair.
 #[repr(C)]
 pub struct Qp {
@@ -85,6 +88,7 @@ pub struct Qp {
     pub released: Arc<AtomicU64>,
     pub async_acks: Acks,
     link: OnceLock<Arc<Link>>,
+    ends: Mutex<Vec<End>>,
     inner: Mutex<Inner>,
     weak: Weak<Qp>,
 }
@@ -209,6 +213,7 @@ impl Qp {
             released: Arc::new(AtomicU64::new(0)),
             async_acks: Acks::default(),
             link: OnceLock::new(),
+            ends: Mutex::new(Vec::new()),
             inner: Mutex::new(inner),
             weak: weak.clone(),
         });
@@ -232,6 +237,9 @@ impl Qp {
             inner.sq.clear();
             inner.rq.clear();
             inner.inbound = Inbound::Idle;
+        }
+        for end in self.ends.lock().unwrap().drain(..) {
+            end();
         }
         self.send_cq.detach(self);
         self.recv_cq.detach(self);
@@ -299,9 +307,7 @@ impl Qp {
             {
                 return libc::EOPNOTSUPP;
             }
-            if self.link.get().is_none() {
-                return libc::EOPNOTSUPP;
-            }
+            // A wire that is not laid is met by number, once the state allows it.
         }
         inner.merge(attr, mask);
         if from != to {
@@ -312,14 +318,40 @@ impl Qp {
             }
         }
         if to == RTR && from == INIT {
-            let link = self.link.get().expect("set above");
-            inner.watch = Some(engine().watch(link.bell(), true, self.clone()));
-            link.ask(want::REQUEST);
+            if self.link.get().is_some() {
+                self.watch_wire(&mut inner);
+            } else if let Err(code) = number::connect(self, inner.attr.dest_qp_num) {
+                self.set_state(&mut inner, from);
+                return code;
+            }
         }
         if matches!(to, RTR | RTS) {
             self.run(&mut inner);
         }
         0
+    }
+
+    /// The wire has come, for a queue pair that is connected by number.
+    pub fn wire_up(&self, link: Arc<Link>) {
+        let mut inner = self.inner.lock().unwrap();
+        if self.link.set(link.clone()).is_err() || !matches!(inner.state, RTR | RTS | SQD) {
+            link.close();
+            return;
+        }
+        self.watch_wire(&mut inner);
+        self.run(&mut inner);
+    }
+
+    fn watch_wire(&self, inner: &mut Inner) {
+        if let (Some(link), Some(qp)) = (self.link.get(), self.strong()) {
+            inner.watch = Some(engine().watch(link.bell(), true, qp));
+            link.ask(want::REQUEST);
+        }
+    }
+
+    /// Has something done when the queue pair ends.
+    pub fn at_end(&self, job: impl FnOnce() + Send + 'static) {
+        self.ends.lock().unwrap().push(Box::new(job));
     }
 
     fn enter_reset(&self, inner: &mut Inner) {
