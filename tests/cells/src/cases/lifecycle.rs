@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use client::rdma::{self, Connection};
+use client::rdma::{self, Connection, Options};
 use client::{Client, Value, pattern};
 
 use super::basics::{expect, expect_end};
@@ -152,13 +152,16 @@ fn maxclients(cell: &mut Cell) -> Result<()> {
     Ok(())
 }
 
-/// Protected mode serves loopback, and refuses who comes from elsewhere with its text.
+/// Protected mode serves who comes from the server's own machine, and refuses who comes from
+/// elsewhere with its text.
 fn protected_mode(cell: &mut Cell) -> Result<()> {
+    expect(&mut cell.rdma()?, "PING", "PONG")?;
     if cell.lab.address.is_loopback() {
-        return expect(&mut cell.rdma()?, "PING", "PONG");
+        return Ok(());
     }
+    let elsewhere = Options { source: cell.lab.second_address, ..cell.options() };
     for _ in 0..5 {
-        let mut client = cell.rdma()?;
+        let mut client = cell.rdma_with(&elsewhere)?;
         let reply = client.reply()?;
         ensure!(reply.text().contains("protected mode"), "a client from elsewhere got: {reply}");
         expect_end(&mut client)?;
