@@ -234,7 +234,7 @@ impl Inner {
         engine().after(rnr_delay(timer), move || qp.retry_after_rnr(number));
     }
 
-    /// 9.9.2.4: nobody acknowledges any more; after the connection's timeouts the
+    /// 9.7.6.1.3: nobody acknowledges any more; after the connection's timeouts the
     /// transport retry counter is exceeded.
     fn give_up_later(&mut self, qp: &Qp) {
         // 4.096 us times two to the timeout, for each try.
