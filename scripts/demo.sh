@@ -48,6 +48,11 @@ prepare() {
         fabric=soft
         [[ -z $(device_address) ]] || fabric=hw
     fi
+    [[ $fabric =~ ^(hw|soft|vm)$ ]] || die "--fabric is hw, soft or vm, not '$fabric'"
+    if [[ $fabric == hw ]]; then
+        : "${address:=$(device_address)}"
+        [[ -n $address ]] || die "no RDMA device of this machine has an address ('rdma link' shows devices)"
+    fi
     say "Setting up"
     [[ $fabric != vm ]] || parts+=(guest)
     "$repo/scripts/setup.sh" "${parts[@]}"
@@ -55,10 +60,6 @@ prepare() {
     say "Building"
     step "cargo build --release" cargo build --manifest-path "$repo/Cargo.toml" --locked --release
     case $fabric in
-    hw)
-        : "${address:=$(device_address)}"
-        [[ -n $address ]] || die "no RDMA device of this machine has an address ('rdma link' shows devices)"
-        ;;
     soft)
         address=127.0.0.1
         step "the software fabric" "$repo/scripts/softrdma.sh" true
@@ -71,7 +72,6 @@ prepare() {
         [[ $target != /tmp/* ]] || where+=(--ro "$target")
         say "Booting a virtual machine with Soft-RoCE (half a minute)"
         ;;
-    *) die "--fabric is hw, soft or vm" ;;
     esac
     "${where[@]}" "$repo/scripts/demo.sh" --inside --fabric "$fabric" --address "$address" --line "$line" \
         --clients "$clients" --size "$size" --requests "${requests:-500}" --io-threads "$threads"
@@ -169,7 +169,7 @@ idle() {
 
 # load set|get PORT — one run of the benchmark, watched, into figures.
 load() {
-    local name=$1 port=$2 direction=bytes_received bench status=0 calls start cpu bytes time csv
+    local name=$1 port=$2 direction=bytes_received bench status=0 start cpu bytes time csv
     [[ $name == set ]] || direction=bytes_sent
     timeout 900 "$cache/clients/valkey-benchmark" --rdma -h "$address" -p "$port" -a "$password" \
         -t "$name" -c "$clients" -d "$size" -n "$requests" --csv >"$work/$name.csv" 2>"$work/$name.err" &
@@ -179,10 +179,8 @@ load() {
     start=$(micros) cpu=$(main_cpu) bytes=$(info "$direction")
     while kill -0 "$bench" 2>/dev/null; do
         ping_once
-        ask INFO commandstats
-        calls=0
-        [[ ! $reply =~ cmdstat_$name:calls=([0-9]+) ]] || calls=${BASH_REMATCH[1]}
-        progress "$name" "$calls" "$start"
+        # By payload, for a command that ran may still have most of its reply to send.
+        progress "$name" $((($(info "$direction") - bytes) / size)) "$start"
         sleep 0.4
     done
     wait "$bench" || status=$?
