@@ -19,6 +19,8 @@ use client::{Client, pattern};
 use super::basics::expect;
 use crate::cell::{Case, Cell};
 use crate::info::Info;
+use crate::process::Process;
+use crate::server::free_port;
 
 pub const CASES: &[Case] = &[
     Case::new("hostile-messages", |cell| run(cell, MESSAGES)),
@@ -31,6 +33,7 @@ pub const CASES: &[Case] = &[
     Case::new("hostile-handshakes", |cell| run(cell, HANDSHAKES))
         .with(|settings| settings.arguments.push("handshake-timeout=1500".to_owned())),
     Case::new("hostile-leaving", leaving),
+    Case::new("hostile-upstream", upstream).unstarted(),
     Case::new("hostile-crowd", crowd).with(|settings| {
         settings.arguments.push(format!("max-handshakes={CROWD}"));
         settings.arguments.push("handshake-timeout=3000".to_owned());
@@ -141,8 +144,8 @@ enum Verdict {
     Failed(&'static str),
     /// The server waits for it only so long.
     TimedOut,
-    /// It goes before it is anybody's client, which the server counts as a failure.
-    Withdrawn(&'static str),
+    /// It goes while the server waits for it: by the fabric's word a leaving or a failure.
+    Withdrawn,
     /// Nothing: it goes when it wants to.
     Harmless,
 }
@@ -466,7 +469,7 @@ const HANDSHAKES: &[Attack] = &[
         raw.request()?;
         Ok(raw)
     }),
-    attack("asked and gone", Withdrawn("failed"), |t| {
+    attack("asked and gone", Withdrawn, |t| {
         let raw = Raw::resolve(t.address, &Options::default(), t.soon())?;
         raw.request()?;
         // Time for the server to accept, which nobody looks at.
@@ -553,6 +556,7 @@ fn witnessed(cell: &mut Cell, body: impl FnOnce(&mut Cell) -> Result<()>) -> Res
 }
 
 /// What the server holds, and what it has counted.
+#[derive(Clone)]
 struct Holdings {
     registered: u64,
     descriptors: usize,
@@ -565,17 +569,24 @@ struct Holdings {
 
 impl Holdings {
     fn of(cell: &Cell) -> Result<Self> {
+        // Before the observer's own connection, which takes a moment to close.
+        let descriptors = std::fs::read_dir(format!("/proc/{}/fd", cell.server().pid()))?.count();
         let info = cell.info()?;
         let number = |name: &str| info.number(&format!("rdma_{name}"));
         Ok(Self {
             registered: number("registered_bytes")?,
-            descriptors: cell.server().descriptors()?,
+            descriptors,
             connections: gauges(&info)?,
             violations: number("violations")?,
             by_violation: number("ended_by_violation")?,
             by_error: number("ended_by_error")?,
             by_timeout: number("ended_by_timeout")?,
         })
+    }
+
+    /// The same of a server that is left alone, to come back to.
+    fn at_rest(cell: &Cell) -> Result<Self> {
+        Ok(Self { descriptors: cell.server().descriptors()?, ..Self::of(cell)? })
     }
 
     /// Waits until the server holds no more than this again.
@@ -630,8 +641,11 @@ fn lines_about(cell: &Cell, client: SocketAddr) -> Result<Vec<String>> {
 fn run(cell: &mut Cell, attacks: &[Attack]) -> Result<()> {
     prepare(cell)?;
     witnessed(cell, |cell| {
+        let rest = Holdings::at_rest(cell)?;
+        let mut counted = rest.clone();
         for attack in attacks {
-            try_attack(cell, attack).with_context(|| format!("'{}'", attack.name))?;
+            counted = try_attack(cell, attack, &rest, &counted)
+                .with_context(|| format!("'{}'", attack.name))?;
         }
         Ok(())
     })
@@ -644,32 +658,38 @@ fn prepare(cell: &mut Cell) -> Result<()> {
     super::stalled::settle(cell)
 }
 
-fn try_attack(cell: &Cell, attack: &Attack) -> Result<()> {
-    let before = Holdings::of(cell)?;
+/// Returns what the server has counted after it.
+fn try_attack(
+    cell: &Cell,
+    attack: &Attack,
+    rest: &Holdings,
+    before: &Holdings,
+) -> Result<Holdings> {
     let target = Target::of(cell);
     let mut raw = (attack.act)(&target)?;
     let who = raw.local_address().context("an attacker without an address")?;
     let mut how = String::new();
-    if !matches!(attack.verdict, Harmless | Withdrawn(_)) {
+    if !matches!(attack.verdict, Harmless | Withdrawn) {
         how = raw.wait_end(target.soon()).context("the server does not end the connection")?;
     }
     drop(raw);
     // Nobody else's trouble.
     expect(&mut cell.rdma()?, "PING", "PONG")?;
-    let after = before.wait_back(cell)?;
+    let after = rest.wait_back(cell)?;
     let counted = (
         after.violations - before.violations,
         after.by_violation - before.by_violation,
         after.by_error - before.by_error,
         after.by_timeout - before.by_timeout,
     );
+    let lines = lines_about(cell, who)?;
     let (wanted, words) = match attack.verdict {
         Violation(words) => ((1, 1, 0, 0), Some(words)),
-        Failed(words) | Withdrawn(words) => ((0, 0, 1, 0), Some(words)),
+        Failed(words) => ((0, 0, 1, 0), Some(words)),
         TimedOut => ((0, 0, 0, 1), Some("handshake")),
-        Harmless => ((0, 0, 0, 0), None),
+        Withdrawn if counted.2 == 1 => ((0, 0, 1, 0), Some("lost")),
+        Withdrawn | Harmless => ((0, 0, 0, 0), None),
     };
-    let lines = lines_about(cell, who)?;
     ensure!(
         counted == wanted,
         "(violations, ended by violation, by error, by time-out) are {counted:?} instead of \
@@ -682,43 +702,43 @@ fn try_attack(cell: &Cell, attack: &Attack) -> Result<()> {
         ),
         None => ensure!(lines.is_empty(), "held against {who}: {lines:?}"),
     }
-    Ok(())
+    Ok(after)
 }
+
+/// READ and WRITE where the server gave no right.
+const RIGHTS: &[Attack] = &[
+    attack("a READ of its own window", Failed("access"), |t| {
+        let (mut raw, inbox) = t.join()?;
+        raw.read(inbox.window.address, inbox.window.rkey, 64)?;
+        Ok(raw)
+    }),
+    attack("a WRITE across its window's end", Failed("access"), |t| {
+        let (mut raw, inbox) = t.join()?;
+        let end = inbox.window.address + u64::from(inbox.window.length);
+        raw.write(end - 10, inbox.window.rkey, &[7; 20], None)?;
+        Ok(raw)
+    }),
+    attack("a WRITE before its window", Failed("access"), |t| {
+        let (mut raw, inbox) = t.join()?;
+        raw.write(inbox.window.address - 4096, inbox.window.rkey, &[7; 20], Some(20))?;
+        Ok(raw)
+    }),
+    attack("a WRITE with a key that is none", Failed("access"), |t| {
+        let (mut raw, inbox) = t.join()?;
+        raw.write(inbox.window.address, !inbox.window.rkey, &[7; 20], Some(20))?;
+        Ok(raw)
+    }),
+    attack("a WRITE before anything was announced", Failed("access"), |t| {
+        let mut raw = t.open()?;
+        let inbox = t.inbox(&mut raw)?;
+        raw.write(inbox.window.address, !inbox.window.rkey, &[7; 20], Some(20))?;
+        Ok(raw)
+    }),
+];
 
 /// READ and WRITE where the server gave no right, or gave it to another.
 fn rights(cell: &mut Cell) -> Result<()> {
-    run(
-        cell,
-        &[
-            attack("a READ of its own window", Failed("access"), |t| {
-                let (mut raw, inbox) = t.join()?;
-                raw.read(inbox.window.address, inbox.window.rkey, 64)?;
-                Ok(raw)
-            }),
-            attack("a WRITE across its window's end", Failed("access"), |t| {
-                let (mut raw, inbox) = t.join()?;
-                let end = inbox.window.address + u64::from(inbox.window.length);
-                raw.write(end - 10, inbox.window.rkey, &[7; 20], None)?;
-                Ok(raw)
-            }),
-            attack("a WRITE before its window", Failed("access"), |t| {
-                let (mut raw, inbox) = t.join()?;
-                raw.write(inbox.window.address - 4096, inbox.window.rkey, &[7; 20], Some(20))?;
-                Ok(raw)
-            }),
-            attack("a WRITE with a key that is none", Failed("access"), |t| {
-                let (mut raw, inbox) = t.join()?;
-                raw.write(inbox.window.address, !inbox.window.rkey, &[7; 20], Some(20))?;
-                Ok(raw)
-            }),
-            attack("a WRITE before anything was announced", Failed("access"), |t| {
-                let mut raw = t.open()?;
-                let inbox = t.inbox(&mut raw)?;
-                raw.write(inbox.window.address, !inbox.window.rkey, &[7; 20], Some(20))?;
-                Ok(raw)
-            }),
-        ],
-    )?;
+    run(cell, RIGHTS)?;
     for reading in [false, true] {
         let what = if reading { "READ" } else { "WRITE" };
         foreign(cell, reading).with_context(|| format!("a {what} in another's window"))?;
@@ -736,7 +756,7 @@ fn foreign(cell: &mut Cell, reading: bool) -> Result<()> {
     victim.write(place, inbox.window.rkey, request, None)?;
     victim.flush(target.soon())?;
 
-    let before = Holdings::of(cell)?;
+    let before = Holdings::at_rest(cell)?;
     let (mut thief, _) = target.join()?;
     let who = thief.local_address().context("an attacker without an address")?;
     match reading {
@@ -807,7 +827,7 @@ fn leaving(cell: &mut Cell) -> Result<()> {
     prepare(cell)?;
     witnessed(cell, |cell| {
         let target = Target::of(cell);
-        let before = Holdings::of(cell)?;
+        let before = Holdings::at_rest(cell)?;
         for (name, step) in STEPS {
             for politely in [false, true] {
                 let raw = step(&target).with_context(|| (*name).to_owned())?;
@@ -844,7 +864,7 @@ fn crowd(cell: &mut Cell) -> Result<()> {
     prepare(cell)?;
     let attempts = if cell.lab.is_slow() { 300 } else { 3000 };
     witnessed(cell, |cell| {
-        let before = Holdings::of(cell)?;
+        let before = Holdings::at_rest(cell)?;
         let refused_before = cell.info()?.number("rdma_connections_refused")?;
         let target = Target::of(cell);
         let options = Options { receives: 1, memory: 1, ..Options::default() };
@@ -886,7 +906,12 @@ fn crowd(cell: &mut Cell) -> Result<()> {
         let after = before.wait_back(cell)?;
         let timed_out = after.by_timeout - before.by_timeout;
         ensure!(timed_out > 0, "nobody was timed out");
-        let lines = cell.server().log_lines("handshake not completed")?;
+        let lines = cell.server().log_lines("handshake was not completed")?;
+        ensure!(
+            (1..=90).contains(&lines.len()),
+            "{} lines about {timed_out} time-outs in less than three minutes",
+            lines.len()
+        );
         cell.figure("timed out", format!("{timed_out}, in {} log lines", lines.len()));
         ensure!(after.violations == before.violations, "silence is no violation");
         Ok(())
@@ -898,7 +923,7 @@ fn crowd(cell: &mut Cell) -> Result<()> {
 fn registered(cell: &mut Cell) -> Result<()> {
     prepare(cell)?;
     witnessed(cell, |cell| {
-        let before = Holdings::of(cell)?;
+        let before = Holdings::at_rest(cell)?;
         let value = pattern::value(5, BIG);
         let mut inside = Vec::new();
         let refusal = loop {
@@ -946,7 +971,7 @@ fn registered(cell: &mut Cell) -> Result<()> {
 fn liveness(cell: &mut Cell) -> Result<()> {
     prepare(cell)?;
     witnessed(cell, |cell| {
-        let before = Holdings::of(cell)?;
+        let before = Holdings::at_rest(cell)?;
         let target = Target::of(cell);
         let (mut idle, mut inbox) = target.join()?;
         let probes = cell.info()?.number("rdma_probes")?;
@@ -970,7 +995,7 @@ fn liveness(cell: &mut Cell) -> Result<()> {
 fn linger(cell: &mut Cell) -> Result<()> {
     prepare(cell)?;
     witnessed(cell, |cell| {
-        let before = Holdings::of(cell)?;
+        let before = Holdings::at_rest(cell)?;
         let target = Target::of(cell);
         let (mut raw, mut inbox) = target.join()?;
         inbox.say(&mut raw, b"*1\r\n$4\r\nQUIT\r\n")?;
@@ -994,4 +1019,98 @@ fn linger(cell: &mut Cell) -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// The same attacks on the C module that upstream's 9.1 is built with: what becomes of its
+/// server. Nothing is demanded of it; each outcome is a figure of the report.
+fn upstream(cell: &mut Cell) -> Result<()> {
+    let lists = [
+        ("messages", MESSAGES),
+        ("immediates", IMMEDIATES),
+        ("windows", WINDOWS),
+        ("announcements", ANNOUNCEMENTS),
+        ("floods", FLOODS),
+        ("deaf", DEAF),
+        ("rights", RIGHTS),
+        ("handshakes", HANDSHAKES),
+    ];
+    for (list, attacks) in lists {
+        for (number, attack) in attacks.iter().enumerate() {
+            let outcome = on_upstream(cell, attack, &format!("{list}-{number}"))
+                .with_context(|| format!("{list}, '{}'", attack.name))?;
+            cell.figure(&format!("{list}, {}", attack.name), outcome);
+        }
+    }
+    Ok(())
+}
+
+/// How long the upstream server may leave anybody without an answer.
+const UPSTREAM: Duration = Duration::from_secs(5);
+
+fn on_upstream(cell: &Cell, attack: &Attack, name: &str) -> Result<String> {
+    let built = cell.lab.clients.with_file_name("cmodule").join("9.1");
+    let folder = cell.folder().join(name);
+    std::fs::create_dir_all(&folder)?;
+    let (port, address) = (free_port()?, SocketAddr::new(cell.lab.address, free_port()?));
+    let mut command = std::process::Command::new(built.join("valkey-server"));
+    command.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", ""]);
+    command.args(["--protected-mode", "no", "--dir"]).arg(&folder);
+    command.arg("--logfile").arg(folder.join("log"));
+    command.args(["--rdma-bind", &address.ip().to_string()]);
+    command.args(["--rdma-port", &address.port().to_string()]);
+    command.arg("--loadmodule").arg(built.join("valkey-rdma.so"));
+    command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+    let mut server = Process::spawn(&mut command)?;
+    let tcp = SocketAddr::new(crate::lab::LOOPBACK, port);
+    let observe = || client::tcp::Connection::client(tcp, UPSTREAM);
+    let deadline = Instant::now() + cell.lab.patience();
+    let mut observer = loop {
+        match observe() {
+            Ok(observer) => break observer,
+            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(30)),
+            Err(error) => return Err(error).context("the upstream server does not start"),
+        }
+    };
+    observer.command(&[b"SET", b"big", &pattern::value(5, BIG)])?;
+    let options = client::rdma::Options { timeout: UPSTREAM, ..Default::default() };
+    let join = || client::rdma::Connection::client(address, &options, UPSTREAM);
+    expect(&mut join()?, "PING", "PONG").context("before the attack")?;
+
+    let mut raw = (attack.act)(&Target { address, patience: UPSTREAM });
+    let ended = match &mut raw {
+        Ok(raw) => raw.wait_end(Instant::now() + Duration::from_secs(2)).is_ok(),
+        Err(_) => false,
+    };
+    let mut outcome = Vec::new();
+    let mut others = |when: &str, server: &mut Process| -> Result<bool> {
+        if let Some(status) = server.status()? {
+            outcome.push(format!("the server ends ({status}) {when}"));
+            return Ok(false);
+        }
+        if observer.words("PING").is_err() {
+            outcome.push(format!("TCP clients are not answered {when}"));
+        }
+        if !join().is_ok_and(|mut client| client.words("PING").is_ok()) {
+            outcome.push(format!("RDMA clients are not answered {when}"));
+        }
+        Ok(server.status()?.is_none())
+    };
+    let lives = others("with the attacker there", &mut server)?;
+    let attacker = match &raw {
+        Ok(_) if ended => "the attacker's connection ends".to_owned(),
+        Ok(_) => "the attacker stays connected".to_owned(),
+        Err(error) => format!("the attacker gets: {error:#}"),
+    };
+    drop(raw);
+    if lives {
+        std::thread::sleep(Duration::from_millis(300));
+        if others("once it has left", &mut server)? {
+            if outcome.is_empty() {
+                outcome.push("others are served".to_owned());
+            }
+            outcome.push(attacker);
+        }
+    }
+    server.end(Duration::from_secs(5))?;
+    Ok(outcome.join("; "))
 }
