@@ -105,7 +105,7 @@ main() {
         esac
         shift
     done
-    ((${#dirs[@]})) || { sed -n '4,16s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+    ((${#dirs[@]})) || { sed -n '4,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
     for dir in "${dirs[@]}"; do
         [[ -e $dir/src/version.h ]] || die "$dir is not the source of a valkey release"
         release=$(release_of "$dir")

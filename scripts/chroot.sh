@@ -16,7 +16,7 @@ set -euo pipefail
 # for all, and no helper where the shell will do.
 main() {
     [[ ${1:-} == --inside ]] && { shift; inside "$@"; }
-    (($# >= 2)) || { sed -n '4,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+    (($# >= 2)) || { sed -n '4,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
     # shellcheck source=scripts/lib.sh
     . "${BASH_SOURCE[0]%/*}/lib.sh"
     local tree=$cache/servers/$1

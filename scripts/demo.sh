@@ -26,7 +26,7 @@ main() {
         --inside) inside=1; shift; continue ;;
         --fabric | --address | --line | --clients | --size | --requests) ;;
         --io-threads) threads=${2:?}; shift 2; continue ;;
-        *) sed -n '4,18s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+        *) sed -n '4,16s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
         esac
         printf -v "${1#--}" %s "${2:?$1 needs a value}"
         shift 2

@@ -75,7 +75,7 @@ main() {
         *) break ;;
         esac
     done
-    (($#)) || { sed -n '4,20s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+    (($#)) || { sed -n '4,18s/^# \{0,1\}//p' "$0" >&2; exit 2; }
     [[ -e $cache/kernel/release && -e $cache/virtme-ng ]] || die "no kernel yet: run scripts/setup.sh guest"
     release=$(cat "$cache/kernel/release")
 

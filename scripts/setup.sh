@@ -240,7 +240,7 @@ recipe() {
 
 main() {
     local want parts=() env=0
-    (($#)) || { sed -n '4,19s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+    (($#)) || { sed -n '4,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
     for want; do
         case $want in
         all) parts+=(build "${servers[@]}" clients guest) ;;
