@@ -112,7 +112,8 @@ main() {
     exec 3>&- 4>&-
     trap 'kill "$pid" 2>/dev/null || true' TERM INT HUP
     wait "$pid" || status=$?
-    wait "$out" "$err"
+    # Signalled together with us, these have a status that says nothing.
+    wait "$out" "$err" || true
     rm -r "$job"
     return "$status"
 }
