@@ -8,6 +8,7 @@ use crate::sys::{self, Fd};
 use std::cmp::Ordering as Order;
 use std::collections::{BinaryHeap, HashMap};
 use std::os::fd::RawFd;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -50,7 +51,14 @@ pub struct Engine {
     wake: Fd,
     next: AtomicU64,
     sources: Mutex<HashMap<u64, Arc<dyn Source>>>,
-    timers: Mutex<BinaryHeap<Timer>>,
+    timers: Mutex<Timers>,
+}
+
+#[derive(Default)]
+struct Timers {
+    heap: BinaryHeap<Timer>,
+    /// When the thread looks at the timers again by itself, if ever.
+    looks_at: Option<Instant>,
 }
 
 /// A watched descriptor's registration.
@@ -74,7 +82,7 @@ pub fn engine() -> &'static Engine {
             wake,
             next: AtomicU64::new(1),
             sources: Mutex::new(HashMap::new()),
-            timers: Mutex::new(BinaryHeap::new()),
+            timers: Mutex::new(Timers::default()),
         };
         let events = libc::EPOLLIN | libc::EPOLLET;
         engine.control(libc::EPOLL_CTL_ADD, engine.wake.raw(), events, WAKE);
@@ -96,7 +104,12 @@ fn spawn(engine: &'static Engine) {
     };
     std::thread::Builder::new()
         .name("softrdma".into())
-        .spawn(|| engine.run())
+        .spawn(|| {
+            // Without its progress the process would only seem to hang.
+            if std::panic::catch_unwind(AssertUnwindSafe(|| engine.run())).is_err() {
+                std::process::abort();
+            }
+        })
         .expect("softrdma: no thread");
     // SAFETY: restores the mask read above.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const old, std::ptr::null_mut()) };
@@ -129,8 +142,16 @@ impl Engine {
     pub fn after(&self, delay: Duration, job: impl FnOnce() + Send + 'static) {
         let order = self.next.fetch_add(1, Ordering::Relaxed);
         let timer = Timer { at: Instant::now() + delay, order, job: Box::new(job) };
-        self.timers.lock().unwrap().push(timer);
-        sys::signal(&self.wake);
+        let mut timers = self.timers.lock().unwrap();
+        let early = timers.looks_at.is_none_or(|at| timer.at < at);
+        if early {
+            timers.looks_at = Some(timer.at);
+        }
+        timers.heap.push(timer);
+        drop(timers);
+        if early {
+            sys::signal(&self.wake);
+        }
     }
 
     /// Runs a job on the progress thread as soon as it can: for work that must
@@ -161,14 +182,18 @@ impl Engine {
         loop {
             let job = {
                 let mut timers = self.timers.lock().unwrap();
-                let Some(first) = timers.peek() else { return -1 };
+                let Some(first) = timers.heap.peek() else {
+                    timers.looks_at = None;
+                    return -1;
+                };
                 let left = first.at.saturating_duration_since(Instant::now());
                 if !left.is_zero() {
+                    timers.looks_at = Some(first.at);
                     // Rounded up: a timer never fires early. 1 ms is fine enough
                     // for every timer but the shortest RNR ones.
                     return left.as_millis().min(60_000) as i32 + 1;
                 }
-                timers.pop().map(|t| t.job)
+                timers.heap.pop().map(|t| t.job)
             };
             if let Some(job) = job {
                 job();

@@ -197,6 +197,9 @@ impl Link {
 
     /// Takes the other end of a wire that another process made.
     pub fn attach(memory: Fd, maker_bell: Fd, my_bell: Fd) -> Result<Link> {
+        if !sys::lasting_size(&memory, SIZE) {
+            return Err(std::io::ErrorKind::InvalidData.into());
+        }
         let map = sys::map_shared(&memory, SIZE)?;
         Ok(Link {
             map,

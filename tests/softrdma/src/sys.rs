@@ -85,12 +85,26 @@ pub fn wait_readable(fd: &Fd, timeout_ms: i32) -> Result<bool> {
 
 /// Anonymous memory that can be handed to another process.
 pub fn shared_memory(size: usize) -> Result<Fd> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // SAFETY: a constant, terminated name.
-    let fd = check(unsafe { libc::memfd_create(c"softrdma".as_ptr(), libc::MFD_CLOEXEC) })
-        .map(Fd::private)?;
+    let fd = check(unsafe { libc::memfd_create(c"softrdma".as_ptr(), flags) }).map(Fd::private)?;
     // SAFETY: no pointers.
     check(unsafe { libc::ftruncate(fd.raw, size as i64) })?;
+    // SAFETY: no pointers.
+    check(unsafe { libc::fcntl(fd.raw, libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) })?;
     Ok(fd)
+}
+
+/// True if memory that another process made is of that size and stays so: a
+/// mapping beyond its end would be a trap.
+pub fn lasting_size(fd: &Fd, size: usize) -> bool {
+    // SAFETY: zeroes are a valid stat, which the call fills.
+    unsafe {
+        let mut stat: libc::stat = zeroed();
+        libc::fstat(fd.raw, &raw mut stat) == 0
+            && stat.st_size == size as i64
+            && libc::fcntl(fd.raw, libc::F_GET_SEALS) & libc::F_SEAL_SHRINK != 0
+    }
 }
 
 /// Maps shared memory; a forked child does not get the mapping.

@@ -46,6 +46,15 @@ impl EventChannel {
         Some(Arc::new(EventChannel { c: rdma_event_channel { fd: notices.fd() }, notices }))
     }
 
+    /// Drops what nobody will fetch, and refuses the connections among it.
+    pub fn close(&self) {
+        for pending in self.notices.remove(|_| true) {
+            if pending.listener.is_some() {
+                pending.id.destroy();
+            }
+        }
+    }
+
     /// Fetches the next event; the error is an errno.
     pub fn fetch(&self) -> Result<*mut rdma_cm_event, i32> {
         let pending = self.notices.pop(|| false)?;

@@ -59,7 +59,8 @@ pub unsafe extern "C" fn rdma_destroy_event_channel(channel: *mut rdma_event_cha
         return;
     }
     // SAFETY: see above.
-    drop(unsafe { handle::take::<EventChannel, _>(channel) });
+    let channel = unsafe { handle::take::<EventChannel, _>(channel) };
+    channel.close();
 }
 
 #[unsafe(no_mangle)]
