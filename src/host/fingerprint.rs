@@ -43,7 +43,11 @@ pub struct Mismatch {
 impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let expected = if self.expected_null { "null" } else { "a function of the server" };
-        write!(f, "`{}` of its TCP connection type is {:#x} instead of {expected}", self.member, self.found)
+        write!(
+            f,
+            "`{}` of its TCP connection type is {:#x} instead of {expected}",
+            self.member, self.found
+        )
     }
 }
 
