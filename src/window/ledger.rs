@@ -11,7 +11,7 @@
 //! from one thread at a time, but that is its promise, not ours: [`SendLedger::writer`]
 //! is a lock that is only ever tried, and whoever finds it taken comes back later.
 
-use super::sync::{AtomicBool, AtomicU64, Ordering, UnsafeCell};
+use super::sync::{AtomicBool, AtomicU64, Ordering, UnsafeCell, own};
 use std::ops::{Deref, DerefMut};
 
 /// A contiguous piece of staging memory to copy into.
@@ -96,7 +96,7 @@ impl<T> SendLedger<T> {
     ///
     /// Returns whether that gave anything back; a number that was never posted does not.
     pub fn retire(&self, sequence: u32) -> bool {
-        let completed = self.completed.load(Ordering::Relaxed);
+        let completed = own(&self.completed);
         let posted = self.posted.load(Ordering::Acquire);
         let ahead = u64::from(sequence.wrapping_sub(completed as u32) & 0x00ff_ffff);
         if ahead == 0 || completed + ahead > posted {
@@ -123,8 +123,11 @@ impl<T> SendLedger<T> {
 
     /// Work requests that may be posted now without overrunning the send queue.
     pub fn credit(&self) -> usize {
-        let completed = self.completed.load(Ordering::Acquire);
-        self.ends.len() - (self.posted.load(Ordering::Relaxed) - completed) as usize
+        self.credit_after(self.posted.load(Ordering::Relaxed))
+    }
+
+    fn credit_after(&self, posted: u64) -> usize {
+        self.ends.len() - (posted - self.completed.load(Ordering::Acquire)) as usize
     }
 }
 
@@ -150,7 +153,7 @@ impl<T> Writer<'_, T> {
     /// The next piece of staging memory, `want` bytes or what is there of them.
     /// `None` when there is none, or no work request left to send it with.
     pub fn chunk(&mut self, want: usize) -> Option<Chunk> {
-        if want == 0 || self.ledger.credit() == 0 {
+        if want == 0 || self.ledger.credit_after(own(&self.ledger.posted)) == 0 {
             return None;
         }
         let free = self.free();
@@ -166,7 +169,7 @@ impl<T> Writer<'_, T> {
     /// a completion must be asked for.
     pub fn enter(&mut self, length: usize) -> (u32, bool) {
         let depth = self.ledger.ends.len() as u64;
-        let posted = self.ledger.posted.load(Ordering::Relaxed);
+        let posted = own(&self.ledger.posted);
         let (end, signal) = self.with(|s| {
             s.produced += length as u64;
             let signal = posted + 1 - s.signalled.0 >= depth / 4
@@ -184,13 +187,13 @@ impl<T> Writer<'_, T> {
     /// Sequence number that the next work request will have, modulo 2^24: what stands
     /// before it is posted already, and stays so while this `Writer` is held.
     pub fn next_sequence(&self) -> u32 {
-        self.ledger.posted.load(Ordering::Relaxed) as u32 & 0x00ff_ffff
+        own(&self.ledger.posted) as u32 & 0x00ff_ffff
     }
 
     /// Takes back the last [`enter`](Self::enter), whose work request the send queue
     /// refused.
     pub fn take_back(&mut self, length: usize) {
-        let posted = self.ledger.posted.load(Ordering::Relaxed) - 1;
+        let posted = own(&self.ledger.posted) - 1;
         self.with(|s| {
             s.produced -= length as u64;
             if s.signalled.0 > posted {

@@ -37,6 +37,17 @@ fn model(run: impl Fn() + Sync + Send + 'static) {
     builder.check(run);
 }
 
+/// Two things at once, and what they come to. Both on threads of their own: loom takes
+/// the first one's way to its end as its first interleaving, and looks for the others
+/// from there.
+fn at_once<A: Send + 'static, B: Send + 'static>(
+    first: impl FnOnce() -> A + Send + 'static,
+    second: impl FnOnce() -> B + Send + 'static,
+) -> (A, B) {
+    let (first, second) = (thread::spawn(first), thread::spawn(second));
+    (first.join().unwrap(), second.join().unwrap())
+}
+
 /// Bytes that threads and the fabric share with nothing but the windows between them.
 struct Memory(Vec<UnsafeCell<u8>>);
 
@@ -343,6 +354,11 @@ fn bytes_are_sent_in_order_while_windows_and_staging_memory_change_hands() {
 }
 
 #[test]
+fn staging_memory_is_used_again_within_one_job() {
+    send(b"abcd", &[4], 4, 2, Pace::Prompt);
+}
+
+#[test]
 fn bytes_are_sent_in_order_when_completions_are_late() {
     send(b"abc", &[1, 2], 4, 2, Pace::Late);
 }
@@ -548,65 +564,53 @@ fn early_announcements_neither_tear_nor_replace_the_one_in_use() {
     model(|| {
         let window = Arc::new(SendWindow::default());
         let buffer = |n: u32| Announcement { address: u64::from(n) << 32, length: n, rkey: n };
-        let writer = thread::spawn({
-            let window = Arc::clone(&window);
+        let (poller, writer) = (Arc::clone(&window), Arc::clone(&window));
+        let (accepted, mut taken) = at_once(
+            move || {
+                let offers = (1..=3).map(buffer);
+                offers.filter(|offer| poller.announce(*offer).is_ok()).collect::<Vec<_>>()
+            },
             move || {
                 let mut taken = Vec::new();
                 for _ in 0..3 {
-                    if let Some(new) = window.take() {
+                    if let Some(new) = writer.take() {
                         taken.push(new);
-                        window.publish_left(0);
+                        writer.publish_left(0);
                     }
                 }
                 taken
-            }
-        });
-        let mut accepted = Vec::new();
-        for n in 1..=3 {
-            if window.announce(buffer(n)).is_ok() {
-                accepted.push(buffer(n));
-            }
-        }
-        let mut taken = writer.join().unwrap();
+            },
+        );
         taken.extend(window.take());
         assert_eq!(taken, accepted);
     });
 }
 
-/// As above, with a writer that uses a part of the window only.
-#[test]
-fn an_announcement_is_refused_while_a_byte_is_left() {
-    model(|| {
+/// A writer takes a window and uses a part of it, while the main thread looks.
+fn while_a_window_is_taken(look: fn(&SendWindow) -> bool) {
+    model(move || {
         let window = Arc::new(SendWindow::default());
-        let buffer = Announcement { address: 0, length: 2, rkey: 0 };
-        window.announce(buffer).unwrap();
-        let writer = thread::spawn({
-            let window = Arc::clone(&window);
+        window.announce(Announcement { address: 0, length: 2, rkey: 0 }).unwrap();
+        let poller = Arc::clone(&window);
+        let (_, seen) = at_once(
             move || {
                 window.take().unwrap();
                 window.publish_left(1);
-            }
-        });
-        assert!(window.announce(buffer).is_err());
-        writer.join().unwrap();
+            },
+            move || look(&poller),
+        );
+        assert!(seen);
     });
 }
 
 #[test]
+fn an_announcement_is_refused_while_a_byte_is_left() {
+    while_a_window_is_taken(|window| window.announce(Announcement::default()).is_err());
+}
+
+#[test]
 fn there_is_room_all_the_time_while_a_window_is_taken() {
-    model(|| {
-        let window = Arc::new(SendWindow::default());
-        window.announce(Announcement { address: 0, length: 2, rkey: 0 }).unwrap();
-        let writer = thread::spawn({
-            let window = Arc::clone(&window);
-            move || {
-                window.take().unwrap();
-                window.publish_left(1);
-            }
-        });
-        assert!(window.has_room());
-        writer.join().unwrap();
-    });
+    while_a_window_is_taken(SendWindow::has_room);
 }
 
 /// The number of a work request that was not posted gives nothing back, and that of
@@ -615,16 +619,15 @@ fn there_is_room_all_the_time_while_a_window_is_taken() {
 fn a_work_request_is_retired_with_what_it_used_or_not_at_all() {
     model(|| {
         let ledger = Arc::new(SendLedger::new(4, 2, ()));
-        let writer = thread::spawn({
-            let ledger = Arc::clone(&ledger);
+        let (writer, poller) = (Arc::clone(&ledger), Arc::clone(&ledger));
+        let (_, retired) = at_once(
             move || {
-                let mut writer = ledger.writer().unwrap();
+                let mut writer = writer.writer().unwrap();
                 let length = writer.chunk(2).unwrap().length;
                 writer.enter(length);
-            }
-        });
-        let retired = ledger.retire(1);
-        writer.join().unwrap();
+            },
+            move || poller.retire(1),
+        );
         assert_eq!(ledger.writer().unwrap().free(), if retired { 2 } else { 0 });
         assert_eq!(ledger.is_idle(), retired);
     });

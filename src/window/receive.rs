@@ -9,7 +9,7 @@
 //! can't be confused and a new announcement resets nothing that the reader may
 //! be looking at.
 
-use super::sync::{AtomicU64, Ordering};
+use super::sync::{AtomicU64, Ordering, own};
 use std::fmt;
 
 /// See the module's text. `arrived` and `announce` belong to the poller,
@@ -63,13 +63,13 @@ impl ReceiveWindow {
     /// may be replaced and must be announced for the peer to go on.
     pub fn is_consumed(&self) -> bool {
         // Acquire: the reader's copies out of the buffer are over.
-        self.head.load(Ordering::Acquire) == self.limit.load(Ordering::Relaxed)
+        self.head.load(Ordering::Acquire) == own(&self.limit)
     }
 
     /// Poller: opens a buffer of `length` bytes. Only while [`is_consumed`](Self::is_consumed).
     pub fn announce(&self, length: u32) {
         debug_assert!(self.is_consumed());
-        let start = self.tail.load(Ordering::Relaxed);
+        let start = own(&self.tail);
         self.base.store(start, Ordering::Relaxed);
         self.limit.store(start + u64::from(length), Ordering::Relaxed);
     }
@@ -79,8 +79,8 @@ impl ReceiveWindow {
     /// # Errors
     /// [`Overrun`] if they can't; nothing changes then.
     pub fn arrived(&self, count: u32) -> Result<(), Overrun> {
-        let tail = self.tail.load(Ordering::Relaxed);
-        let room = self.limit.load(Ordering::Relaxed) - tail;
+        let tail = own(&self.tail);
+        let room = own(&self.limit) - tail;
         if u64::from(count) > room {
             return Err(Overrun { claimed: count, room });
         }
@@ -92,7 +92,7 @@ impl ReceiveWindow {
     /// Reader: where unread bytes stand in the buffer, as offset and length.
     pub fn readable(&self) -> Option<(usize, usize)> {
         let tail = self.tail.load(Ordering::Acquire);
-        let head = self.head.load(Ordering::Relaxed);
+        let head = own(&self.head);
         if tail == head {
             return None;
         }
@@ -104,7 +104,7 @@ impl ReceiveWindow {
 
     /// Reader: `count` bytes of [`readable`](Self::readable) were copied out.
     pub fn consume(&self, count: usize) {
-        let head = self.head.load(Ordering::Relaxed);
+        let head = own(&self.head);
         // Release: the copies are over before the poller may reuse the buffer.
         self.head.store(head + count as u64, Ordering::Release);
     }
