@@ -17,7 +17,7 @@
 
 # By the tag they are declared under; what a line does not have is left out.
 structs=(ConnectionType connection connListener serverRdmaContextConfig)
-functions=(connTypeRegister connectionTypeTcp connectionByType listenerByType acceptCommonHandler)
+functions=(connTypeRegister connectionTypeTcp connectionByType listenerByType acceptCommonHandler changeListener)
 constants='CONN_(STATE|FLAG|POSTPONE)_[A-Z_]+|CONN_TYPE_RDMA|CONN_ADDR_STR_LEN|CONFIG_BINDADDR_MAX'
 
 # table DIR — the facts of a release, from its own headers by its own compiler.

@@ -487,12 +487,7 @@ impl Poller {
     /// Serves every endpoint that is in the queue now, once.
     fn serve_ready(&self) -> usize {
         METRICS.passes.add(1);
-        let doomed = std::mem::take(&mut *self.doomed.open());
-        for key in doomed {
-            if let Some(endpoint) = self.find(key) {
-                self.remove(endpoint, Reason::Error);
-            }
-        }
+        self.remove_doomed();
         let count = self.ready.open().len();
         let mut served = 0;
         for _ in 0..count {
@@ -502,7 +497,19 @@ impl Poller {
             self.serve(&endpoint);
             served += 1;
         }
+        // What the handlers closed.
+        self.remove_doomed();
         served
+    }
+
+    /// Removes the endpoints that were given up since the last time.
+    fn remove_doomed(&self) {
+        let doomed = std::mem::take(&mut *self.doomed.open());
+        for key in doomed {
+            if let Some(endpoint) = self.find(key) {
+                self.remove(endpoint, Reason::Error);
+            }
+        }
     }
 
     fn serve(&self, endpoint: &Arc<Endpoint>) {
@@ -712,7 +719,7 @@ impl Poller {
     /// delivered.
     pub fn close(&self, endpoint: &Arc<Endpoint>) {
         endpoint.enter_stage(Some(Stage::Lingering));
-        let quiet = endpoint.is_quiet();
+        let quiet = endpoint.is_quiet() && endpoint.is_delivered();
         let alive = endpoint.fate() == Fate::Alive;
         {
             let mut own = endpoint.own();

@@ -286,6 +286,7 @@ unsafe fn write_pieces(connection: *mut Connection, pieces: &[(*const u8, usize)
     // SAFETY: by the caller's promise.
     unsafe {
         if in_child() {
+            set_errno(libc::ENOTCONN);
             return ERR;
         }
         let Some(endpoint) = &(*ours(connection)).endpoint else {
@@ -311,6 +312,7 @@ unsafe extern "C" fn read(connection: *mut Connection, to: *mut c_void, length: 
         // SAFETY: the server passes a live connection and `length` writable bytes.
         unsafe {
             if in_child() {
+                set_errno(libc::ENOTCONN);
                 return ERR;
             }
             let Some(endpoint) = &(*ours(connection)).endpoint else {

@@ -35,7 +35,7 @@ impl fmt::Display for LoadError {
             ),
             Self::Symbol(file, name) => write!(
                 f,
-                "{file} has no function {name}: it is older than rdma-core 28; install a newer one"
+                "{file} has no function {name}: it is older than rdma-core 35; install a newer one"
             ),
         }
     }
