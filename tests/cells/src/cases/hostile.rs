@@ -1083,17 +1083,21 @@ fn on_upstream(cell: &Cell, attack: &Attack, name: &str) -> Result<String> {
     };
     let mut outcome = Vec::new();
     let mut others = |when: &str, server: &mut Process| -> Result<bool> {
-        if let Some(status) = server.status()? {
-            outcome.push(format!("the server ends ({status}) {when}"));
-            return Ok(false);
-        }
-        if observer.words("PING").is_err() {
+        let tcp = observer.words("PING").is_ok();
+        let rdma = join().is_ok_and(|mut client| client.words("PING").is_ok());
+        if !tcp {
             outcome.push(format!("TCP clients are not answered {when}"));
         }
-        if !join().is_ok_and(|mut client| client.words("PING").is_ok()) {
+        if !rdma {
             outcome.push(format!("RDMA clients are not answered {when}"));
         }
-        Ok(server.status()?.is_none())
+        // A crash takes its time, for the report that it writes.
+        let patience = if tcp && rdma { Duration::ZERO } else { Duration::from_secs(15) };
+        let status = server.wait(patience)?;
+        if let Some(status) = status {
+            outcome.push(format!("the server ends ({status})"));
+        }
+        Ok(status.is_none())
     };
     let lives = others("with the attacker there", &mut server)?;
     let attacker = match &raw {
