@@ -246,6 +246,8 @@ const IMMEDIATES: &[Attack] = &[
         let (mut raw, mut inbox) = t.join()?;
         // What was never written is nobody's: a new window is all zeroes.
         let request = b"*2\r\n$4\r\nECHO\r\n$5000\r\n";
+        let end = inbox.window.address + u64::from(inbox.used) + request.len() as u64 + 5000;
+        raw.write(end, inbox.window.rkey, b"\r\n", None)?;
         inbox.claim(&mut raw, request, request.len() as u32 + 5002)?;
         let reply = [&b"$5000\r\n"[..], &[0; 5000], b"\r\n"].concat();
         t.reply(&mut raw, &mut inbox, &reply)?;
