@@ -70,6 +70,8 @@ pub struct Side {
     refused: bool,
     /// The server has the connection.
     connected: bool,
+    /// It had it once: there was somebody to read.
+    pub handed_over: bool,
     pub ready: bool,
     jobs: Jobs,
     write_handler: bool,
@@ -114,6 +116,7 @@ impl Side {
             posted_before: 0,
             refused: false,
             connected: false,
+            handed_over: false,
             ready: false,
             jobs: Jobs::default(),
             write_handler: false,
@@ -321,7 +324,7 @@ impl Side {
         if !self.connected {
             if self.session.is_open() {
                 assert!(self.session.is_established(), "handed over in the handshake");
-                self.connected = true;
+                (self.connected, self.handed_over) = (true, true);
                 self.mark_if_ready();
             }
             return;
