@@ -34,6 +34,9 @@ main() {
     say "Building"
     step "cargo: the module, the fabric, clients and cells" \
         cargo build --locked --release --workspace --examples --bins --lib
+    step "cargo: the module without deferral, which has to fail" \
+        cargo build --locked --release --package valkey-rdma --features test-no-deferral \
+        --target-dir "$target/test-no-deferral"
     cells=("$target/release/cells" --level "$level")
     guest_limit=1800
     if [[ $level == full ]]; then

@@ -113,6 +113,13 @@ impl Lab {
         Ok(command)
     }
 
+    /// The module built with the feature that disables its deferral, by scripts/test.sh.
+    pub fn without_deferral(&self) -> Result<PathBuf> {
+        let folder = self.module.parent().context("a module without a folder")?;
+        let path = folder.join("../test-no-deferral/release/libvalkey_rdma.so");
+        path.canonicalize().with_context(|| format!("{} (build it first)", path.display()))
+    }
+
     /// A helper that is built along with this program.
     pub fn example(&self, name: &str) -> Result<PathBuf> {
         let path = std::env::current_exe()?

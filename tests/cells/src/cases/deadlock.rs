@@ -17,14 +17,36 @@ pub const CASES: &[Case] = &[
         let requests = if cell.lab.is_slow() { 100 } else { 200 };
         deadlock(cell, requests, 50, 10_000_000)
     }),
+    Case::new("deadlock-guard", guard).unstarted(),
 ];
+
+/// That the test above can fail: on 8.0, a module that does not defer, built with the feature
+/// `test-no-deferral`, hangs the server under the same load.
+fn guard(cell: &mut Cell) -> Result<()> {
+    cell.settings.module = Some(cell.lab.without_deferral()?);
+    cell.start()?;
+    let pinger = Pinger::start(cell, PING_LIMIT)?;
+    let load = load(2000, 10, 40 << 10);
+    let loaded = cell.benchmark(&load, Duration::from_secs(60));
+    let pinged = pinger.stop(cell);
+    // Nothing but force ends it.
+    drop(cell.take_server()?);
+    ensure!(loaded.is_err(), "the load went through a module that does not defer");
+    ensure!(pinged.is_err(), "the server answered all the time without deferral");
+    Ok(())
+}
+
+/// An answer that takes longer than this is a server that is not there.
+const PING_LIMIT: Duration = Duration::from_secs(10);
+
+fn load(requests: usize, clients: usize, size: usize) -> Load {
+    Load { tests: vec!["set", "get"], requests, clients, size, pipeline: 1 }
+}
 
 fn deadlock(cell: &mut Cell, requests: usize, clients: usize, size: usize) -> Result<()> {
     let idle = cell.idle_rate()?;
-    // An answer that takes longer than this is a server that is not there.
-    let limit = Duration::from_secs(if cell.lab.is_slow() { 30 } else { 10 });
-    let pinger = Pinger::start(cell, limit)?;
-    let load = Load { tests: vec!["set", "get"], requests, clients, size, pipeline: 1 };
+    let pinger = Pinger::start(cell, PING_LIMIT * if cell.lab.is_slow() { 3 } else { 1 })?;
+    let load = load(requests, clients, size);
     let loaded = cell.benchmark(&load, cell.lab.cell_limit() * 2);
     let pings = pinger.stop(cell);
     loaded?;
