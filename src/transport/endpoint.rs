@@ -133,6 +133,8 @@ pub struct Own {
     pub parked: bool,
     /// Why it ends, once that is known.
     pub reason: Option<Reason>,
+    /// The system's error number if it could not be established.
+    pub failure: i32,
     /// Which gauge counts it.
     stage: Option<Stage>,
     free_control_slots: Vec<u16>,
@@ -209,6 +211,7 @@ impl Endpoint {
                 queued: false,
                 parked: false,
                 reason: None,
+                failure: libc::ECONNREFUSED,
                 stage: None,
                 free_control_slots: (0..CONTROL_SLOTS).collect(),
                 announcement_due: false,

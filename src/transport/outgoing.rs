@@ -197,7 +197,8 @@ fn settle(endpoint: &Arc<Endpoint>, connection: *mut RdmaConnection) -> bool {
     }
     if endpoint.fate() != Fate::Alive {
         let late = endpoint.own().reason == Some(Reason::Timeout);
-        base.fail(if late { libc::ETIMEDOUT } else { libc::ECONNREFUSED });
+        let failure = endpoint.own().failure;
+        base.fail(if late { libc::ETIMEDOUT } else { failure });
         part(connection);
         return true;
     }

@@ -698,6 +698,10 @@ impl Poller {
             }
             EventKind::Failed | EventKind::Rejected => {
                 let why = format!("it could not be established (status {})", event.status);
+                // Negative statuses are error numbers, others a peer's reasons to reject.
+                if event.status < 0 {
+                    endpoint.own().failure = -event.status;
+                }
                 self.say_lost(&endpoint, &why);
                 self.lose(&endpoint, Fate::Gone, Reason::Error);
             }
