@@ -113,7 +113,16 @@ impl World {
         }
         NOW.set(0);
         let needs_clock = needs_clock || fault != Fault::None;
-        Self { fabric, sides, fault, loud, needs_clock, rush: rng.u32(4..200), rng, idle_ticks: 0 }
+        Self {
+            fabric,
+            sides,
+            fault,
+            loud,
+            needs_clock,
+            rush: 3 + size(&mut rng, 8) as u32,
+            rng,
+            idle_ticks: 0,
+        }
     }
 
     /// What could happen now, things that stand for more of the same more than once.
