@@ -14,11 +14,14 @@
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 # Mutants that survive, and why they may.
+in_order="loom runs each thread in order, so no load sees a store of the future; the language allows it, and forbids it only by this: an entry of 'ends' is stored again after it was read"
 declare -A explained=(
+    ["ledger.rs retire 3"]=$in_order
+    ["ledger.rs credit_after 1"]=$in_order
 )
 
 main() {
-    local pattern=${1:-} copy killed=0 survived=0 start=$SECONDS name
+    local pattern=${1:-} copy killed=0 survived=0 start=$SECONDS file number name
     copy=$(mktemp -d "${TMPDIR:-/tmp}/valkey-rdma-mutants.XXXXXX")
     # shellcheck disable=SC2064
     trap "rm -rf '$copy'" EXIT
@@ -26,7 +29,6 @@ main() {
     step "the models as they are" models "$copy"
     while read -r file number name; do
         [[ $name == *"$pattern"* ]] || continue
-        cp "$repo/src/window/$file" "$copy/src/window/$file"
         weaken "$repo/src/window/$file" "$number" >"$copy/src/window/$file"
         printf '  %-58s ' "$name" >&2
         (compile "$copy") || die "the mutant does not compile"
@@ -78,7 +80,7 @@ TOML
 in_copy() {
     cd "$1"
     RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$repo/target}/mutants \
-        timeout 900 cargo test --quiet --release --lib "${@:2}"
+        timeout 600 cargo test --quiet --release --lib "${@:2}"
 }
 
 compile() { in_copy "$1" --no-run >&2; }

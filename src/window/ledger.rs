@@ -112,8 +112,7 @@ impl<T> SendLedger<T> {
 
     /// Whether every posted work request is known to be over.
     pub fn is_idle(&self) -> bool {
-        let posted = self.posted.load(Ordering::Acquire);
-        self.completed.load(Ordering::Acquire) == posted
+        self.completed.load(Ordering::Relaxed) == self.posted.load(Ordering::Relaxed)
     }
 
     /// Work requests posted since the connection began.

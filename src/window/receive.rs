@@ -113,7 +113,7 @@ impl ReceiveWindow {
     pub fn unread(&self) -> u64 {
         // Head first: it can't pass the tail that is loaded after it.
         let head = self.head.load(Ordering::Acquire);
-        self.tail.load(Ordering::Acquire) - head
+        self.tail.load(Ordering::Relaxed) - head
     }
 
     /// Bytes that were read since the connection began.

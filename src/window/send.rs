@@ -49,6 +49,7 @@ pub struct SendWindow {
     /// Whether the mailbox holds an announcement: set by the poller, cleared by the writer.
     full: AtomicBool,
     /// Bytes of the current window that the writer may still use; stored by the writer.
+    /// A number and no more: what is ordered is ordered by `full`.
     left: AtomicU32,
 }
 
@@ -64,7 +65,7 @@ impl SendWindow {
         } else {
             0
         };
-        let left = waiting.max(self.left.load(Ordering::Acquire));
+        let left = waiting.max(self.left.load(Ordering::Relaxed));
         if left > 0 {
             return Err(Refused { left });
         }
@@ -89,7 +90,7 @@ impl SendWindow {
             rkey: packed as u32,
         };
         // Left before empty: whoever looks in between sees room, never none.
-        self.left.store(taken.length, Ordering::Release);
+        self.left.store(taken.length, Ordering::Relaxed);
         self.full.store(false, Ordering::Release);
         Some(taken)
     }
@@ -97,12 +98,12 @@ impl SendWindow {
     /// Writer: so many bytes of the current window remain. Called before the
     /// work request that uses the others is posted.
     pub fn publish_left(&self, left: u32) {
-        self.left.store(left, Ordering::Release);
+        self.left.store(left, Ordering::Relaxed);
     }
 
     /// Whether a byte could be written into the peer's memory at this moment.
     pub fn has_room(&self) -> bool {
-        self.full.load(Ordering::Acquire) || self.left.load(Ordering::Acquire) > 0
+        self.full.load(Ordering::Acquire) || self.left.load(Ordering::Relaxed) > 0
     }
 }
 
