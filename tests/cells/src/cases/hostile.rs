@@ -793,8 +793,10 @@ fn foreign(cell: &mut Cell, reading: bool) -> Result<()> {
     Ok(())
 }
 
-/// How far a leaving client got.
-const STEPS: &[(&str, fn(&Target) -> Result<Raw>)] = &[
+/// How far a leaving client got, and the way there.
+type Step = (&'static str, fn(&Target) -> Result<Raw>);
+
+const STEPS: &[Step] = &[
     ("established", |t| t.open()),
     ("announced", |t| {
         let mut raw = t.open()?;
