@@ -116,7 +116,7 @@ impl Lab {
     /// The module built with the feature that disables its deferral, by scripts/test.sh.
     pub fn without_deferral(&self) -> Result<PathBuf> {
         let folder = self.module.parent().context("a module without a folder")?;
-        let path = folder.join("../test-no-deferral/release/libvalkey_rdma.so");
+        let path = folder.join("without-deferral/libvalkey_rdma.so");
         path.canonicalize().with_context(|| format!("{} (build it first)", path.display()))
     }
 

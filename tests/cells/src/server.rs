@@ -20,7 +20,7 @@ const START: Duration = Duration::from_secs(60);
 const STOP: Duration = Duration::from_secs(30);
 
 /// What makes a server use its I/O threads for everything: on the 8.x lines, and since.
-pub const IO_THREADS_ALWAYS: [&str; 2] = ["events-per-io-thread 0", "io-threads-always-active yes"];
+const IO_THREADS_ALWAYS: [&str; 2] = ["events-per-io-thread 0", "io-threads-always-active yes"];
 
 /// What a server is started with. A case changes what it is about.
 #[derive(Clone, Debug)]

@@ -14,7 +14,7 @@ pub const CASES: &[Case] = &[
         deadlock(cell, requests, 10, 40 << 10)
     }),
     Case::new("deadlock-10mb", |cell| {
-        let requests = if cell.lab.is_slow() { 100 } else { 200 };
+        let requests = if cell.lab.is_slow() { 50 } else { 200 };
         deadlock(cell, requests, 50, 10_000_000)
     }),
     Case::new("deadlock-guard", guard).unstarted(),

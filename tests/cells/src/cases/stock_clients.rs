@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! The clients nobody here wrote.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use client::pattern;
@@ -25,9 +25,14 @@ fn offload(cell: &mut Cell) -> Result<()> {
         size: 512,
         pipeline: 8,
     };
-    cell.benchmark(&load, cell.lab.cell_limit())?;
-    let info = cell.info()?;
-    let (reads, writes) = (info.number("rdma_reads_io")?, info.number("rdma_writes_io")?);
+    let deadline = Instant::now() + cell.lab.patience();
+    let (mut reads, mut writes) = (0, 0);
+    // 9.1 looks every now and then whether its main thread is busy, and not at once.
+    while (reads == 0 || writes == 0) && Instant::now() < deadline {
+        cell.benchmark(&load, cell.lab.cell_limit())?;
+        let info = cell.info()?;
+        (reads, writes) = (info.number("rdma_reads_io")?, info.number("rdma_writes_io")?);
+    }
     cell.figure("reads and writes by I/O threads", format!("{reads} and {writes}"));
     ensure!(reads > 0 && writes > 0, "I/O threads did {reads} reads and {writes} writes");
     Ok(())
