@@ -56,7 +56,6 @@ fn step(endpoint: &Arc<Endpoint>) {
     let delivered = endpoint.is_delivered();
     let duty = endpoint.own().session.duty(now(), delivered);
     match duty {
-        Duty::Wait => {}
         Duty::Probe => match endpoint.post_probe() {
             Ok(true) => {}
             Ok(false) => endpoint.own().session.probe_not_sent(),
@@ -66,10 +65,12 @@ fn step(endpoint: &Arc<Endpoint>) {
             }
         },
         Duty::End => poller.remove(Arc::clone(endpoint), Reason::Server),
-        Duty::TimedOut => {
+        // Once: its removal may be a pass away.
+        Duty::TimedOut if endpoint.fate() == Fate::Alive => {
             poller.say_lost(endpoint, "its handshake was not completed in time");
             poller.lose(endpoint, Fate::Gone, Reason::Timeout);
         }
+        Duty::Wait | Duty::TimedOut => {}
     }
 }
 

@@ -44,7 +44,7 @@ use std::sync::Arc;
 /// the event loop its turn.
 const EVENTS_PER_GO: usize = 32;
 
-/// Lost connections that are logged in a minute.
+/// Lost connections, and violations, that are logged in a minute.
 const LOSSES_PER_MINUTE: u32 = 30;
 
 /// See the module's text. Main thread only, all of it.
@@ -67,6 +67,7 @@ pub struct Poller {
     unfinished: MainCell<bool>,
     echoes: MainCell<Echoes>,
     losses: MainCell<Valve>,
+    violations: MainCell<Valve>,
 }
 
 // SAFETY: all fields are cells of the main thread or used on it alone; the event
@@ -124,6 +125,7 @@ impl Poller {
             unfinished: MainCell::default(),
             echoes: MainCell::default(),
             losses: MainCell::new(Valve::new(LOSSES_PER_MINUTE)),
+            violations: MainCell::new(Valve::new(LOSSES_PER_MINUTE)),
         })
     }
 
@@ -459,7 +461,10 @@ impl Poller {
     fn violate(&self, endpoint: &Arc<Endpoint>, violation: Violation) {
         if endpoint.fate() != Fate::Broken {
             METRICS.violations.add(1);
-            log::warn!("client {} broke the protocol: {violation}", endpoint.peer_text());
+            if let Some(more) = self.violations.open().open(clock::now()) {
+                let peer = endpoint.peer_text();
+                log::warn!("client {peer} broke the protocol: {violation}{more}");
+            }
         }
         self.lose(endpoint, Fate::Broken, Reason::Violation);
     }

@@ -181,7 +181,7 @@ fn round_trip(waiting: Waiting) -> f64 {
     let mut trips = 0;
     let send = |n: usize| {
         // Every sixteenth is signalled, to free the slots before it.
-        let flags = if n % 16 == 0 { SIGNALED } else { 0 };
+        let flags = if n.is_multiple_of(16) { SIGNALED } else { 0 };
         assert_eq!(side.post(Wr::send(1, &[side.sge(64, 64)]).flags(flags | INLINE)), 0);
     };
     send(0);

@@ -156,7 +156,7 @@ impl Plan {
                 When::Always => true,
                 When::Once(at) => n == at,
                 When::Every(each) => n % each == 0,
-                When::Chance(of) => mix(self.seed ^ mix(i as u64) ^ mix(n)) % of == 0,
+                When::Chance(of) => mix(self.seed ^ mix(i as u64) ^ mix(n)).is_multiple_of(of),
             };
             if hit {
                 struck = struck.or(Some(fault.value));
