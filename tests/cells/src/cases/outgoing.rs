@@ -330,7 +330,7 @@ fn connect(cell: &mut Cell, driver: &mut Driver) -> Result<()> {
     view.check("CONNECTED", "Success")?;
     ensure!(view == driver.view(&fresh)?, "another view than the handler's");
     ensure!(view.remote == format!("{host} {port}"), "remote address: {view:?}");
-    ensure!(view.is_local == u8::from(host.is_loopback()).to_string(), "is_local: {view:?}");
+    ensure!(view.is_local == "1", "is_local, from an address to itself: {view:?}");
     driver.ping(&fresh)?;
     let peer = view.local.replace(' ', ":");
     let list = cell.tcp()?.words("CLIENT LIST")?.text();
@@ -343,6 +343,9 @@ fn connect(cell: &mut Cell, driver: &mut Driver) -> Result<()> {
         let view = View::of(&driver.words(&line)?)?;
         view.check("CONNECTED", "Success")?;
         ensure!(view.local.starts_with(&format!("{local} ")), "source {source}: {view:?}");
+        // Local is what stays on the machine for certain.
+        let is_local = u8::from(host.is_loopback() || local == host).to_string();
+        ensure!(view.is_local == is_local, "is_local, source {source}: {view:?}");
         driver.ping(&number)?;
     }
     let opened = driver.info(cell)?.number("rdma_connections_opened")?;
