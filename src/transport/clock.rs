@@ -101,6 +101,11 @@ unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
         let endpoints = poller.endpoints();
         for endpoint in &endpoints {
             step(endpoint);
+            // What a full send queue refused, and no completion will bring back.
+            if endpoint.fate() == Fate::Alive {
+                poller.attempt(endpoint, endpoint.send_answers());
+                poller.attempt(endpoint, endpoint.announce_if_consumed());
+            }
             endpoint.shrink_if_idle();
             if endpoint.take_refused() {
                 poller.mark_if_ready(endpoint);
