@@ -10,7 +10,7 @@ use crate::tools::{Load, Pinger};
 
 pub const CASES: &[Case] = &[
     Case::new("deadlock-40kb", |cell| {
-        let requests = if cell.lab.is_slow() { 600 } else { 2000 };
+        let requests = if cell.lab.is_slow() { 400 } else { 2000 };
         deadlock(cell, requests, 10, 40 << 10)
     }),
     Case::new("deadlock-10mb", |cell| {
