@@ -651,11 +651,11 @@ impl Poller {
         }
     }
 
-    /// Lets go of echoes that were not needed since the last call. Slow clock.
-    pub fn shrink_echoes(&self) {
+    /// Lets go of echoes that were not needed since the last call, or of all. Slow clock.
+    pub fn shrink_echoes(&self, all: bool) {
         let mut echoes = self.echoes.open();
-        let wanted = echoes.busy.saturating_sub(1).min(echoes.most);
-        echoes.busy = 0;
+        let busy = std::mem::take(&mut echoes.busy);
+        let wanted = if all { 0 } else { busy.saturating_sub(1).min(echoes.most) };
         while echoes.descriptors.len() > wanted {
             if let Some(descriptor) = echoes.descriptors.pop() {
                 api::unwatch(descriptor.as_raw_fd());
