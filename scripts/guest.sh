@@ -12,7 +12,8 @@
 #   --console       shows the kernel's messages too, on stderr
 #
 # The guest sees this machine's files at their own places, read-only, with /tmp
-# and /run of its own. COMMAND runs in the folder that this script was called
+# and /run of its own, in which this repository, its cache, the target folder and
+# the folder that it was called from still show. COMMAND runs in the folder that this script was called
 # from, with this environment, no limit on locked memory, and its output as it
 # comes; its exit status is handed back. The device, rxe0, is reachable at
 # 10.9.9.1, 10.9.9.2 and fd09::1.
@@ -61,7 +62,9 @@ own_tmp() {
 }
 
 main() {
-    local rw=() folders=() memory=4G cpus=2 limit=1800 console=() release job status=0 pid out err
+    # What the guest's own /tmp would hide of what every command here needs.
+    local folders=("$repo" "$cache" "$PWD" "${CARGO_TARGET_DIR:-$repo}")
+    local rw=() memory=4G cpus=2 limit=1800 console=() release job status=0 pid out err
     while (($#)); do
         case $1 in
         --inside) inside "$2" ;;
@@ -75,7 +78,7 @@ main() {
         *) break ;;
         esac
     done
-    (($#)) || { sed -n '4,18s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+    (($#)) || { sed -n '4,19s/^# \{0,1\}//p' "$0" >&2; exit 2; }
     [[ -e $cache/kernel/release && -e $cache/virtme-ng ]] || die "no kernel yet: run scripts/setup.sh guest"
     release=$(cat "$cache/kernel/release")
 
