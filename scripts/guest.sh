@@ -12,9 +12,9 @@
 #   --console       shows the kernel's messages too, on stderr
 #
 # The guest sees this machine's files at their own places, read-only, with /tmp
-# and /run of its own, in which this repository, its cache, the target folder and
-# the folder that it was called from still show. COMMAND runs in the folder that this script was called
-# from, with this environment, no limit on locked memory, and its output as it
+# and /run of its own, in which this repository, its cache and target folder and
+# the folder that this script was called from still show. COMMAND runs in that
+# folder, with this environment, no limit on locked memory, and its output as it
 # comes; its exit status is handed back. The device, rxe0, is reachable at
 # 10.9.9.1, 10.9.9.2 and fd09::1.
 # shellcheck source=scripts/lib.sh
