@@ -69,7 +69,6 @@ prepare() {
         address=10.9.9.1
         : "${requests:=50}"
         where=("$repo/scripts/guest.sh" --timeout 1800)
-        [[ $target != /tmp/* ]] || where+=(--ro "$target")
         say "Booting a virtual machine with Soft-RoCE (half a minute)"
         ;;
     esac

@@ -97,7 +97,6 @@ run_cells() {
     vm)
         say "Cells in a virtual machine: $count"
         where=("$repo/scripts/guest.sh" --timeout "$guest_limit")
-        [[ $target != /tmp/* ]] || where+=(--ro "$target")
         [[ ! -d $cache/cells ]] || where+=(--rw "$cache/cells")
         ;;
     esac

@@ -82,11 +82,6 @@ impl Hub {
         &self.name
     }
 
-    /// The device's limits.
-    pub fn limits(&self) -> Limits {
-        self.limits
-    }
-
     /// Descriptor that polls readable when completions wait.
     pub fn fd(&self) -> std::os::fd::RawFd {
         self.channel.fd()

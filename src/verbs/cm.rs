@@ -340,8 +340,6 @@ pub struct Device(pub(super) *mut ibv_context);
 pub struct Limits {
     /// Most entries of one completion queue.
     pub completion_entries: u32,
-    /// Most work requests of one queue of a queue pair.
-    pub work_requests: u32,
     /// Completion vectors, at least 1.
     pub vectors: u32,
 }
@@ -393,7 +391,6 @@ impl Device {
         let vectors = unsafe { (*self.0).num_comp_vectors };
         Ok(Limits {
             completion_entries: attributes.max_cqe.max(0) as u32,
-            work_requests: attributes.max_qp_wr.max(0) as u32,
             vectors: vectors.max(1) as u32,
         })
     }
