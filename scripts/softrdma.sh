@@ -28,10 +28,10 @@ build() {
         -Wl,--whole-archive "$archive" -Wl,--no-whole-archive \
         -lgcc_s -lpthread -ldl -lm -lc
     mv "$lib.$$" "$lib"
-    # One object under both names: programs that need both get it once.
-    ln -sf libibverbs.so.1 "$dir/librdmacm.so.1"
-    ln -sf libibverbs.so.1 "$dir/libibverbs.so"
-    ln -sf libibverbs.so.1 "$dir/librdmacm.so"
+    # One object under all names: programs that need several get it once.
+    for name in librdmacm.so.1 libibverbs.so librdmacm.so libmlx5.so.1 libefa.so.1; do
+        ln -sf libibverbs.so.1 "$dir/$name"
+    done
 }
 
 [ $# -gt 0 ] || {

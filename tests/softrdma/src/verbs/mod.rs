@@ -10,4 +10,5 @@ mod requester;
 mod responder;
 pub mod srq;
 mod strings;
+mod vendors;
 pub mod work;
