@@ -18,16 +18,17 @@ use crate::host::main_cell::is_main_thread;
 use crate::host::{Connection, MainCell};
 use crate::metrics::{Counter, METRICS};
 use crate::session::{Millis, Session, Timing};
-use crate::verbs::cm::Id;
+use crate::verbs::cm::{Device, Id, IdKey};
 use crate::verbs::memory::{Access, ProtectionDomain, Region};
 use crate::verbs::pair::{QueuePair, Slice, Target};
-use crate::verbs::{Error, cm::IdKey};
-use crate::window::{Announcement, ReceiveWindow, SendLedger, SendWindow, Writer};
+use crate::verbs::Error;
+pub use crate::window::Fate;
+use crate::window::{Announcement, ReceiveWindow, SendLedger, SendWindow, SharedFate, Writer};
 use crate::wire::{MESSAGE_LEN, Memory, Message};
 use std::net::SocketAddr;
 use std::ptr;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Receives that a peer finds posted: each of its writes and messages uses one
 /// until the next pass. A peer that is ahead waits, by RNR, for 0.64 ms.
@@ -51,18 +52,6 @@ const STAGING_AT: usize = CONTROL_SLOTS_AT + CONTROL_SLOTS as usize * MESSAGE_LE
 const SMALL_STAGING: usize = CONTROL_BYTES - STAGING_AT;
 /// Staging memory of an endpoint that had a larger reply to send.
 const LARGE_STAGING: usize = 1024 * 1024;
-
-/// What became of the connection to the peer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(u8)]
-pub enum Fate {
-    /// It is there.
-    Alive = 0,
-    /// It left, or was lost: what it sent before is still read.
-    Gone = 1,
-    /// It broke the protocol, or our own side failed: nothing more is read.
-    Broken = 2,
-}
 
 /// What a read came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,7 +88,7 @@ pub struct Endpoint {
     outbound: SendWindow,
     ledger: SendLedger<Outgoing>,
     control: Region,
-    fate: AtomicU8,
+    fate: SharedFate,
     /// The send queue refused a work request that it should have taken.
     refused: AtomicBool,
     key: Key,
@@ -181,6 +170,31 @@ pub struct Plan {
 }
 
 impl Endpoint {
+    /// Registers, on each device, as much memory as one connection needs, and gives it
+    /// back: so that a limit which admits no client shows before the first one comes.
+    ///
+    /// # Errors
+    /// In words, for the first device that refuses.
+    pub fn try_memory(receive_bytes: u32) -> Result<(), String> {
+        let mut result = Ok(());
+        Device::for_each(|device| {
+            let tried = ProtectionDomain::new(device).and_then(|domain| {
+                let _control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
+                Region::new(&domain, receive_bytes as usize, Access::RemoteWrite).map(drop)
+            });
+            if let (Err(error), Ok(())) = (tried, &result) {
+                let bytes = CONTROL_BYTES + receive_bytes as usize;
+                result = Err(format!(
+                    "a connection needs {bytes} bytes of registered memory (rx-size and {} KiB), \
+                     but on {} the server {error}",
+                    CONTROL_BYTES / 1024,
+                    device.name(),
+                ));
+            }
+        });
+        result
+    }
+
     /// Makes the endpoint of a connection request or of a resolved id.
     ///
     /// # Errors
@@ -200,7 +214,7 @@ impl Endpoint {
             outbound: SendWindow::default(),
             ledger: SendLedger::new(PAYLOAD_DEPTH, SMALL_STAGING, Outgoing::default()),
             control,
-            fate: AtomicU8::new(Fate::Alive as u8),
+            fate: SharedFate::default(),
             refused: AtomicBool::new(false),
             key: plan.key,
             peer: id.peer_address(),
@@ -275,16 +289,12 @@ impl Endpoint {
 
     /// What became of the peer; any thread.
     pub fn fate(&self) -> Fate {
-        match self.fate.load(Ordering::Acquire) {
-            0 => Fate::Alive,
-            1 => Fate::Gone,
-            _ => Fate::Broken,
-        }
+        self.fate.get()
     }
 
     /// It gets no better: `Gone` after `Alive`, `Broken` after both.
     pub fn worsen(&self, fate: Fate) {
-        self.fate.fetch_max(fate as u8, Ordering::AcqRel);
+        self.fate.worsen(fate);
     }
 
     /// The send window, for the session.

@@ -8,7 +8,7 @@
 //! and nothing of ours is closed by that.
 
 use super::address::resolve;
-use super::endpoint::Reason;
+use super::endpoint::{Endpoint, Reason};
 use super::valve::Valve;
 use super::{Transport, clock};
 use crate::config::Settings;
@@ -121,6 +121,10 @@ pub unsafe fn listen(listener: *mut Listener81) -> bool {
     } else {
         EVERYWHERE.map(str::to_owned).to_vec()
     };
+    if let Err(why) = Endpoint::try_memory(transport.settings.open().rx_size) {
+        log::error!("cannot serve clients: {why}");
+        return false;
+    }
     listeners.open.clear();
     listeners.names.clear();
     let mut given = Vec::new();

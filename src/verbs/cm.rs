@@ -345,19 +345,26 @@ pub struct Limits {
 }
 
 impl Device {
-    /// The names of all devices that the connection manager can use.
-    pub fn names() -> Vec<String> {
+    /// Shows `each` all devices that the connection manager can use. Those that nothing
+    /// else uses are open until this returns and no longer.
+    pub fn for_each(mut each: impl FnMut(Self)) {
         let mut count = 0;
         // SAFETY: a place for the count; the list is NULL-terminated and ours to free.
         unsafe {
             let list = library::rdma_get_devices(&mut count);
             if list.is_null() {
-                return Vec::new();
+                return;
             }
-            let names = (0..count as usize).map(|i| Device(*list.add(i)).name()).collect();
+            (0..count as usize).for_each(|index| each(Self(*list.add(index))));
             library::rdma_free_devices(list);
-            names
         }
+    }
+
+    /// The names of all devices that the connection manager can use.
+    pub fn names() -> Vec<String> {
+        let mut names = Vec::new();
+        Self::for_each(|device| names.push(device.name()));
+        names
     }
 
     /// The device's name, such as `mlx5_0`.

@@ -44,7 +44,7 @@ impl fmt::Display for Error {
             match locked_memory_limit() {
                 Some(bytes) => write!(
                     f,
-                    "; the limit on locked memory is {bytes} bytes: raise it (`ulimit -l`, or \
+                    "; the limit on locked memory (memlock) is {bytes} bytes: raise it (`ulimit -l`, or \
                      LimitMEMLOCK=infinity in the service's unit)"
                 )?,
                 None => write!(f, "; locked memory is not limited, so the device or machine is")?,
