@@ -90,7 +90,7 @@ models() { (in_copy "$1" window); }
 # function and number in the function.
 mutants() {
     local file
-    for file in "$repo"/src/window/{ledger,receive,send}.rs; do
+    for file in "$repo"/src/window/{fate,ledger,receive,send}.rs; do
         awk -v file="${file##*/}" '
             /^#\[cfg\(all\(test/ { exit }
             match($0, /fn [a-z_]+/) { name = substr($0, RSTART + 3, RLENGTH - 3); within = 0 }

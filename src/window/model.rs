@@ -21,7 +21,7 @@
 //! wake-up that is lost leaves the main thread waiting for ever, which is a
 //! deadlock; a window or a job that is handed over twice fails an assertion.
 
-use super::{Announcement, ReceiveWindow, SendLedger, SendWindow, Writer};
+use super::{Announcement, Fate, ReceiveWindow, SendLedger, SendWindow, SharedFate, Writer};
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::mpsc::{Receiver, Sender, channel};
@@ -552,6 +552,293 @@ fn a_connection_sends_and_receives_at_once() {
         assert_eq!(input.received, input.source);
         writer.stop();
         reader.stop();
+    });
+}
+
+// --- Closing ------------------------------------------------------------------
+
+/// One connection, as the table of connections and the server hold it.
+struct Endpoint {
+    fate: SharedFate,
+    inbound: Receiving,
+    outbound: Sending,
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        self.inbound.buffer.free();
+        self.outbound.staging.free();
+    }
+}
+
+#[derive(Debug, PartialEq)]
+enum Outcome {
+    Bytes(Vec<u8>),
+    Again,
+    End,
+    Broken,
+}
+
+impl Endpoint {
+    /// As the transport's read: the fate first, the bytes afterwards.
+    fn read(&self) -> Outcome {
+        let fate = self.fate.get();
+        if fate == Fate::Broken {
+            return Outcome::Broken;
+        }
+        let bytes = self.inbound.read(2);
+        match fate {
+            _ if !bytes.is_empty() => Outcome::Bytes(bytes),
+            Fate::Gone => Outcome::End,
+            _ => Outcome::Again,
+        }
+    }
+
+    /// The other way round, which would be wrong.
+    fn read_bytes_first(&self) -> Outcome {
+        let bytes = self.inbound.read(2);
+        match self.fate.get() {
+            _ if !bytes.is_empty() => Outcome::Bytes(bytes),
+            Fate::Alive => Outcome::Again,
+            _ => Outcome::End,
+        }
+    }
+
+    /// As the transport's write, of one byte. `refused` says that nothing can be posted.
+    fn write(&self, refused: bool) {
+        if self.fate.get() != Fate::Alive {
+            return;
+        }
+        let Some(mut writer) = self.outbound.ledger.writer() else { return };
+        let Some(chunk) = writer.chunk(1) else { return };
+        self.outbound.staging.store(chunk.offset, b"w");
+        writer.enter(chunk.length);
+        if refused {
+            writer.take_back(chunk.length);
+            self.fate.worsen(Fate::Gone);
+        }
+    }
+}
+
+/// What the server calls us with. It frees it when it closes, and promises that no job
+/// is under way then; a job relies on nothing else to keep its endpoint.
+type Connection = UnsafeCell<Option<Arc<Endpoint>>>;
+
+#[derive(Clone, Copy)]
+enum Task {
+    Read,
+    Write,
+}
+
+enum Ended {
+    Read(Outcome),
+    Written,
+}
+
+/// The main thread's side of a connection that comes to its end. The read handler is
+/// always installed.
+struct Closing {
+    connection: Arc<Connection>,
+    /// The table's hold on the endpoint, which it lets go of when the server has closed.
+    endpoint: Arc<Endpoint>,
+    io: IoThreads<Task>,
+    events: Receiver<Ended>,
+    reading: bool,
+    writing: bool,
+    received: Vec<u8>,
+}
+
+impl Closing {
+    fn begin(read: fn(&Endpoint) -> Outcome, refused: bool) -> Self {
+        let endpoint = Arc::new(Endpoint {
+            fate: SharedFate::default(),
+            inbound: Receiving::new(2),
+            outbound: Sending::new(2, 1),
+        });
+        endpoint.inbound.window.announce(2);
+        let connection = Arc::new(UnsafeCell::new(Some(Arc::clone(&endpoint))));
+        let (queue, events) = channel();
+        let io = IoThreads::start(2, {
+            let connection = Arc::clone(&connection);
+            move |task| {
+                let ended = connection.with(|place| {
+                    // SAFETY: loom checks that nobody takes it away meanwhile.
+                    let endpoint = unsafe { (*place).as_ref() }.expect("not closed yet");
+                    match task {
+                        Task::Read => Ended::Read(read(endpoint)),
+                        Task::Write => {
+                            endpoint.write(refused);
+                            Ended::Written
+                        }
+                    }
+                });
+                queue.send(ended).unwrap();
+            }
+        });
+        let (reading, writing, received) = (false, false, Vec::new());
+        Self { connection, endpoint, io, events, reading, writing, received }
+    }
+
+    fn queue_read(&mut self) {
+        self.reading = true;
+        self.io.give(Task::Read);
+    }
+
+    fn queue_write(&mut self) {
+        self.writing = true;
+        self.io.give(Task::Write);
+    }
+
+    fn mark_if_ready(&mut self) {
+        let endpoint = &self.endpoint;
+        let readable = endpoint.inbound.window.unread() > 0 || endpoint.fate.get() != Fate::Alive;
+        if readable && !self.reading {
+            self.queue_read();
+        }
+    }
+
+    /// The peer's next byte.
+    fn arrive(&mut self, at: usize, byte: u8) {
+        self.endpoint.inbound.buffer.store(at, &[byte]);
+        self.endpoint.inbound.window.arrived(1).unwrap();
+        self.mark_if_ready();
+    }
+
+    fn lose(&mut self, fate: Fate) {
+        self.endpoint.fate.worsen(fate);
+        self.mark_if_ready();
+    }
+
+    /// Until a read tells the server that the connection is over.
+    fn run(&mut self) -> Outcome {
+        loop {
+            match self.events.recv().unwrap() {
+                Ended::Read(outcome) => {
+                    self.reading = false;
+                    match outcome {
+                        Outcome::Bytes(bytes) => self.received.extend(bytes),
+                        Outcome::Again => {}
+                        Outcome::End | Outcome::Broken => return outcome,
+                    }
+                }
+                Ended::Written => self.writing = false,
+            }
+            self.mark_if_ready();
+        }
+    }
+
+    /// The server waits for the jobs that are under way, and closes.
+    fn close(mut self) -> Fate {
+        while self.writing || self.reading {
+            match self.events.recv().unwrap() {
+                Ended::Read(_) => self.reading = false,
+                Ended::Written => self.writing = false,
+            }
+        }
+        self.give_back()
+    }
+
+    /// The connection goes, the table lets go, the memory is free again.
+    fn give_back(self) -> Fate {
+        let fate = self.endpoint.fate.get();
+        // SAFETY: loom checks that no job is under way.
+        self.connection.with_mut(|place| drop(unsafe { (*place).take() }));
+        let endpoint = Arc::try_unwrap(self.endpoint);
+        assert!(endpoint.is_ok(), "nobody else keeps the memory");
+        drop(endpoint);
+        self.io.stop();
+        fate
+    }
+}
+
+/// The peer writes two bytes and leaves, while the server reads for no reason.
+fn leave(read: fn(&Endpoint) -> Outcome) {
+    model(move || {
+        let mut main = Closing::begin(read, false);
+        main.queue_read();
+        main.arrive(0, b'a');
+        main.arrive(1, b'b');
+        main.lose(Fate::Gone);
+        assert_eq!(main.run(), Outcome::End);
+        assert_eq!(main.received, b"ab", "sent before it left");
+        main.close();
+    });
+}
+
+#[test]
+fn what_a_peer_sent_before_it_left_is_read_to_the_end() {
+    leave(Endpoint::read);
+}
+
+#[test]
+#[should_panic = "sent before it left"]
+fn looking_at_the_bytes_before_the_fate_would_lose_the_last_ones() {
+    leave(Endpoint::read_bytes_first);
+}
+
+#[test]
+fn a_violation_ends_a_connection_that_reads_and_writes() {
+    model(|| {
+        let mut main = Closing::begin(Endpoint::read, false);
+        main.queue_write();
+        main.arrive(0, b'a');
+        main.lose(Fate::Broken);
+        assert_eq!(main.run(), Outcome::Broken);
+        assert_eq!(main.close(), Fate::Broken);
+    });
+}
+
+#[test]
+fn a_writer_that_can_post_nothing_ends_the_connection() {
+    model(|| {
+        let mut main = Closing::begin(Endpoint::read, true);
+        main.queue_write();
+        main.arrive(0, b'a');
+        assert_eq!(main.run(), Outcome::End);
+        assert_eq!(main.received, b"a");
+        assert_eq!(main.close(), Fate::Gone);
+    });
+}
+
+/// The poller and a writer find out at once; the server closes for the first reason it
+/// hears of, and the worse one counts.
+#[test]
+fn a_violation_is_not_forgotten_when_a_writer_fails() {
+    model(|| {
+        let mut main = Closing::begin(Endpoint::read, true);
+        main.queue_write();
+        main.lose(Fate::Broken);
+        main.run();
+        assert_eq!(main.close(), Fate::Broken);
+    });
+}
+
+#[test]
+#[should_panic = "Causality violation"]
+fn giving_memory_back_before_the_server_has_closed_takes_it_from_a_reader() {
+    model(|| {
+        let mut main = Closing::begin(Endpoint::read, false);
+        main.arrive(0, b'a');
+        main.lose(Fate::Broken);
+        main.give_back();
+    });
+}
+
+#[test]
+fn a_fate_that_was_seen_gets_no_better() {
+    model(|| {
+        let fate = Arc::new(SharedFate::default());
+        let (poller, writer) = (Arc::clone(&fate), Arc::clone(&fate));
+        let others = [
+            thread::spawn(move || poller.worsen(Fate::Broken)),
+            thread::spawn(move || writer.worsen(Fate::Gone)),
+        ];
+        let seen = [fate.get(), fate.get(), fate.get()];
+        assert!(seen.is_sorted(), "{seen:?}");
+        for other in others {
+            other.join().unwrap();
+        }
+        assert_eq!(fate.get(), Fate::Broken);
     });
 }
 
