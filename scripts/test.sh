@@ -20,7 +20,7 @@ main() {
     local level=quick log
     case ${1:-} in
     quick | full) level=$1; shift ;;
-    -h | --help) sed -n '4,14s/^# \{0,1\}//p' "$0"; return ;;
+    -h | --help) sed -n '4,13s/^# \{0,1\}//p' "$0"; return ;;
     esac
     local start=$SECONDS
     cd "$repo"
