@@ -32,7 +32,10 @@ main() {
     log=$(mktemp -d "${TMPDIR:-/tmp}/valkey-rdma-test.XXXXXX")
 
     say "Building"
-    step "cargo: the module without deferral, which has to fail" build_without_deferral
+    step "cargo: the module without deferral, which has to fail" \
+        build_variant test-no-deferral without-deferral
+    step "cargo: the module with panics, which has to live on" \
+        build_variant test-panics with-panics
     step "cargo: the module, the fabric, clients and cells" \
         cargo build --locked --release --workspace --examples --bins --lib
     cells=("$target/release/cells" --level "$level")
@@ -62,14 +65,16 @@ main() {
     ((!failed && passed))
 }
 
-# In the same folder as the module proper, so that what both need is built once; the
-# module proper comes after it and takes its place.
-build_without_deferral() {
-    cargo build --locked --release --package valkey-rdma --features test-no-deferral
-    mkdir -p "$target/release/without-deferral"
+# build_variant FEATURE FOLDER — the module with a fault that a test needs. In the same
+# place as the module proper, so that what both need is built once; the module proper
+# comes after it and takes its place.
+build_variant() {
+    local into=$target/release/$2
+    cargo build --locked --release --package valkey-rdma --features "$1"
+    mkdir -p "$into"
     # Moved into place: a hard link would be overwritten with the next build.
-    cp "$target/release/libvalkey_rdma.so" "$target/release/without-deferral/new"
-    mv "$target/release/without-deferral/new" "$target/release/without-deferral/libvalkey_rdma.so"
+    cp "$target/release/libvalkey_rdma.so" "$into/new"
+    mv "$into/new" "$into/libvalkey_rdma.so"
 }
 
 # Unit tests, and the tests of the test members themselves.

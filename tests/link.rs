@@ -51,3 +51,12 @@ fn it_exports_what_the_server_looks_for() {
         );
     }
 }
+
+/// The fault that a test build has to have is in no other.
+#[test]
+#[cfg(not(feature = "test-panics"))]
+fn it_panics_for_no_test() {
+    let contents = std::fs::read(module()).expect("the module is readable");
+    let variable = b"VALKEY_RDMA_TEST_PANICS";
+    assert!(!contents.windows(variable.len()).any(|bytes| bytes == variable));
+}

@@ -13,7 +13,7 @@
 //! * [`outgoing`]: connections that this server opens.
 //! * [`address`]: addresses as the operator writes them.
 //! * [`valve`]: messages that must not flood the log.
-//! * [`guard`]: no panic crosses into C.
+//! * [`guard`]: no panic crosses into C; `panics` puts it to the test.
 //! * [`table`]: the functions of `ConnectionType`, the door to C.
 
 pub mod address;
@@ -25,6 +25,8 @@ pub mod hub;
 pub mod key;
 pub mod listener;
 pub mod outgoing;
+#[cfg(feature = "test-panics")]
+pub mod panics;
 pub mod poller;
 pub mod rebind;
 pub mod table;

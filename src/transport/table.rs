@@ -6,7 +6,7 @@
 //! happened on and nothing else.
 
 use super::connection::RdmaConnection;
-use super::endpoint::{Fate, ReadOutcome, WriteOutcome};
+use super::endpoint::{Fate, ReadOutcome, Reason, WriteOutcome};
 use super::guard::guard;
 use super::{Transport, in_child, listener, outgoing};
 use crate::host::Line;
@@ -42,14 +42,28 @@ fn guard_on<T>(
     if !finished && !connection.is_null() {
         // SAFETY: the server passed a live connection, and what panicked did not
         // come so far as to free it.
-        unsafe {
-            (*connection).fail(libc::EIO);
-            if let Some(endpoint) = &(*connection.cast::<RdmaConnection>()).endpoint {
-                endpoint.worsen(Fate::Broken);
-            }
-        }
+        unsafe { give_up(connection) };
     }
     answer
+}
+
+/// Ends a connection that our own side failed.
+///
+/// # Safety
+/// A live connection.
+unsafe fn give_up(connection: *mut Connection) {
+    // SAFETY: by the caller's promise.
+    let endpoint = unsafe {
+        (*connection).fail(libc::EIO);
+        &(*ours(connection)).endpoint
+    };
+    let Some(endpoint) = endpoint else { return };
+    endpoint.worsen(Fate::Broken);
+    // After an I/O thread's job the server looks for itself.
+    if is_main_thread() && !in_child() {
+        let poller = &Transport::get().poller;
+        guard("ending a connection", (), || poller.lose(endpoint, Fate::Broken, Reason::Error));
+    }
 }
 
 /// The connection as ours.
@@ -155,29 +169,43 @@ unsafe extern "C" fn shutdown(connection: *mut Connection) {
     });
 }
 
+/// Whatever becomes of the endpoint: nothing may call the server about this connection
+/// any more.
 unsafe extern "C" fn close(connection: *mut Connection) {
-    guard("close", (), || {
-        if in_child() {
-            return;
-        }
-        let own = ours(connection);
-        // SAFETY: the server passes a live connection and does not use it after this
-        // call, except for a handler that is running (`refs`).
-        unsafe {
+    if in_child() {
+        return;
+    }
+    let own = ours(connection);
+    // SAFETY: the server passes a live connection and does not use it after this
+    // call, except for a handler that is running (`refs`).
+    unsafe {
+        (*connection).read_handler = None;
+        (*connection).write_handler = None;
+        (*connection).set_state(State::Closed);
+        let endpoint = (*own).endpoint.take();
+        let mut closed = false;
+        guard("close", (), || {
             outgoing::forget(own);
-            if let Some(endpoint) = (*own).endpoint.take() {
-                Transport::get().poller.close(&endpoint);
+            if let Some(endpoint) = &endpoint {
+                Transport::get().poller.close(endpoint);
             }
-            (*connection).read_handler = None;
-            (*connection).write_handler = None;
-            (*connection).set_state(State::Closed);
-            if (*connection).refs > 0 {
-                (*connection).flags |= FLAG_CLOSE_SCHEDULED;
-            } else {
-                RdmaConnection::free(own);
+            closed = true;
+        });
+        if !closed {
+            // Something may still point to the connection: it is not freed.
+            (*connection).conn_handler = None;
+            if let Some(endpoint) = endpoint {
+                guard("ending a connection", (), || {
+                    endpoint.own().connection = std::ptr::null_mut();
+                    Transport::get().poller.lose(&endpoint, Fate::Broken, Reason::Error);
+                });
             }
+        } else if (*connection).refs > 0 {
+            (*connection).flags |= FLAG_CLOSE_SCHEDULED;
+        } else {
+            RdmaConnection::free(own);
         }
-    });
+    }
 }
 
 unsafe extern "C" fn connect(

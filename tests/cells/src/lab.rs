@@ -113,10 +113,11 @@ impl Lab {
         Ok(command)
     }
 
-    /// The module built with the feature that disables its deferral, by scripts/test.sh.
-    pub fn without_deferral(&self) -> Result<PathBuf> {
-        let folder = self.module.parent().context("a module without a folder")?;
-        let path = folder.join("without-deferral/libvalkey_rdma.so");
+    /// The module built with another feature by scripts/test.sh, which keeps it in this folder:
+    /// `without-deferral` or `with-panics`.
+    pub fn variant(&self, folder: &str) -> Result<PathBuf> {
+        let beside = self.module.parent().context("a module without a folder")?;
+        let path = beside.join(folder).join("libvalkey_rdma.so");
         path.canonicalize().with_context(|| format!("{} (build it first)", path.display()))
     }
 

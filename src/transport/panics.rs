@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! Panics that a test asks for, with the feature `test-panics` alone.
+//!
+//! The variable [`VARIABLE`] names a folder. A file in it that has the name of a
+//! guarded function makes the next call of that function panic. The call takes the
+//! file away first, so each file stands for one panic.
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+/// The folder's name in the environment.
+const VARIABLE: &str = "VALKEY_RDMA_TEST_PANICS";
+
+/// Panics if a test has asked for it in the function `what`.
+pub fn if_asked_for(what: &str) {
+    static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let folder = FOLDER.get_or_init(|| std::env::var_os(VARIABLE).map(PathBuf::from));
+    if let Some(folder) = folder
+        && std::fs::remove_file(folder.join(what)).is_ok()
+    {
+        panic!("a test has asked for a panic in {what}");
+    }
+}
