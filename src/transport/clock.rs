@@ -98,6 +98,8 @@ unsafe extern "C" fn on_fast(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
 unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     super::guard::guard("slow clock", (), || {
         let poller = &Transport::get().poller;
+        // A notification that the device lost costs a second, and not all its connections.
+        poller.run_quietly();
         let endpoints = poller.endpoints();
         for endpoint in &endpoints {
             step(endpoint);

@@ -749,8 +749,8 @@ impl Poller {
     }
 
     /// Handles what happened to connections and what completed, without calling any
-    /// handler: for calls of the server that block. What became ready is served in
-    /// a pass afterwards.
+    /// handler: for calls of the server that block, and for the clock. What became
+    /// ready is served in a pass afterwards.
     pub fn run_quietly(&self) {
         while let Ok(Some(event)) = self.channel.next() {
             self.connection_event(event);
