@@ -8,6 +8,7 @@
 
 use super::Transport;
 use super::endpoint::{Endpoint, Fate, Reason};
+use super::guard::{guard, guard_endpoint};
 use super::key::Key;
 use crate::host::{MainCell, api};
 use crate::session::{Duty, Millis};
@@ -75,20 +76,26 @@ fn step(endpoint: &Arc<Endpoint>) {
 }
 
 unsafe extern "C" fn on_fast(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
-    super::guard::guard("fast clock", (), || {
-        let poller = &Transport::get().poller;
-        let attended = std::mem::take(&mut CLOCKS.open().attended);
-        let mut kept = Vec::with_capacity(attended.len());
-        for key in attended {
-            let Some(endpoint) = poller.find(key) else { continue };
-            if endpoint.own().session.is_transient() {
-                step(&endpoint);
-                kept.push(key);
-            }
+    let poller = &Transport::get().poller;
+    let is_transient =
+        |key: &Key| poller.find(*key).is_some_and(|it| it.own().session.is_transient());
+    guard("fast clock", (), || {
+        let attended = CLOCKS.open().attended.clone();
+        for endpoint in attended.iter().filter_map(|key| poller.find(*key)) {
+            guard_endpoint("one endpoint's fast clock", &endpoint, || {
+                if endpoint.own().session.is_transient() {
+                    step(&endpoint);
+                }
+            });
         }
+    });
+    // Whatever became of that, the clock goes on.
+    guard("the fast clock's next tick", (), || {
+        let mut attended = std::mem::take(&mut CLOCKS.open().attended);
+        attended.retain(is_transient);
         let mut clocks = CLOCKS.open();
-        clocks.attended.append(&mut kept);
-        clocks.fast_runs = !clocks.attended.is_empty();
+        clocks.fast_runs = !attended.is_empty();
+        clocks.attended = attended;
         if clocks.fast_runs {
             api::after(FAST, on_fast);
         }
@@ -96,29 +103,38 @@ unsafe extern "C" fn on_fast(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
 }
 
 unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
-    super::guard::guard("slow clock", (), || {
-        let poller = &Transport::get().poller;
+    let poller = &Transport::get().poller;
+    guard("slow clock", (), || {
         // A notification that the device lost costs a second, and not all its connections.
         poller.run_quietly();
         let endpoints = poller.endpoints();
         for endpoint in &endpoints {
-            step(endpoint);
-            // What a full send queue refused, and no completion will bring back.
-            if endpoint.fate() == Fate::Alive {
-                poller.attempt(endpoint, endpoint.send_answers());
-                poller.attempt(endpoint, endpoint.announce_if_consumed());
-            }
-            endpoint.shrink_if_idle();
-            if endpoint.take_refused() {
-                poller.mark_if_ready(endpoint);
-            }
+            guard_endpoint("one endpoint's slow clock", endpoint, || look_after(endpoint));
         }
         // Without endpoints this clock stops: what it would let go of later goes now.
         poller.shrink_echoes(endpoints.is_empty());
-        let mut clocks = CLOCKS.open();
-        clocks.slow_runs = !endpoints.is_empty();
-        if clocks.slow_runs {
+    });
+    // Whatever became of that, the clock goes on.
+    guard("the slow clock's next tick", (), || {
+        let runs = !poller.endpoints().is_empty();
+        CLOCKS.open().slow_runs = runs;
+        if runs {
             api::after(SLOW, on_slow);
         }
     });
+}
+
+/// What an endpoint needs once a second.
+fn look_after(endpoint: &Arc<Endpoint>) {
+    let poller = &Transport::get().poller;
+    step(endpoint);
+    // What a full send queue refused, and no completion will bring back.
+    if endpoint.fate() == Fate::Alive {
+        poller.attempt(endpoint, endpoint.send_answers());
+        poller.attempt(endpoint, endpoint.announce_if_consumed());
+    }
+    endpoint.shrink_if_idle();
+    if endpoint.take_refused() {
+        poller.mark_if_ready(endpoint);
+    }
 }

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! A panic must not cross into C.
+//! A panic must not cross into C, and ends no more than the connection that it
+//! happened on.
 
+use super::Transport;
+use super::endpoint::{Endpoint, Fate, Reason};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 #[cfg(panic = "abort")]
 compile_error!("a panic has to end one connection, not the server: build with panic = \"unwind\"");
@@ -17,4 +21,23 @@ pub fn guard<T>(what: &str, otherwise: T, work: impl FnOnce() -> T) -> T {
         log::error!("panic in {what}: this is a bug in valkey-rdma, please report it");
         otherwise
     })
+}
+
+/// As [`guard`], for the main thread's work on one endpoint among others.
+pub fn guard_endpoint(what: &str, endpoint: &Arc<Endpoint>, work: impl FnOnce()) {
+    let finished = guard(what, false, || {
+        work();
+        true
+    });
+    if !finished {
+        give_up(endpoint);
+    }
+}
+
+/// Ends the connection of an endpoint that our own side failed. Main thread.
+pub fn give_up(endpoint: &Arc<Endpoint>) {
+    endpoint.worsen(Fate::Broken);
+    guard("ending a connection", (), || {
+        Transport::get().poller.lose(endpoint, Fate::Broken, Reason::Error);
+    });
 }

@@ -21,6 +21,7 @@
 use super::Transport;
 use super::connection::{RdmaConnection, call_handler, has_write_barrier};
 use super::endpoint::{Endpoint, Fate, Plan, Reason, Stage};
+use super::guard::{guard, guard_endpoint};
 use super::hub::{Hub, Progress};
 use super::key::{Key, MAX_ENDPOINTS, Work};
 use super::valve::Valve;
@@ -364,9 +365,15 @@ impl Poller {
         let Some((key, work)) = Key::parse(completion.work_request) else { return };
         // A connection that is gone may still have completions on their way.
         let Some(endpoint) = self.find(key) else { return };
-        match completion.outcome {
+        guard_endpoint("one completion", &endpoint, || {
+            self.complete_work(&endpoint, work, completion.outcome);
+        });
+    }
+
+    fn complete_work(&self, endpoint: &Arc<Endpoint>, work: Work, outcome: Outcome) {
+        match outcome {
             Outcome::Failed(status) if status.is_too_long() => {
-                self.violate(&endpoint, Violation::TooLong);
+                self.violate(endpoint, Violation::TooLong);
             }
             Outcome::Failed(status) => {
                 if !status.is_flush() {
@@ -379,39 +386,39 @@ impl Poller {
                     } else {
                         format!("{} ({work:?})", status.text())
                     };
-                    self.say_lost(&endpoint, &why);
+                    self.say_lost(endpoint, &why);
                 }
-                self.lose(&endpoint, Fate::Gone, Reason::Error);
+                self.lose(endpoint, Fate::Gone, Reason::Error);
             }
-            Outcome::Unexpected(code) => self.violate(&endpoint, Violation::Operation(code)),
+            Outcome::Unexpected(code) => self.violate(endpoint, Violation::Operation(code)),
             Outcome::Received(length) => {
                 let Work::Receive(slot) = work else { return };
-                self.receive_message(&endpoint, slot, length);
+                self.receive_message(endpoint, slot, length);
             }
             Outcome::Immediate(count) => {
                 let Work::Receive(slot) = work else { return };
                 let now = clock::now();
                 let result = endpoint.own().session.immediate(count, endpoint.inbound(), now);
                 match result {
-                    Ok(()) => self.post_again(&endpoint, slot),
-                    Err(violation) => self.violate(&endpoint, violation),
+                    Ok(()) => self.post_again(endpoint, slot),
+                    Err(violation) => self.violate(endpoint, violation),
                 }
-                self.mark_if_ready(&endpoint);
+                self.mark_if_ready(endpoint);
             }
             Outcome::Sent => match work {
                 Work::Payload(sequence) => {
                     endpoint.payload_completed((sequence + 1) & 0x00ff_ffff);
-                    self.mark_if_ready(&endpoint);
+                    self.mark_if_ready(endpoint);
                 }
                 Work::Probe(sequence) => {
                     endpoint.payload_completed(sequence);
                     endpoint.own().session.probe_completed(clock::now());
-                    self.mark_if_ready(&endpoint);
+                    self.mark_if_ready(endpoint);
                 }
                 Work::Control(slot) => {
                     endpoint.control_completed(slot);
-                    self.attempt(&endpoint, endpoint.send_answers());
-                    self.attempt(&endpoint, endpoint.announce_if_consumed());
+                    self.attempt(endpoint, endpoint.send_answers());
+                    self.attempt(endpoint, endpoint.announce_if_consumed());
                 }
                 Work::Receive(_) => {}
             },
@@ -499,7 +506,7 @@ impl Poller {
             let Some(key) = self.ready.open().pop_front() else { break };
             let Some(endpoint) = self.find(key) else { continue };
             endpoint.own().queued = false;
-            self.serve(&endpoint);
+            guard_endpoint("one endpoint", &endpoint, || self.serve(&endpoint));
             served += 1;
         }
         // What the handlers closed.
@@ -796,7 +803,7 @@ fn has_work(endpoint: &Endpoint, read: Option<Handler>, write: Option<Handler>) 
 }
 
 unsafe extern "C" fn on_wake(_fd: c_int, _data: *mut c_void, _mask: c_int) {
-    super::guard::guard("wake-up", (), || {
+    guard("wake-up", (), || {
         let poller = &Transport::get().poller;
         poller.clear_wake();
         let _pass = poller.pass();
@@ -805,11 +812,11 @@ unsafe extern "C" fn on_wake(_fd: c_int, _data: *mut c_void, _mask: c_int) {
 }
 
 unsafe extern "C" fn on_connection_event(_fd: c_int, _data: *mut c_void, _mask: c_int) {
-    super::guard::guard("connection event", (), || Transport::get().poller.run_connection_events());
+    guard("connection event", (), || Transport::get().poller.run_connection_events());
 }
 
 unsafe extern "C" fn on_completions(_fd: c_int, data: *mut c_void, _mask: c_int) {
-    super::guard::guard("completion", (), || {
+    guard("completion", (), || {
         let poller = &Transport::get().poller;
         let hub = poller.hubs.open().get(data as usize).cloned();
         if let Some(hub) = hub {

@@ -6,8 +6,8 @@
 //! happened on and nothing else.
 
 use super::connection::RdmaConnection;
-use super::endpoint::{Fate, ReadOutcome, Reason, WriteOutcome};
-use super::guard::guard;
+use super::endpoint::{Fate, ReadOutcome, WriteOutcome};
+use super::guard::{give_up, guard};
 use super::{Transport, in_child, listener, outgoing};
 use crate::host::Line;
 use crate::host::connection::{
@@ -42,28 +42,20 @@ fn guard_on<T>(
     if !finished && !connection.is_null() {
         // SAFETY: the server passed a live connection, and what panicked did not
         // come so far as to free it.
-        unsafe { give_up(connection) };
+        let endpoint = unsafe {
+            (*connection).fail(libc::EIO);
+            &(*ours(connection)).endpoint
+        };
+        if let Some(endpoint) = endpoint {
+            if is_main_thread() && !in_child() {
+                give_up(endpoint);
+            } else {
+                // The server looks for itself when an I/O thread's job is over.
+                endpoint.worsen(Fate::Broken);
+            }
+        }
     }
     answer
-}
-
-/// Ends a connection that our own side failed.
-///
-/// # Safety
-/// A live connection.
-unsafe fn give_up(connection: *mut Connection) {
-    // SAFETY: by the caller's promise.
-    let endpoint = unsafe {
-        (*connection).fail(libc::EIO);
-        &(*ours(connection)).endpoint
-    };
-    let Some(endpoint) = endpoint else { return };
-    endpoint.worsen(Fate::Broken);
-    // After an I/O thread's job the server looks for itself.
-    if is_main_thread() && !in_child() {
-        let poller = &Transport::get().poller;
-        guard("ending a connection", (), || poller.lose(endpoint, Fate::Broken, Reason::Error));
-    }
 }
 
 /// The connection as ours.
@@ -197,8 +189,8 @@ unsafe extern "C" fn close(connection: *mut Connection) {
             if let Some(endpoint) = endpoint {
                 guard("ending a connection", (), || {
                     endpoint.own().connection = std::ptr::null_mut();
-                    Transport::get().poller.lose(&endpoint, Fate::Broken, Reason::Error);
                 });
+                give_up(&endpoint);
             }
         } else if (*connection).refs > 0 {
             (*connection).flags |= FLAG_CLOSE_SCHEDULED;
