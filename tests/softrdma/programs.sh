@@ -22,7 +22,7 @@ main() {
     case ${1:-full} in
     quick) rounds=100 requests=(10000 2000 100) more=() ;;
     full) rounds=1000 requests=(100000 20000 1000) more=("ib_write_bw -R -a") ;;
-    *) sed -n '4,12s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '4,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
     need_packages rdmacm-utils ibverbs-utils perftest
     "$repo/scripts/setup.sh" clients
