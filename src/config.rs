@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! What the operator sets: the arguments of `loadmodule`.
 
-use crate::session::Timing;
+use crate::session::{Millis, Timing};
 use std::fmt;
 
 /// Bounds of the receive buffer of one connection, as the core's `rdma-rx-size` has them.
@@ -26,6 +26,8 @@ pub struct Settings {
     pub max_handshakes: u32,
     /// Most bytes of registered memory in all.
     pub max_registered: u64,
+    /// A connection that is stuck for so long is nudged, in milliseconds; 0 means never.
+    pub watchdog_timeout: Millis,
     /// Durations of sessions.
     pub timing: Timing,
 }
@@ -39,6 +41,7 @@ impl Default for Settings {
             completion_vector: -1,
             max_handshakes: 1024,
             max_registered: u64::MAX,
+            watchdog_timeout: 5_000,
             timing: Timing { handshake: 10_000, liveness: 5_000, linger: 500, delivery: 10_000 },
         }
     }
@@ -61,7 +64,7 @@ impl std::error::Error for ArgumentError {}
 
 const NAMES: &str = "one of bind=ADDRESS, port=NUMBER, rx-size=BYTES, comp-vector=NUMBER, \
      max-handshakes=NUMBER, max-registered=BYTES, handshake-timeout=MS, liveness-interval=MS, \
-     linger-time=MS";
+     linger-time=MS, watchdog-timeout=MS";
 
 impl Settings {
     /// Reads the arguments of `loadmodule`, each `name=value`; `bind` may be repeated
@@ -122,6 +125,12 @@ impl Settings {
                 }
                 "handshake-timeout" => settings.timing.handshake = number(100, 600_000)?,
                 "liveness-interval" => settings.timing.liveness = number(100, 86_400_000)?,
+                "watchdog-timeout" => {
+                    settings.watchdog_timeout = number(0, 86_400_000)
+                        .ok()
+                        .filter(|ms| *ms == 0 || *ms >= 1000)
+                        .ok_or_else(|| error("0, or a number from 1000 to 86400000"))?;
+                }
                 "linger-time" => settings.timing.linger = number(0, 60_000)?,
                 _ => return Err(error(NAMES)),
             }
@@ -162,12 +171,13 @@ mod tests {
             "comp-vector=3",
             "max-registered=1g",
             "linger-time=0",
+            "watchdog-timeout=0",
         ])
         .unwrap();
         assert_eq!(settings.bind, ["10.0.0.1", "-::1", "*"]);
         assert_eq!((settings.port, settings.rx_size), (6380, 131_072));
         assert_eq!((settings.completion_vector, settings.max_registered), (3, 1 << 30));
-        assert_eq!(settings.timing.linger, 0);
+        assert_eq!((settings.timing.linger, settings.watchdog_timeout), (0, 0));
         assert_eq!(parse(&[]).unwrap(), Settings::default());
     }
 
@@ -184,6 +194,7 @@ mod tests {
             ("rx-size=1x", "64k to 16m bytes"),
             ("comp-vector=-2", "a number from -1 to 1024"),
             ("bind=", "an address"),
+            ("watchdog-timeout=999", "0, or a number from 1000"),
             ("max-registered=99999999999g", "a number of bytes"),
         ] {
             let text = parse(&[argument]).unwrap_err().to_string();

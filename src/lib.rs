@@ -10,6 +10,7 @@
 //! * [`host`]: the server's ABI.
 //! * [`config`], [`metrics`]: what is set and what is counted.
 //! * [`transport`]: all of it together, and the table that the server calls.
+//! * [`commands`]: what an operator may ask.
 //! * [`module`]: loading and `INFO`.
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu")))]
@@ -18,6 +19,7 @@ compile_error!(
      known for that target only (see docs/abi.md)"
 );
 
+pub mod commands;
 pub mod config;
 pub mod host;
 pub mod metrics;

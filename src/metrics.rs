@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! Counters and gauges behind `INFO rdma`. Counting costs one relaxed add.
+//! Counters and gauges behind `INFO rdma` and `RDMA.STATS`. Counting costs one relaxed add.
 
+use crate::session::Violation;
+use crate::verbs::completion::Failure;
 use crate::verbs::memory;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -9,14 +11,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// One more.
+    /// So many more.
     pub fn add(&self, count: u64) {
         self.0.fetch_add(count, Ordering::Relaxed);
     }
 
-    /// One less, for gauges.
+    /// So many less, for gauges.
     pub fn sub(&self, count: u64) {
         self.0.fetch_sub(count, Ordering::Relaxed);
+    }
+
+    /// At least so many, for the most that there were.
+    pub fn raise(&self, count: u64) {
+        self.0.fetch_max(count, Ordering::Relaxed);
     }
 
     /// The present value.
@@ -58,12 +65,22 @@ metrics! {
     connections_established,
     /// Connections that the server closed and whose last bytes are on their way.
     connections_lingering,
+    /// Connections with a reply that their client's window does not take, now.
+    connections_window_full,
     /// Connections that became the server's clients, ever.
     connections_accepted,
     /// Connections that this server opened to others, ever.
     connections_opened,
     /// Connection requests that were refused.
     connections_refused,
+    /// Of these, because of `max-handshakes`.
+    refused_handshakes,
+    /// Because memory could not be registered: `max-registered`, or locked memory.
+    refused_memory,
+    /// Because no descriptor was left.
+    refused_descriptors,
+    /// Because the device, or the connection manager, had something else against it.
+    refused_device,
     /// Ends by the client.
     ended_by_client,
     /// Ends by the server: a reply that closes, `CLIENT KILL`, a limit.
@@ -82,6 +99,8 @@ metrics! {
     passes,
     /// Completions taken from the completion queues.
     completions,
+    /// Most completions that were found at one time.
+    completions_at_once_most,
     /// Reads that returned bytes, by thread.
     reads_main,
     /// As above.
@@ -94,6 +113,14 @@ metrics! {
     short_writes_main,
     /// As above.
     short_writes_io,
+    /// Times that a write was held back because the client's window was full.
+    window_stalls,
+    /// Time that such writes waited, of those that are over, in milliseconds.
+    window_stalls_ms,
+    /// Times that a write was held back because staging memory or the send queue was full.
+    staging_stalls,
+    /// Time that such writes waited, of those that are over, in milliseconds.
+    staging_stalls_ms,
     /// Write handlers called because a window or staging memory had room again.
     resumptions_main,
     /// As above; always 0, since handlers run on the main thread only.
@@ -106,13 +133,89 @@ metrics! {
     parked,
     /// Times that such a connection was woken.
     woken,
+    /// Connections that were stuck although they had something to do; 0 in a correct build.
+    watchdog_nudges,
     /// Violations of the protocol.
     violations,
+    /// Of these: SENDs that are no control message of the protocol.
+    violations_message,
+    /// Immediates that exceed our window.
+    violations_overrun,
+    /// Announcements before the last one was used up, or of a buffer that can't be.
+    violations_announcement,
+    /// Features switched on that there are not.
+    violations_feature,
+    /// Completions that no operation of the protocol leads to.
+    violations_operation,
     /// Work completions with an error, flushes not counted.
     error_completions,
+    /// Of these: the client posted no receives (RNR) for longer than it asked us to try.
+    errors_receiver_not_ready,
+    /// The client, or the network between, did not answer.
+    errors_transport,
+    /// The client's buffer was not what it announced.
+    errors_remote_access,
+    /// The client's device refused or failed.
+    errors_remote,
+    /// Our own side.
+    errors_local,
     /// Zero-length writes posted to see whether a silent client is alive.
     probes,
 }
 
+impl Metrics {
+    /// Counts a violation, in all and by its kind.
+    pub fn violated(&self, violation: &Violation) {
+        self.violations.add(1);
+        match violation {
+            Violation::Message(_) | Violation::TooLong => &self.violations_message,
+            Violation::Overrun(_) => &self.violations_overrun,
+            Violation::Early(_) | Violation::Wraps { .. } => &self.violations_announcement,
+            Violation::Feature(_) => &self.violations_feature,
+            Violation::Operation(_) => &self.violations_operation,
+        }
+        .add(1);
+    }
+
+    /// Counts a work request that failed, in all and by its kind.
+    pub fn failed(&self, failure: Failure) {
+        self.error_completions.add(1);
+        match failure {
+            Failure::ReceiverNotReady => &self.errors_receiver_not_ready,
+            Failure::Transport => &self.errors_transport,
+            Failure::RemoteAccess => &self.errors_remote_access,
+            Failure::Remote => &self.errors_remote,
+            Failure::Local => &self.errors_local,
+        }
+        .add(1);
+    }
+}
+
 /// The module's counters.
 pub static METRICS: Metrics = Metrics::new();
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_add_up_to_the_total() {
+        let metrics = Metrics::new();
+        for violation in [
+            Violation::TooLong,
+            Violation::Wraps { address: 1, length: 2 },
+            Violation::Feature(1),
+            Violation::Operation(9),
+        ] {
+            metrics.violated(&violation);
+        }
+        metrics.failed(Failure::ReceiverNotReady);
+        metrics.failed(Failure::Local);
+        let sum = |prefix: &str| -> u64 {
+            let fields = metrics.fields();
+            fields.iter().filter(|(name, _)| name.starts_with(prefix)).map(|(_, n)| n).sum()
+        };
+        assert_eq!((metrics.violations.get(), sum("violations_")), (4, 4));
+        assert_eq!((metrics.error_completions.get(), sum("errors_")), (2, 2));
+    }
+}

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Loading, refusing, `INFO`.
 
+use crate::commands;
 use crate::config::Settings;
 use crate::host::line::{Line, Version};
 use crate::host::main_cell::declare_main_thread;
 use crate::host::symbols::{Symbols, server_has_own_rdma};
 use crate::host::{api, fingerprint};
-use crate::metrics::METRICS;
 use crate::transport::guard::guard;
 use crate::transport::{Transport, listener, rebind, table};
 use crate::verbs::{library, memory};
@@ -142,6 +142,8 @@ unsafe fn load(
         // SAFETY: the server's context.
         unsafe { rebind::register(ctx) }?;
     }
+    // SAFETY: the server's context.
+    unsafe { commands::register(ctx) }?;
     // From here on nothing may fail: a registered type can't be taken back.
     let kind = table::of(line);
     transport.set_kind(kind);
@@ -207,14 +209,10 @@ unsafe extern "C" fn info(ctx: *mut raw::RedisModuleInfoCtx, _for_crash_report: 
                 let add = raw::RedisModule_InfoAddFieldCString.expect("server API");
                 add(ctx, name.as_ptr().cast::<c_char>(), value.as_ptr());
             };
-            let transport = Transport::get();
             text("version", env!("CARGO_PKG_VERSION"));
-            text("line", &transport.line.to_string());
-            text("devices", &transport.poller.device_names().join(" "));
-            for (name, value) in METRICS.fields() {
-                let name = CString::new(name).unwrap_or_default();
-                let add = raw::RedisModule_InfoAddFieldULongLong.expect("server API");
-                add(ctx, name.as_ptr(), value);
+            text("line", &Transport::get().line.to_string());
+            for (name, value) in commands::fields() {
+                text(&name, &value.to_string());
             }
         }
     });

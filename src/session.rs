@@ -269,6 +269,21 @@ impl Session {
         }
     }
 
+    /// Whether a question of the peer's was not answered yet.
+    pub fn owes_answers(&self) -> bool {
+        !self.questions.is_empty()
+    }
+
+    /// Whether a probe is out that was not answered yet.
+    pub fn is_probing(&self) -> bool {
+        self.probing
+    }
+
+    /// When the peer last gave a sign of life.
+    pub fn last_heard(&self) -> Millis {
+        self.last_heard
+    }
+
     /// A probe could not be posted: it is tried again at the next [`duty`](Self::duty).
     pub fn probe_not_sent(&mut self) {
         self.probing = false;

@@ -5,6 +5,7 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 use redis_module::raw;
 use std::ffi::{CString, c_int, c_void};
 use std::os::fd::RawFd;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::time::Duration;
 
@@ -77,6 +78,42 @@ pub fn after(
             Some(callback),
             std::ptr::null_mut(),
         );
+    }
+}
+
+/// Calls `callback` with the number of each new client, on the main thread, while the
+/// server accepts it.
+///
+/// # Safety
+/// `ctx` is the context that the server passed while loading.
+pub unsafe fn on_client(
+    ctx: *mut raw::RedisModuleCtx,
+    callback: fn(client: u64),
+) -> Result<(), String> {
+    static CALLBACK: OnceLock<fn(u64)> = OnceLock::new();
+    unsafe extern "C" fn changed(
+        _ctx: *mut raw::RedisModuleCtx,
+        _event: raw::RedisModuleEvent,
+        what: u64,
+        client: *mut c_void,
+    ) {
+        if what == raw::REDISMODULE_SUBEVENT_CLIENT_CHANGE_CONNECTED
+            && let Some(callback) = CALLBACK.get()
+        {
+            // SAFETY: this event comes with such a structure.
+            callback(unsafe { (*client.cast::<raw::RedisModuleClientInfo>()).id });
+        }
+    }
+    let event = raw::RedisModuleEvent { id: raw::REDISMODULE_EVENT_CLIENT_CHANGE, dataver: 1 };
+    let _ = CALLBACK.set(callback);
+    // SAFETY: by the caller's promise.
+    let subscribed = unsafe {
+        raw::RedisModule_SubscribeToServerEvent.expect("server API")(ctx, event, Some(changed))
+    };
+    if subscribed == raw::REDISMODULE_OK as c_int {
+        Ok(())
+    } else {
+        Err(String::from("the server does not tell of its clients"))
     }
 }
 

@@ -12,6 +12,7 @@
 //! * [`symbols`]: the functions that the executable exports.
 //! * [`fingerprint`]: whether the running server has the shape of its line.
 //! * [`api`]: the public module API: event loop, timers, log.
+//! * [`reply`]: replies of commands, as values.
 
 pub mod api;
 pub mod connection;
@@ -19,6 +20,7 @@ pub mod fingerprint;
 pub mod layout;
 pub mod line;
 pub mod main_cell;
+pub mod reply;
 pub mod symbols;
 
 pub use connection::Connection;

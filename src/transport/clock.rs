@@ -10,6 +10,7 @@ use super::Transport;
 use super::endpoint::{Endpoint, Fate, Reason};
 use super::guard::{guard, guard_endpoint};
 use super::key::Key;
+use super::watchdog;
 use crate::host::{MainCell, api};
 use crate::session::{Duty, Millis};
 use redis_module::raw::RedisModuleCtx;
@@ -129,7 +130,7 @@ fn look_after(endpoint: &Arc<Endpoint>) {
     let poller = &Transport::get().poller;
     step(endpoint);
     // What a full send queue refused, and no completion will bring back.
-    if endpoint.fate() == Fate::Alive {
+    if endpoint.fate() == Fate::Alive && endpoint.awaits_control_slot() {
         poller.attempt(endpoint, endpoint.send_answers());
         poller.attempt(endpoint, endpoint.announce_if_consumed());
     }
@@ -137,4 +138,5 @@ fn look_after(endpoint: &Arc<Endpoint>) {
     if endpoint.take_refused() {
         poller.mark_if_ready(endpoint);
     }
+    watchdog::look_at(endpoint, SLOW, now());
 }

@@ -14,6 +14,8 @@
 
 use super::hub::Hub;
 use super::key::{Key, Work};
+use super::status::{Activity, Shortage};
+use super::watchdog::{Trace, Watch};
 use crate::host::main_cell::is_main_thread;
 use crate::host::{Connection, MainCell};
 use crate::metrics::{Counter, METRICS};
@@ -91,6 +93,7 @@ pub struct Endpoint {
     fate: SharedFate,
     /// The send queue refused a work request that it should have taken.
     refused: AtomicBool,
+    activity: Activity,
     key: Key,
     peer: Option<SocketAddr>,
     local: Option<SocketAddr>,
@@ -125,7 +128,11 @@ pub struct Own {
     /// The system's error number if it could not be established.
     pub failure: i32,
     /// Which gauge counts it.
-    stage: Option<Stage>,
+    pub(super) stage: Option<Stage>,
+    /// The server's number for the client, once there is one.
+    pub client: Option<u64>,
+    /// What the watchdog remembers.
+    pub watch: Watch,
     free_control_slots: Vec<u16>,
     announcement_due: bool,
     /// `total_posted` at the last two ticks of the slow clock.
@@ -151,6 +158,15 @@ pub enum Stage {
 }
 
 impl Stage {
+    /// In a word.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Handshaking => "handshaking",
+            Self::Established => "established",
+            Self::Lingering => "lingering",
+        }
+    }
+
     fn gauge(self) -> &'static Counter {
         match self {
             Self::Handshaking => &METRICS.connections_handshaking,
@@ -216,6 +232,7 @@ impl Endpoint {
             control,
             fate: SharedFate::default(),
             refused: AtomicBool::new(false),
+            activity: Activity::new(plan.now),
             key: plan.key,
             peer: id.peer_address(),
             local: id.local_address(),
@@ -227,6 +244,8 @@ impl Endpoint {
                 reason: None,
                 failure: libc::ECONNREFUSED,
                 stage: None,
+                client: None,
+                watch: Watch::new(plan.now),
                 free_control_slots: (0..CONTROL_SLOTS).collect(),
                 announcement_due: false,
                 posted_before: [0; 2],
@@ -325,6 +344,61 @@ impl Endpoint {
         }
     }
 
+    /// Whether one of the server's handlers has something to do. Main thread.
+    pub fn has_work(&self) -> bool {
+        let connection = self.own().connection;
+        if connection.is_null() {
+            return false;
+        }
+        // SAFETY: an endpoint's connection is live until the server closes it, which
+        // clears the pointer.
+        let (read, write) = unsafe { ((*connection).read_handler, (*connection).write_handler) };
+        (read.is_some() && self.is_readable()) || (write.is_some() && self.is_writable())
+    }
+
+    /// What the writer did.
+    pub fn activity(&self) -> &Activity {
+        &self.activity
+    }
+
+    /// What has changed when anything has. Main thread.
+    pub fn trace(&self) -> Trace {
+        let own = self.own();
+        [
+            self.inbound.total_read(),
+            self.inbound.unread(),
+            self.ledger.total_posted(),
+            self.ledger.in_flight(),
+            own.session.last_heard(),
+            own.free_control_slots.len() as u64,
+        ]
+    }
+
+    /// Payload writes that are not known to have arrived.
+    pub fn writes_in_flight(&self) -> u64 {
+        self.ledger.in_flight()
+    }
+
+    /// Bytes of the receive buffer.
+    pub fn receive_bytes(&self) -> usize {
+        self.receive.length()
+    }
+
+    /// Bytes of staging memory, unless somebody writes at this moment.
+    pub fn staging_bytes(&self) -> Option<usize> {
+        self.ledger.writer().map(|mut writer| writer.capacity())
+    }
+
+    /// Receives that are posted for the peer.
+    pub fn receive_slots(&self) -> u16 {
+        RECEIVE_SLOTS
+    }
+
+    /// The hub of its device. Main thread.
+    pub fn hub(&self) -> Rc<Hub> {
+        Rc::clone(&self.hub.open())
+    }
+
     /// A number that grows with every byte read and work request posted.
     pub fn progress(&self) -> u64 {
         self.inbound.total_read().wrapping_add(self.ledger.total_posted())
@@ -387,9 +461,13 @@ impl Endpoint {
         };
         let mut source = Source { pieces, within: 0 };
         let mut done = 0;
+        let mut shortage = Shortage::Staging;
         while done < total {
             if writer.used == writer.window.length {
-                let Some(window) = self.outbound.take() else { break };
+                let Some(window) = self.outbound.take() else {
+                    shortage = Shortage::Window;
+                    break;
+                };
                 writer.window = window;
                 writer.used = 0;
             }
@@ -432,7 +510,11 @@ impl Endpoint {
         }
         drop(writer);
         let main = is_main_thread();
+        if done > 0 {
+            self.activity.wrote(done as u64);
+        }
         if done < total {
+            self.activity.hold_back(shortage);
             if main { &METRICS.short_writes_main } else { &METRICS.short_writes_io }.add(1);
         }
         if done == 0 {
@@ -490,6 +572,21 @@ impl Endpoint {
     pub fn is_quiet(&self) -> bool {
         let posted = self.ledger.total_posted();
         self.own().posted_before == [posted; 2]
+    }
+
+    /// Whether a message of ours waits for a slot. Main thread.
+    pub fn awaits_control_slot(&self) -> bool {
+        let own = self.own();
+        own.announcement_due || own.session.owes_answers() || own.free_control_slots.is_empty()
+    }
+
+    /// Whether the receive window is consumed and nobody has tried to announce it. Main thread.
+    pub fn is_announcement_missed(&self) -> bool {
+        let own = self.own();
+        self.inbound.is_consumed()
+            && !own.announcement_due
+            && own.session.is_established()
+            && self.fate() == Fate::Alive
     }
 
     /// Opens the receive window again if it is full and consumed. Main thread.

@@ -9,6 +9,7 @@
 //! lingers still has its place.
 
 use crate::host::MainCell;
+use crate::host::reply::Reply;
 use crate::verbs::Error;
 use crate::verbs::cm::{Device, Limits};
 use crate::verbs::completion::{Completion, CompletionChannel, CompletionQueue};
@@ -80,6 +81,28 @@ impl Hub {
     /// The device's name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// How its connections' receive slots are done.
+    pub fn receive_slots(&self) -> &'static str {
+        "private"
+    }
+
+    /// What `INFO rdma` says of the device, whose connections use `ports`.
+    pub fn describe(&self, ports: &[u8], connections: u64) -> Reply {
+        let queues = self.queues.open();
+        let sum =
+            |field: fn(&Shared) -> u32| queues.iter().map(|q| u64::from(field(q))).sum::<u64>();
+        Reply::Map(vec![
+            ("name", self.name().into()),
+            ("ports", Reply::List(ports.iter().map(|port| u64::from(*port).into()).collect())),
+            ("connections", connections.into()),
+            ("receive-slots", self.receive_slots().into()),
+            ("completion-vector", u64::from(self.vector).into()),
+            ("completion-queues", (queues.len() as u64).into()),
+            ("completion-entries", sum(|queue| queue.capacity).into()),
+            ("completion-entries-reserved", sum(|queue| queue.reserved).into()),
+        ])
     }
 
     /// Descriptor that polls readable when completions wait.

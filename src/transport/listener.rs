@@ -343,6 +343,7 @@ unsafe fn accept(key: IdKey) {
     let most = u64::from(transport.settings.open().max_handshakes);
     if transport.poller.handshakes() >= most {
         id.reject();
+        METRICS.refused_handshakes.add(1);
         refused(&peer, &format!("{most} connections are in handshake (max-handshakes)"));
         return;
     }
@@ -358,6 +359,8 @@ unsafe fn accept(key: IdKey) {
             accepted
         });
     if let Err(error) = result {
+        if error.is_about_memory() { &METRICS.refused_memory } else { &METRICS.refused_device }
+            .add(1);
         refused(&peer, &error.to_string());
     }
 }

@@ -10,6 +10,8 @@
 //! * [`listener`]: listening and accepting.
 //! * [`rebind`]: the settings that change what is listened on in 8.0.
 //! * [`clock`]: what the time asks for.
+//! * [`watchdog`]: connections that are stuck.
+//! * [`status`]: what a connection is doing, for those who ask.
 //! * [`outgoing`]: connections that this server opens.
 //! * [`address`]: addresses as the operator writes them.
 //! * [`valve`]: messages that must not flood the log.
@@ -29,8 +31,10 @@ pub mod outgoing;
 pub mod panics;
 pub mod poller;
 pub mod rebind;
+pub mod status;
 pub mod table;
 pub mod valve;
+pub mod watchdog;
 
 use crate::config::Settings;
 use crate::host::symbols::Symbols;

@@ -26,7 +26,8 @@ use super::hub::{Hub, Progress};
 use super::key::{Key, MAX_ENDPOINTS, Work};
 use super::valve::Valve;
 use super::{clock, outgoing};
-use crate::host::connection::{Handler, State};
+use crate::host::connection::State;
+use crate::host::reply::Reply;
 use crate::host::{MainCell, api};
 use crate::metrics::METRICS;
 use crate::session::{Reaction, Violation};
@@ -67,6 +68,8 @@ pub struct Poller {
     /// A hub had more completions than one pass takes.
     unfinished: MainCell<bool>,
     echoes: MainCell<Echoes>,
+    /// The endpoint whose connection the server accepts at this moment.
+    accepting: MainCell<Option<Arc<Endpoint>>>,
     losses: MainCell<Valve>,
     violations: MainCell<Valve>,
 }
@@ -125,6 +128,7 @@ impl Poller {
             channel: EventChannel::new()?,
             unfinished: MainCell::default(),
             echoes: MainCell::default(),
+            accepting: MainCell::default(),
             losses: MainCell::new(Valve::new(LOSSES_PER_MINUTE)),
             violations: MainCell::new(Valve::new(LOSSES_PER_MINUTE)),
         })
@@ -162,9 +166,19 @@ impl Poller {
         Ok(hub)
     }
 
-    /// Names of the devices that have or had connections.
-    pub fn device_names(&self) -> Vec<String> {
-        self.hubs.open().iter().map(|hub| hub.name().to_owned()).collect()
+    /// The devices that have or had connections, as `INFO rdma` shows them.
+    pub fn devices(&self) -> Vec<Reply> {
+        let endpoints = self.endpoints();
+        let hubs = self.hubs.open().clone();
+        let describe = |hub: &Rc<Hub>| {
+            let own = endpoints.iter().filter(|endpoint| Rc::ptr_eq(&endpoint.hub(), hub));
+            let mut ports: Vec<u8> = own.map(|endpoint| endpoint.id().port()).collect();
+            let connections = ports.len() as u64;
+            ports.sort_unstable();
+            ports.dedup();
+            hub.describe(&ports, connections)
+        };
+        hubs.iter().map(describe).collect()
     }
 
     /// Makes an endpoint for `id` and enters it.
@@ -266,6 +280,11 @@ impl Poller {
                 METRICS.woken.add(1);
             }
         }
+        #[cfg(feature = "test-panics")]
+        if super::panics::asked_for("mark_ready") {
+            // As the worst of faults would have it: queued, it believes, and it is not.
+            return;
+        }
         self.ready.open().push_back(endpoint.key());
         if *self.passes.open() == 0 {
             self.wake_loop();
@@ -274,16 +293,17 @@ impl Poller {
 
     /// Marks the endpoint ready if one of its handlers has something to do.
     pub fn mark_if_ready(&self, endpoint: &Endpoint) {
-        let connection = endpoint.own().connection;
-        if connection.is_null() {
-            return;
-        }
-        // SAFETY: an endpoint's connection is live until the server closes it,
-        // which clears the pointer.
-        let (read, write) = unsafe { ((*connection).read_handler, (*connection).write_handler) };
-        if has_work(endpoint, read, write) {
+        if endpoint.has_work() {
             self.mark_ready(endpoint);
         }
+    }
+
+    /// As [`mark_ready`](Self::mark_ready), whatever was noted of the endpoint and of the
+    /// event loop before. For the watchdog.
+    pub fn nudge(&self, endpoint: &Endpoint) {
+        endpoint.own().queued = false;
+        *self.awake.open() = false;
+        self.mark_ready(endpoint);
     }
 
     /// Begins a pass, which ends when the answer is dropped, by a panic too: who marks
@@ -323,14 +343,7 @@ impl Poller {
     /// A pass for the completions of one hub.
     fn run_completions(&self, hub: &Rc<Hub>) {
         let _pass = self.pass();
-        hub.take_events();
-        self.take_completions(hub);
-        // What completes from here on fires the descriptor again; what completed
-        // before it was armed is taken now.
-        if let Err(error) = hub.arm() {
-            log::error!("device {}: {error}", hub.name());
-        }
-        self.take_completions(hub);
+        self.look_at(hub);
         let busy = self.ready.open().len();
         let mut echoes = self.echoes.open();
         echoes.busy = echoes.busy.max(busy);
@@ -346,6 +359,7 @@ impl Poller {
             self.complete(completion);
         });
         METRICS.completions.add(count.get());
+        METRICS.completions_at_once_most.raise(count.get());
         match progress {
             Ok(Progress::Empty) => {}
             Ok(Progress::More) => *self.unfinished.open() = true,
@@ -377,7 +391,7 @@ impl Poller {
             }
             Outcome::Failed(status) => {
                 if !status.is_flush() {
-                    METRICS.error_completions.add(1);
+                    METRICS.failed(status.failure());
                 }
                 if endpoint.fate() == Fate::Alive {
                     let why = if status.is_flush() {
@@ -433,6 +447,7 @@ impl Poller {
             Ok(Reaction::Nothing) => self.post_again(endpoint, slot),
             Ok(Reaction::WindowOpened) => {
                 METRICS.windows_sent.add(1);
+                endpoint.activity().window_opened();
                 self.post_again(endpoint, slot);
                 if endpoint.own().session.handshake_completed_by_window() {
                     self.mark_ready(endpoint);
@@ -467,7 +482,7 @@ impl Poller {
 
     fn violate(&self, endpoint: &Arc<Endpoint>, violation: Violation) {
         if endpoint.fate() != Fate::Broken {
-            METRICS.violations.add(1);
+            METRICS.violated(&violation);
             if let Some(more) = self.violations.open().open(clock::now()) {
                 let peer = endpoint.peer_text();
                 log::warn!("client {peer} broke the protocol: {violation}{more}");
@@ -556,9 +571,7 @@ impl Poller {
             }
         }
         self.attempt(endpoint, endpoint.announce_if_consumed());
-        // SAFETY: the pointer is not null, so the connection is still live.
-        let (read, write) = unsafe { ((*connection).read_handler, (*connection).write_handler) };
-        if has_work(endpoint, read, write) {
+        if endpoint.has_work() {
             if endpoint.progress() != before {
                 self.mark_ready(endpoint);
             } else {
@@ -622,6 +635,7 @@ impl Poller {
             if !(*connection).has_descriptor() {
                 log::warn!("client {} refused: no descriptor left", endpoint.peer_text());
                 METRICS.connections_refused.add(1);
+                METRICS.refused_descriptors.add(1);
                 RdmaConnection::free(connection);
                 self.lose(endpoint, Fate::Gone, Reason::Server);
                 return;
@@ -633,9 +647,19 @@ impl Poller {
         METRICS.connections_accepted.add(1);
         let ip = endpoint.peer().map_or_else(String::new, |peer| peer.ip().to_string());
         let ip = CString::new(ip).expect("an address has no NUL");
+        *self.accepting.open() = Some(Arc::clone(endpoint));
         // SAFETY: of our type and accepting; the server only reads the text.
         unsafe { transport.symbols.accept_common(connection.cast(), ip.as_ptr().cast_mut()) };
+        *self.accepting.open() = None;
         self.mark_if_ready(endpoint);
+    }
+
+    /// The server has a new client, of whatever connection type.
+    pub fn client_connected(&self, client: u64) {
+        // The server says so while it accepts, so it is the one that is being accepted.
+        if let Some(endpoint) = self.accepting.open().take() {
+            endpoint.own().client = Some(client);
+        }
     }
 
     /// Has as many descriptors fire with a hub's as there are busy endpoints.
@@ -740,6 +764,7 @@ impl Poller {
         {
             let mut own = endpoint.own();
             own.connection = std::ptr::null_mut();
+            own.watch.since = clock::now();
             own.session.close(quiet || !alive, clock::now());
             if alive {
                 own.reason.get_or_insert(Reason::Server);
@@ -763,14 +788,19 @@ impl Poller {
             self.connection_event(event);
         }
         let hubs = self.hubs.open().clone();
-        for hub in &hubs {
-            hub.take_events();
-            self.take_completions(hub);
-            if let Err(error) = hub.arm() {
-                log::error!("device {}: {error}", hub.name());
-            }
-            self.take_completions(hub);
+        hubs.iter().for_each(|hub| self.look_at(hub));
+    }
+
+    /// Takes what completed on a hub, without calling any handler.
+    fn look_at(&self, hub: &Hub) {
+        hub.take_events();
+        self.take_completions(hub);
+        // What completes from here on fires the descriptor again; what completed
+        // before it was armed is taken now.
+        if let Err(error) = hub.arm() {
+            log::error!("device {}: {error}", hub.name());
         }
+        self.take_completions(hub);
     }
 
     /// The descriptors that become readable when [`run_quietly`](Self::run_quietly)
@@ -795,11 +825,6 @@ impl Drop for Pass<'_> {
     fn drop(&mut self) {
         *self.0.passes.open() -= 1;
     }
-}
-
-/// Whether one of the handlers has something to do.
-fn has_work(endpoint: &Endpoint, read: Option<Handler>, write: Option<Handler>) -> bool {
-    (read.is_some() && endpoint.is_readable()) || (write.is_some() && endpoint.is_writable())
 }
 
 unsafe extern "C" fn on_wake(_fd: c_int, _data: *mut c_void, _mask: c_int) {

@@ -294,6 +294,12 @@ impl Id {
         (!context.is_null()).then_some(Device(context))
     }
 
+    /// The device's port, once there is one.
+    pub fn port(&self) -> u8 {
+        // SAFETY: a live id.
+        unsafe { (*self.raw).port_num }
+    }
+
     /// Address of this end.
     pub fn local_address(&self) -> Option<SocketAddr> {
         // SAFETY: a live id; the union's members all start with the family.

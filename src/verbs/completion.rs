@@ -105,6 +105,21 @@ impl Status {
         self.0 == ibv_wc_status::IBV_WC_LOC_LEN_ERR
     }
 
+    /// What kind of failure it is.
+    pub fn failure(self) -> Failure {
+        match self.0 {
+            ibv_wc_status::IBV_WC_RNR_RETRY_EXC_ERR => Failure::ReceiverNotReady,
+            ibv_wc_status::IBV_WC_RETRY_EXC_ERR | ibv_wc_status::IBV_WC_RESP_TIMEOUT_ERR => {
+                Failure::Transport
+            }
+            ibv_wc_status::IBV_WC_REM_ACCESS_ERR => Failure::RemoteAccess,
+            ibv_wc_status::IBV_WC_REM_INV_REQ_ERR
+            | ibv_wc_status::IBV_WC_REM_OP_ERR
+            | ibv_wc_status::IBV_WC_REM_ABORT_ERR => Failure::Remote,
+            _ => Failure::Local,
+        }
+    }
+
     /// The library's words for it.
     pub fn text(self) -> String {
         // SAFETY: the function answers any number with a static string.
@@ -113,6 +128,21 @@ impl Status {
             CStr::from_ptr(text).to_string_lossy().into_owned()
         }
     }
+}
+
+/// Whose failure it is, as far as a status tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// The peer posted no receives for longer than it asked us to try.
+    ReceiverNotReady,
+    /// The peer or the network between is gone.
+    Transport,
+    /// The peer's buffer is not what it announced.
+    RemoteAccess,
+    /// The peer's device refused or failed.
+    Remote,
+    /// Our own side.
+    Local,
 }
 
 /// Completions taken by one call of [`CompletionQueue::poll`].
@@ -198,5 +228,23 @@ impl Drop for CompletionQueue {
         // SAFETY: created by us, destroyed here alone; its queue pairs are gone
         // and its events are acknowledged as they are taken.
         unsafe { library::ibv_destroy_cq(self.raw) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_are_told_apart() {
+        for (status, failure) in [
+            (ibv_wc_status::IBV_WC_RNR_RETRY_EXC_ERR, Failure::ReceiverNotReady),
+            (ibv_wc_status::IBV_WC_RETRY_EXC_ERR, Failure::Transport),
+            (ibv_wc_status::IBV_WC_REM_ACCESS_ERR, Failure::RemoteAccess),
+            (ibv_wc_status::IBV_WC_REM_OP_ERR, Failure::Remote),
+            (ibv_wc_status::IBV_WC_LOC_PROT_ERR, Failure::Local),
+        ] {
+            assert_eq!(Status(status).failure(), failure);
+        }
     }
 }

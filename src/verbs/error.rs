@@ -37,6 +37,13 @@ impl Error {
     }
 }
 
+impl Error {
+    /// Whether memory could not be had or registered.
+    pub fn is_about_memory(&self) -> bool {
+        matches!(self.errno, libc::ENOMEM | libc::EDQUOT)
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "cannot {}: {}", self.action, io::Error::from_raw_os_error(self.errno))?;
@@ -57,7 +64,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 /// The process's limit on locked memory in bytes, if it has one.
-fn locked_memory_limit() -> Option<u64> {
+pub fn locked_memory_limit() -> Option<u64> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: a structure to fill in.
     let result = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) };

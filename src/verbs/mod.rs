@@ -19,4 +19,4 @@ pub mod library;
 pub mod memory;
 pub mod pair;
 
-pub use error::Error;
+pub use error::{Error, locked_memory_limit};

@@ -115,6 +115,13 @@ impl<T> SendLedger<T> {
         self.completed.load(Ordering::Relaxed) == self.posted.load(Ordering::Relaxed)
     }
 
+    /// Work requests that are not known to be over. Exact while nobody writes.
+    pub fn in_flight(&self) -> u64 {
+        // Completed first: it can't pass what is posted after it was loaded.
+        let completed = self.completed.load(Ordering::Acquire);
+        self.posted.load(Ordering::Relaxed).saturating_sub(completed)
+    }
+
     /// Work requests posted since the connection began.
     pub fn total_posted(&self) -> u64 {
         self.posted.load(Ordering::Relaxed)
@@ -263,7 +270,9 @@ mod tests {
         assert_eq!(writer.chunk(60), Some(Chunk { offset: 60, length: 40 }));
         let (second, _) = writer.enter(40);
         assert_eq!(writer.chunk(1), None);
+        assert_eq!(ledger.in_flight(), 2);
         assert!(ledger.retire(first + 1));
+        assert_eq!(ledger.in_flight(), 1);
         assert_eq!(writer.chunk(70), Some(Chunk { offset: 0, length: 60 }));
         assert!(ledger.retire(second + 1));
         assert!(ledger.is_idle());

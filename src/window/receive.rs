@@ -116,6 +116,12 @@ impl ReceiveWindow {
         self.tail.load(Ordering::Relaxed) - head
     }
 
+    /// Poller: how much of the present buffer is written, and its size, in bytes.
+    pub fn position(&self) -> (u64, u64) {
+        let base = self.base.load(Ordering::Relaxed);
+        (own(&self.tail) - base, own(&self.limit) - base)
+    }
+
     /// Bytes that were read since the connection began.
     pub fn total_read(&self) -> u64 {
         self.head.load(Ordering::Relaxed)
@@ -164,5 +170,6 @@ mod tests {
         window.arrived(5).unwrap();
         window.consume(5);
         assert!(!window.is_consumed(), "three bytes are still the peer's to write");
+        assert_eq!(window.position(), (5, 8));
     }
 }

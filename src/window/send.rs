@@ -101,6 +101,15 @@ impl SendWindow {
         self.left.store(left, Ordering::Relaxed);
     }
 
+    /// How much of the latest announced buffer is written, and its size, in bytes. Exact
+    /// while nobody writes; for those who watch.
+    pub fn position(&self) -> (u32, u32) {
+        let waits = self.full.load(Ordering::Acquire);
+        let size = (self.length_and_key.load(Ordering::Relaxed) >> 32) as u32;
+        let left = if waits { size } else { self.left.load(Ordering::Relaxed) };
+        (size.saturating_sub(left), size)
+    }
+
     /// Whether a byte could be written into the peer's memory at this moment.
     pub fn has_room(&self) -> bool {
         self.full.load(Ordering::Acquire) || self.left.load(Ordering::Relaxed) > 0
@@ -124,6 +133,20 @@ mod tests {
         assert!(window.has_room());
         window.publish_left(0);
         assert!(!window.has_room());
+    }
+
+    #[test]
+    fn the_position_is_that_of_the_latest_announcement() {
+        let window = SendWindow::default();
+        assert_eq!(window.position(), (0, 0));
+        window.announce(BUFFER).unwrap();
+        assert_eq!(window.position(), (0, 100));
+        window.take();
+        window.publish_left(30);
+        assert_eq!(window.position(), (70, 100));
+        window.publish_left(0);
+        window.announce(Announcement { length: 50, ..BUFFER }).unwrap();
+        assert_eq!(window.position(), (0, 50));
     }
 
     #[test]

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! What an operator may ask: `RDMA.CLIENTS` and `RDMA.STATS`.
+//!
+//! `RDMA.CLIENTS` says of each connection what it is doing and what it waits for, so that
+//! a client that hangs is explained by it alone. `RDMA.STATS` is `INFO rdma` for programs.
+//! Both only look. They show addresses, so they are in the ACL category *admin*, as the
+//! server's `CLIENT LIST` is, and in *rdma*, to be given away without the others.
+
+use crate::host::api;
+use crate::host::reply::Reply;
+use crate::metrics::METRICS;
+use crate::transport::guard::guard;
+use crate::transport::key::MAX_ENDPOINTS;
+use crate::transport::{Transport, status};
+
+use crate::verbs::{locked_memory_limit, memory};
+use redis_module::raw;
+use std::ffi::{CStr, c_int};
+use std::ptr;
+
+const OK: c_int = raw::REDISMODULE_OK as c_int;
+
+/// The ACL category of all commands of this module.
+const CATEGORY: &CStr = c"rdma";
+/// As `CLIENT LIST`; *rdma* comes on top.
+const CATEGORIES: &CStr = c"admin dangerous slow rdma";
+const CATEGORIES_OF_SERVER: &CStr = c"admin dangerous slow";
+
+/// They answer whatever state the server is in: that is when they are needed.
+const FLAGS: &CStr = c"readonly admin deny-script allow-loading allow-stale allow-busy";
+
+struct Command {
+    name: &'static CStr,
+    summary: &'static CStr,
+    complexity: &'static CStr,
+    run: raw::RedisModuleCmdFunc,
+}
+
+const COMMANDS: [Command; 2] = [
+    Command {
+        name: c"rdma.clients",
+        summary: c"Lists the RDMA connections: what each does, and what it waits for.",
+        complexity: c"O(N) where N is the number of RDMA connections",
+        run: Some(clients),
+    },
+    Command {
+        name: c"rdma.stats",
+        summary: c"Returns the counters, limits and devices of the RDMA transport.",
+        complexity: c"O(N) where N is the number of RDMA connections",
+        run: Some(stats),
+    },
+];
+
+/// Registers the commands, while the module loads.
+///
+/// # Errors
+/// In words, if the server does not take one.
+///
+/// # Safety
+/// `ctx` is the context that the server passed while loading.
+pub unsafe fn register(ctx: *mut raw::RedisModuleCtx) -> Result<(), String> {
+    // SAFETY: by the caller's promise; C strings.
+    unsafe {
+        api::on_client(ctx, |client| {
+            guard("new client", (), || Transport::get().poller.client_connected(client));
+        })?;
+        // Another module may have taken the category's name: then there is none of ours.
+        let own_category =
+            raw::RedisModule_AddACLCategory.expect("server API")(ctx, CATEGORY.as_ptr()) == OK;
+        let categories = if own_category { CATEGORIES } else { CATEGORIES_OF_SERVER };
+        COMMANDS.iter().try_for_each(|command| enter(ctx, command, categories))
+    }
+}
+
+/// # Safety
+/// As [`register`].
+unsafe fn enter(
+    ctx: *mut raw::RedisModuleCtx,
+    command: &Command,
+    categories: &CStr,
+) -> Result<(), String> {
+    let version = raw::RedisModuleCommandInfoVersion {
+        version: 1,
+        sizeof_historyentry: size_of::<raw::RedisModuleCommandHistoryEntry>(),
+        sizeof_keyspec: size_of::<raw::RedisModuleCommandKeySpec>(),
+        sizeof_arg: size_of::<raw::RedisModuleCommandArg>(),
+    };
+    let info = raw::RedisModuleCommandInfo {
+        version: &version,
+        summary: command.summary.as_ptr(),
+        complexity: command.complexity.as_ptr(),
+        since: c"0.1.0".as_ptr(),
+        history: ptr::null_mut(),
+        tips: c"nondeterministic_output".as_ptr(),
+        arity: 1,
+        key_specs: ptr::null_mut(),
+        args: ptr::null_mut(),
+    };
+    let name = command.name.as_ptr();
+    // SAFETY: by the caller's promise; the server copies what it is given.
+    let done = unsafe {
+        raw::RedisModule_CreateCommand.expect("server API")(
+            ctx,
+            name,
+            command.run,
+            FLAGS.as_ptr(),
+            0,
+            0,
+            0,
+        ) == OK
+            && {
+                let made = raw::RedisModule_GetCommand.expect("server API")(ctx, name);
+                raw::RedisModule_SetCommandInfo.expect("server API")(made, &info) == OK
+                    && raw::RedisModule_SetCommandACLCategories.expect("server API")(
+                        made,
+                        categories.as_ptr(),
+                    ) == OK
+            }
+    };
+    let refused = || format!("the server takes no command {}", command.name.to_string_lossy());
+    done.then_some(()).ok_or_else(refused)
+}
+
+unsafe extern "C" fn clients(
+    ctx: *mut raw::RedisModuleCtx,
+    _argv: *mut *mut raw::RedisModuleString,
+    _argc: c_int,
+) -> c_int {
+    // SAFETY: the server's context of this command.
+    unsafe {
+        answer(ctx, || {
+            let endpoints = Transport::get().poller.endpoints();
+            Reply::List(endpoints.iter().map(|endpoint| status::describe(endpoint)).collect())
+        })
+    }
+}
+
+unsafe extern "C" fn stats(
+    ctx: *mut raw::RedisModuleCtx,
+    _argv: *mut *mut raw::RedisModuleString,
+    _argc: c_int,
+) -> c_int {
+    // SAFETY: the server's context of this command.
+    unsafe {
+        answer(ctx, || {
+            let counters = METRICS.fields();
+            let mut map: Vec<_> =
+                counters.into_iter().map(|(name, value)| (name, Reply::from(value))).collect();
+            let limits = limits().into_iter().map(|limit| {
+                let values = [("now", limit.now.into()), ("most", limit.most.into())];
+                (limit.name, Reply::Map(values.into()))
+            });
+            map.push(("limits", Reply::Map(limits.collect())));
+            map.push(("devices", Reply::List(Transport::get().poller.devices())));
+            Reply::Map(map)
+        })
+    }
+}
+
+/// Answers a command; with an error if making the answer up panicked.
+///
+/// # Safety
+/// `ctx` is that of a command that was not answered yet.
+unsafe fn answer(ctx: *mut raw::RedisModuleCtx, make: impl FnOnce() -> Reply) -> c_int {
+    let reply = guard("a command", None, || Some(make()));
+    // SAFETY: by the caller's promise.
+    unsafe {
+        match reply {
+            Some(reply) => reply.send(ctx),
+            None => {
+                let text = c"ERR the command failed; the server's log says more";
+                raw::RedisModule_ReplyWithError.expect("server API")(ctx, text.as_ptr());
+            }
+        }
+    }
+    OK
+}
+
+/// A limit, and how near it is.
+struct Limit {
+    name: &'static str,
+    now: u64,
+    /// `None` where there is none.
+    most: Option<u64>,
+}
+
+fn limits() -> [Limit; 4] {
+    let transport = Transport::get();
+    let (max_handshakes, max_registered) = {
+        let settings = transport.settings.open();
+        (u64::from(settings.max_handshakes), settings.max_registered)
+    };
+    let (registered, _) = memory::registered();
+    let connections = transport.poller.endpoints().len() as u64;
+    [
+        Limit {
+            name: "handshakes",
+            now: transport.poller.handshakes(),
+            most: Some(max_handshakes),
+        },
+        Limit {
+            name: "registered_bytes",
+            now: registered,
+            most: (max_registered != u64::MAX).then_some(max_registered),
+        },
+        Limit { name: "locked_bytes", now: registered, most: locked_memory_limit() },
+        Limit { name: "connections", now: connections, most: Some(MAX_ENDPOINTS as u64) },
+    ]
+}
+
+/// What `INFO rdma` shows, without the module's version.
+pub fn fields() -> Vec<(String, Reply)> {
+    let mut fields = Vec::new();
+    for (index, device) in Transport::get().poller.devices().into_iter().enumerate() {
+        fields.push((format!("device{index}"), device));
+    }
+    let counters = METRICS.fields();
+    fields.extend(counters.into_iter().map(|(name, value)| (name.to_owned(), value.into())));
+    for limit in limits() {
+        let most = limit.most.map_or_else(|| String::from("none"), |most| most.to_string());
+        fields.push((format!("limit_{}", limit.name), format!("{}/{most}", limit.now).into()));
+    }
+    fields
+}
