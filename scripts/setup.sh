@@ -10,6 +10,8 @@
 #   clients       valkey-cli and valkey-benchmark with --rdma, the upstream C module
 #   guest         an emulator and a kernel with Soft-RoCE
 #   all           all of the above
+#   machines      disks of whole systems: machine-12 machine-13 machine-forky (not in all)
+#   trees         to build in: tree-12 tree-13 tree-forky (not in all)
 #   env           the build's environment as shell text on stdout (implies build)
 #
 #   sources       the sources that scripts/abi-check.sh measures (not in all)
@@ -17,6 +19,8 @@
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 servers=(server-8.0 server-8.1 server-8.1-embedded server-9.1)
+machines=(machine-12 machine-13 machine-forky)
+trees=(tree-12 tree-13 tree-forky)
 
 # --- build -------------------------------------------------------------------
 
@@ -193,6 +197,66 @@ unpack_kernel() {
     replace "$cache/kernel" "$new"
 }
 
+# --- machines ----------------------------------------------------------------
+
+# What a small machine with Debian has, with the libraries that the packages to
+# install on it want, and those packages, for it has no network. rdma-core stays
+# away: it would load kernel modules that a server has to be able to ask for itself.
+part_machine-12() { machine_disk 12 'bookworm bookworm-backports'; }
+part_machine-13() { machine_disk 13 trixie; }
+part_machine-forky() { machine_disk forky forky; }
+
+machine_disk() {
+    need_packages mmdebstrap e2fsprogs kmod busybox-static qemu-system-x86
+    cached "machine: a disk of Debian $1" unpack_machine "$1" "$2"
+}
+
+unpack_machine() {
+    local name=$1 suites=$2 new=$cache/machines/$1.new tree=$cache/machines/$1.new/tree file
+    need_root "making a disk of Debian $name"
+    fresh "$tree"
+    mmdebstrap --mode=root --variant=minbase --aptopt='Acquire::Check-Valid-Until "false"' \
+        --include=systemd-sysv,udev,dbus,kmod,iproute2,adduser,libatomic1,libjemalloc2,liblzf1,librdmacm1,ibverbs-providers \
+        --customize-hook='chroot "$1" sh -c "apt-get clean && apt-get install -y --download-only valkey-server"' \
+        --customize-hook='mkdir "$1/srv/packages" && mv "$1"/var/cache/apt/archives/*.deb "$1/srv/packages/"' \
+        "${suites%% *}" "$tree" "$(suite_sources "$suites")"
+    for file in "$tree"/srv/packages/*.deb; do
+        dpkg-deb -f "$file"
+        printf 'Filename: %s\nSize: %s\nSHA256: %s\n\n' "./${file##*/}" \
+            "$(stat -c %s "$file")" "$(sha256sum "$file" | cut -d' ' -f1)"
+    done >"$tree/srv/packages/Packages"
+    rm -f "$tree"/etc/apt/sources.list "$tree"/etc/apt/sources.list.d/*
+    echo 'deb [trusted=yes] file:/srv/packages ./' >"$tree/etc/apt/sources.list"
+    chroot "$tree" apt-get update
+    echo debian >"$tree/etc/hostname"
+    # Or the first boot would bring caches up to date that are.
+    touch "$tree/etc/.updated" "$tree/var/.updated"
+    mke2fs -q -t ext4 -d "$tree" "$new/disk" 2G
+    replace "$cache/machines/$name.ext4" "$new/disk"
+    rm -r "$new"
+}
+
+# --- trees -------------------------------------------------------------------
+
+# As bare as they come: what a build needs is for part_build to find out, there.
+part_tree-12() { build_tree 12 bookworm; }
+part_tree-13() { build_tree 13 trixie; }
+part_tree-forky() { build_tree forky forky; }
+
+build_tree() {
+    need_packages mmdebstrap
+    cached "tree: Debian $1 to build on" unpack_bare "$1" "$2"
+}
+
+unpack_bare() {
+    local name=$1 suite=$2 new=$cache/trees/$1.new
+    need_root "making a tree of Debian $name"
+    fresh "$new"
+    mmdebstrap --mode=root --variant=minbase --aptopt='Acquire::Check-Valid-Until "false"' \
+        --include=ca-certificates "$suite" "$new" "$(suite_sources "$suite")"
+    replace "$cache/trees/$name" "$new"
+}
+
 # --- common ------------------------------------------------------------------
 
 fresh() { rm -rf "$1" && mkdir -p "$1"; }
@@ -240,16 +304,18 @@ recipe() {
 
 main() {
     local want parts=() env=0
-    (($#)) || { sed -n '4,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+    (($#)) || { sed -n '4,17s/^# \{0,1\}//p' "$0" >&2; exit 2; }
     for want; do
         case $want in
         all) parts+=(build "${servers[@]}" clients guest) ;;
         servers) parts+=("${servers[@]}") ;;
+        machines) parts+=("${machines[@]}") ;;
+        trees) parts+=("${trees[@]}") ;;
         env) parts+=(build) env=1 ;;
         *) declare -F "part_$want" >/dev/null || die "unknown part '$want'"; parts+=("$want") ;;
         esac
     done
-    mkdir -p "$cache/stamps" "$cache/servers" "$cache/src" "$cache/cmodule"
+    mkdir -p "$cache/stamps" "$cache/servers" "$cache/src" "$cache/cmodule" "$cache"/{machines,trees}
     exec 9>"$cache/lock"
     flock 9
     for want in "${parts[@]}"; do "part_$want"; done
