@@ -252,6 +252,7 @@ fn states_change_as_the_table_says() {
     assert_eq!(p.client.modify(state(IBV_QPS_RESET), mask), 0);
     assert_eq!(p.client.post(Wr::send(1, &[])), libc::EINVAL);
     assert_eq!(p.client.recv(1, &[]), libc::EINVAL);
+    assert_eq!(p.client.modify(state(IBV_QPS_ERR), mask), libc::EINVAL);
 }
 
 #[test]

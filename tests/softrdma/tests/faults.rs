@@ -215,6 +215,89 @@ fn ready_to_use_is_lost() {
 }
 
 #[test]
+fn a_disconnect_request_is_lost() {
+    planned("a_disconnect_request_is_lost", "lose-dreq@1", || {
+        let p = Pair::default();
+        p.server.recv(1, &[]);
+        p.client.disconnect();
+        // Nobody says goodbye; both find the connection gone.
+        p.client_cm.expect(RDMA_CM_EVENT_DISCONNECTED);
+        p.server_cm.expect(RDMA_CM_EVENT_DISCONNECTED);
+        p.server.disconnect();
+        p.server.fails(1, IBV_WC_WR_FLUSH_ERR);
+        // The next one is as it should be.
+        let p = Pair::default();
+        p.client.disconnect();
+        p.server_cm.expect(RDMA_CM_EVENT_DISCONNECTED);
+        p.server.disconnect();
+        p.server_cm.expect(RDMA_CM_EVENT_TIMEWAIT_EXIT);
+    });
+}
+
+/// Lost after each number of requests in turn, with more of them on their way.
+#[test]
+fn a_connection_is_lost_at_any_point_of_a_transfer() {
+    const LAST: u64 = 12;
+    const NAME: &str = "a_connection_is_lost_at_any_point_of_a_transfer";
+    // Each connection's requests add up: after each loss the next connection starts a new count.
+    let plan: Vec<String> =
+        (1..=LAST).map(|n| format!("lose-transfer@{}", n * (n + 1) / 2)).collect();
+    planned(NAME, &plan.join(" "), || {
+        for lost_at in 1..=LAST {
+            let o = Options { buffer: 1 << 20, ..Options::default() };
+            let p = Pair::new(o.clone(), o);
+            for i in 1..=LAST + 3 {
+                p.server.recv(i, &[p.server.sge(0, 1 << 20)]);
+            }
+            for i in 1..=LAST + 3 {
+                assert_eq!(p.client.post(Wr::send(i, &[p.client.sge(0, 100_000)])), 0);
+            }
+            p.client_cm.expect(RDMA_CM_EVENT_DISCONNECTED);
+            p.server_cm.expect(RDMA_CM_EVENT_DISCONNECTED);
+            p.server.disconnect();
+            let received = std::iter::from_fn(|| Some(p.server.wc()))
+                .take_while(|wc| wc.status == IBV_WC_SUCCESS)
+                .count() as u64;
+            assert_eq!(received, lost_at, "received before the loss");
+            // No request succeeds that did not arrive, and each is told of.
+            let sent: Vec<Wc> = (1..=LAST + 3).map(|_| p.client.wc()).collect();
+            let well = sent.iter().take_while(|wc| wc.status == IBV_WC_SUCCESS).count();
+            assert!(well as u64 <= received, "{well} of {received}");
+            assert_eq!(sent[well].status, IBV_WC_RETRY_EXC_ERR);
+            assert!(sent[well + 1..].iter().all(|wc| wc.status == IBV_WC_WR_FLUSH_ERR));
+        }
+    });
+}
+
+/// What happened to each of 60 posts, as a line of text.
+fn refusals(plan: &str) -> String {
+    const NAME: &str = "a_run_is_repeated_by_its_seed";
+    let out = Command::new(std::env::current_exe().expect("this program"))
+        .args(["--exact", NAME, "--nocapture", "--test-threads=1"])
+        .env(PART, NAME)
+        .env("SOFTRDMA_FAULTS", plan)
+        .output()
+        .expect("the process");
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let line = text.lines().find_map(|line| line.split_once("refused: ")).expect("a result").1;
+    line.to_owned()
+}
+
+#[test]
+fn a_run_is_repeated_by_its_seed() {
+    if std::env::var(PART).is_ok() {
+        let p = Pair::default();
+        let posts: Vec<i32> = (0..60).map(|i| p.client.post(Wr::write(i, &[], 0, 0))).collect();
+        println!("refused: {posts:?}");
+        return;
+    }
+    let once = refusals("seed=7 sq-full%4 post-send=EIO%9");
+    assert!(once.contains("12") && once.contains('5'), "ENOMEM and EIO: {once}");
+    assert_eq!(once, refusals("seed=7 sq-full%4 post-send=EIO%9"));
+    assert_ne!(once, refusals("seed=8 sq-full%4 post-send=EIO%9"));
+}
+
+#[test]
 fn a_connection_is_lost_amid_the_transfer() {
     planned("a_connection_is_lost_amid_the_transfer", "lose-transfer@3", || {
         let p = Pair::default();

@@ -8,6 +8,13 @@ use std::mem::zeroed;
 use std::ptr::null_mut;
 use std::time::{Duration, Instant};
 
+/// The attributes that each transition requires.
+const STEPS: [(u32, i32); 3] = [
+    (ibv_qp_state::IBV_QPS_INIT, 0x1 | 0x8 | 0x10 | 0x20),
+    (ibv_qp_state::IBV_QPS_RTR, 0x1 | 0x80 | 0x100 | 0x1000 | 0x8000 | 0x2_0000 | 0x10_0000),
+    (ibv_qp_state::IBV_QPS_RTS, 0x1 | 0x200 | 0x400 | 0x800 | 0x2000 | 0x1_0000),
+];
+
 struct End {
     context: *mut ibv_context,
     pd: *mut ibv_pd,
@@ -53,15 +60,7 @@ impl End {
     }
 
     fn connect(&self, to: u32) -> i32 {
-        // The attributes that each transition requires.
-        for (state, mask) in [
-            (ibv_qp_state::IBV_QPS_INIT, 0x1 | 0x8 | 0x10 | 0x20),
-            (
-                ibv_qp_state::IBV_QPS_RTR,
-                0x1 | 0x80 | 0x100 | 0x1000 | 0x8000 | 0x2_0000 | 0x10_0000,
-            ),
-            (ibv_qp_state::IBV_QPS_RTS, 0x1 | 0x200 | 0x400 | 0x800 | 0x2000 | 0x1_0000),
-        ] {
+        for (state, mask) in STEPS {
             let code = self.modify(state, mask, to);
             if code != 0 {
                 return code;
@@ -153,4 +152,16 @@ fn the_end_of_one_exhausts_the_other_s_retries() {
 fn a_queue_pair_does_not_meet_itself() {
     let a = End::new();
     assert_eq!(a.connect(a.number()), libc::EOPNOTSUPP);
+}
+
+#[test]
+fn a_transition_needs_each_of_its_attributes() {
+    let (a, b) = (End::new(), End::new());
+    for (state, mask) in STEPS {
+        // Each of them but the state itself, which says where to go.
+        for bit in (1..32).map(|n| 1i32.wrapping_shl(n)).filter(|bit| mask & bit != 0) {
+            assert_eq!(a.modify(state, mask & !bit, b.number()), libc::EINVAL, "{state} {bit:#x}");
+        }
+        assert_eq!(a.modify(state, mask, b.number()), 0);
+    }
 }

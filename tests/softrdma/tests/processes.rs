@@ -125,10 +125,76 @@ fn data_goes_between_processes() {
     }
 }
 
+/// The names in the sockets' abstract namespace that belong to a listener's port.
+fn socket_names(port: u16) -> usize {
+    let all = std::fs::read_to_string("/proc/net/unix").expect("procfs");
+    all.matches(&format!("@softrdma/{port}/")).count()
+}
+
+/// What a process has open, by the names of its descriptors after the first three.
+fn open_files(process: u32) -> Vec<String> {
+    let of = |n: u32| std::fs::read_link(format!("/proc/{process}/fd/{n}")).ok();
+    (3..1024).filter_map(of).map(|path| path.to_string_lossy().into_owned()).collect()
+}
+
+/// Memory that a process shares with others, by its name.
+fn shared_memory(process: u32) -> Vec<String> {
+    let maps = std::fs::read_to_string(format!("/proc/{process}/maps")).expect("procfs");
+    let shared =
+        maps.lines().filter(|line| line.split(' ').nth(1).is_some_and(|m| m.contains('s')));
+    shared.map(|line| line.split_whitespace().nth(5).unwrap_or("").to_owned()).collect()
+}
+
+/// The child of a process.
+fn child_of(process: u32) -> u32 {
+    let end = Instant::now() + WAIT;
+    while Instant::now() < end {
+        let all = std::fs::read_dir(format!("/proc/{process}/task")).expect("procfs");
+        for thread in all.flatten() {
+            let children = std::fs::read_to_string(thread.path().join("children"));
+            if let Some(child) = children.unwrap_or_default().split_whitespace().next() {
+                return child.parse().expect("a process id");
+            }
+        }
+    }
+    panic!("process {process} has no child");
+}
+
+/// A process with a connection has nothing that has a name in a file system or that
+/// System V keeps, so whatever ends it, nothing stays.
+#[test]
+fn a_killed_process_leaves_nothing_behind() {
+    let (mut other, port) = Other::start("echo");
+    let (cm, mut side) = connected(port);
+    round_trip(&mut side, b"before");
+    let process = other.0.id();
+    let files = open_files(process);
+    assert!(files.iter().any(|name| name.starts_with("socket:")), "{files:?}");
+    let named = |name: &&String| name.starts_with('/') && *name != "/dev/null";
+    assert_eq!(files.iter().find(named), None);
+    let shared = shared_memory(process);
+    assert!(
+        !shared.is_empty() && shared.iter().all(|name| name.starts_with("/memfd:")),
+        "{shared:?}"
+    );
+    assert_ne!(socket_names(port), 0);
+    other.kill();
+    cm.expect(RDMA_CM_EVENT_DISCONNECTED);
+    assert_eq!(socket_names(port), 0);
+}
+
 fn dies(part: &str) {
     let (mut other, port) = Other::start(part);
     let (cm, mut side) = connected(port);
     round_trip(&mut side, b"before");
+    if part == "echo and fork" {
+        // The child keeps no end of a connection and no listener, once it has begun to run.
+        let child = child_of(other.0.id());
+        let end = Instant::now() + WAIT;
+        while open_files(child).iter().any(|name| name.starts_with("socket:")) {
+            assert!(Instant::now() < end, "{:?}", open_files(child));
+        }
+    }
     other.kill();
     let start = Instant::now();
     cm.expect(RDMA_CM_EVENT_DISCONNECTED);

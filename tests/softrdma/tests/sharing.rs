@@ -16,6 +16,9 @@ struct Shared {
     srq: *mut ibv_srq,
 }
 
+// SAFETY: the verbs may be called from any thread.
+unsafe impl Sync for Shared {}
+
 impl Shared {
     fn new(max_wr: u32) -> Shared {
         // SAFETY: live objects of ours.
@@ -78,6 +81,58 @@ fn two_queue_pairs_take_from_one_queue_and_the_limit_is_told() {
     assert_eq!(b.server.done(1).len, 22);
     assert_eq!(a.server.bytes(64, 22), b"through the shared one");
     async_event(&a.server, shared.srq, IBV_EVENT_SRQ_LIMIT_REACHED);
+    drop((a, b));
+}
+
+#[test]
+fn a_shared_queue_can_be_made_longer_and_not_shorter_than_what_it_holds() {
+    let shared = Shared::new(2);
+    let resize = |max_wr| {
+        let mut attr = ibv_srq_attr { max_wr, max_sge: 0, srq_limit: 0 };
+        let mask = ibv_srq_attr_mask::IBV_SRQ_MAX_WR.0 as i32;
+        // SAFETY: a live queue.
+        unsafe { ibv_modify_srq(shared.srq, &raw mut attr, mask) }
+    };
+    let nothing = ibv_sge { addr: 0, length: 0, lkey: 0 };
+    assert_eq!((shared.post(1, nothing), shared.post(2, nothing)), (0, 0));
+    assert_eq!(shared.post(3, nothing), libc::ENOMEM);
+    assert_eq!(resize(3), 0);
+    assert_eq!((shared.post(3, nothing), shared.post(4, nothing)), (0, libc::ENOMEM));
+    assert_eq!((resize(2), resize(0)), (libc::EINVAL, libc::EINVAL));
+}
+
+/// The receives of a shared queue are posted by threads while two connections use them up.
+#[test]
+fn threads_may_post_to_a_shared_queue_at_once() {
+    let shared = Shared::new(4096);
+    let o = Options { pd: shared.pd, srq: shared.srq, cqe: 4096, ..Options::default() };
+    let (a, b) = (Pair::new(Options::default(), o.clone()), Pair::new(Options::default(), o));
+    const EACH: u64 = 500;
+    for pair in [&a, &b] {
+        pair.server.rnr_timer(1);
+    }
+    let queue = &shared;
+    let sge = a.server.sge(0, 8);
+    std::thread::scope(|s| {
+        for t in 0..4 {
+            s.spawn(move || (0..EACH).for_each(|i| assert_eq!(queue.post(t * EACH + i, sge), 0)));
+        }
+        for client in [&a.client, &b.client] {
+            s.spawn(move || {
+                for i in 0..2 * EACH {
+                    client.post(Wr::send(i, &[]));
+                    client.done(i);
+                }
+            });
+        }
+    });
+    let mut ids: Vec<u64> = [&a, &b]
+        .iter()
+        .flat_map(|pair| std::iter::from_fn(|| pair.server.try_poll()))
+        .map(|wc| wc.wr_id)
+        .collect();
+    ids.sort_unstable();
+    assert_eq!(ids, (0..4 * EACH).collect::<Vec<_>>());
     drop((a, b));
 }
 

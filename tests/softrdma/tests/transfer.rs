@@ -4,7 +4,10 @@
 mod common;
 
 use common::*;
-use rdma_sys::{ibv_wc_opcode, ibv_wr_opcode};
+use rdma_sys::*;
+use std::mem::zeroed;
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 #[test]
@@ -158,6 +161,77 @@ fn order_holds_within_a_queue_pair() {
 }
 
 #[test]
+fn a_queue_pair_that_signals_all_needs_no_flag() {
+    let o = Options { sig_all: true, ..Options::default() };
+    let p = Pair::new(o, Options::default());
+    for i in 0..5 {
+        p.client.post(Wr::write(i, &[], 0, 0).flags(0));
+    }
+    for i in 0..5 {
+        p.client.done(i);
+    }
+}
+
+#[test]
+fn write_with_immediate_brings_both() {
+    let mut p = Pair::default();
+    p.client.fill(0, b"data and word");
+    p.server.recv(1, &[]);
+    let wr = Wr::write_imm(2, &[p.client.sge(0, 13)], p.server.addr(40), p.server.rkey(), 0xabcd);
+    p.client.post(wr);
+    let wc = p.server.done(1);
+    assert_eq!(
+        (wc.opcode, wc.len, wc.imm),
+        (ibv_wc_opcode::IBV_WC_RECV_RDMA_WITH_IMM, 13, Some(0xabcd))
+    );
+    assert_eq!(p.server.bytes(40, 13), b"data and word");
+    p.client.done(2);
+}
+
+/// A queue's memory must outlive an event that names it.
+#[test]
+fn destroying_a_completion_queue_waits_for_the_acknowledgement() {
+    let p = Pair::default();
+    // SAFETY: a queue of our own, destroyed once; its event is acknowledged by the other thread.
+    unsafe {
+        let context = (*p.client.id).verbs;
+        let channel = ibv_create_comp_channel(context);
+        let cq = ibv_create_cq(context, 4, null_mut(), channel, 0);
+        let mut init: ibv_qp_init_attr = zeroed();
+        (init.send_cq, init.recv_cq) = (cq, cq);
+        init.qp_type = ibv_qp_type::IBV_QPT_RC;
+        init.cap.max_recv_wr = 1;
+        let qp = ibv_create_qp(p.client.pd, &raw mut init);
+        assert_eq!(ibv_req_notify_cq(cq, 0), 0);
+        // In the error state a receive completes at once.
+        let mut attr: ibv_qp_attr = zeroed();
+        attr.port_num = 1;
+        for (state, mask) in [
+            (ibv_qp_state::IBV_QPS_INIT, 0x1 | 0x8 | 0x10 | 0x20),
+            (ibv_qp_state::IBV_QPS_ERR, 0x1),
+        ] {
+            attr.qp_state = state;
+            assert_eq!(ibv_modify_qp(qp, &raw mut attr, mask), 0);
+        }
+        let mut wr: ibv_recv_wr = zeroed();
+        assert_eq!(ibv_post_recv(qp, &raw mut wr, &mut null_mut()), 0);
+        let (mut about, mut user) = (null_mut(), null_mut());
+        assert_eq!(ibv_get_cq_event(channel, &raw mut about, &raw mut user), 0);
+        assert_eq!((about, ibv_destroy_qp(qp)), (cq, 0));
+        let named = about as usize;
+        let start = Instant::now();
+        let ack = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            ibv_ack_cq_events(named as *mut ibv_cq, 1);
+        });
+        assert_eq!(ibv_destroy_cq(cq), 0);
+        assert!(start.elapsed() >= Duration::from_millis(100));
+        ack.join().expect("acknowledged");
+        assert_eq!(ibv_destroy_comp_channel(channel), 0);
+    }
+}
+
+#[test]
 fn zero_byte_write_names_no_memory_and_is_acknowledged() {
     let p = Pair::default();
     p.client.post(Wr::write(7, &[], 12_345, 99));
@@ -303,6 +377,52 @@ fn threads_may_post_to_one_queue_pair_at_once() {
         assert_eq!(imm % each, next[(imm / each) as usize]);
         next[(imm / each) as usize] += 1;
     }
+}
+
+/// Threads post receives and poll one queue at once: nothing is lost, nothing comes twice.
+#[test]
+fn threads_may_post_receives_and_poll_at_once() {
+    let o = Options { send_wr: 256, recv_wr: 256, cqe: 1024, ..Options::default() };
+    let p = Pair::new(o.clone(), o);
+    p.server.rnr_timer(1);
+    let (client, server) = (&p.client, &p.server);
+    let (threads, each) = (3u64, 1_000u64);
+    let seen = std::sync::Mutex::new(vec![0u8; (threads * each) as usize]);
+    let got = AtomicU64::new(0);
+    std::thread::scope(|s| {
+        for t in 0..threads {
+            let (seen, got) = (&seen, &got);
+            s.spawn(move || {
+                let end = Instant::now() + 3 * WAIT;
+                let mut posted = 0;
+                while got.load(Ordering::Relaxed) < threads * each {
+                    if posted < each && server.recv(t * each + posted, &[]) == 0 {
+                        posted += 1;
+                    }
+                    match server.try_poll() {
+                        Some(wc) => {
+                            assert_eq!(wc.status, 0);
+                            seen.lock().expect("no thread failed")[wc.wr_id as usize] += 1;
+                            got.fetch_add(1, Ordering::Relaxed);
+                        }
+                        None => std::thread::yield_now(),
+                    }
+                    assert!(Instant::now() < end, "{} received", got.load(Ordering::Relaxed));
+                }
+            });
+        }
+        let (mut sent, mut done) = (0, 0);
+        while done < threads * each {
+            if sent < threads * each && client.post(Wr::send(sent, &[])) == 0 {
+                sent += 1;
+            }
+            while let Some(wc) = client.try_poll() {
+                assert_eq!((wc.wr_id, wc.status), (done, 0));
+                done += 1;
+            }
+        }
+    });
+    assert!(seen.lock().expect("no thread failed").iter().all(|times| *times == 1));
 }
 
 #[test]

@@ -770,6 +770,8 @@ pub mod mask {
 /// no such transition.
 fn required(from: ibv_qp_state::Type, to: ibv_qp_state::Type) -> Option<u32> {
     Some(match (from, to) {
+        // Only what was initialised can fail.
+        (RESET, ERR) => return None,
         (_, RESET | ERR) => 0,
         (RESET, INIT) => mask::PKEY_INDEX | mask::PORT | mask::ACCESS_FLAGS,
         (INIT, INIT) | (RTR, RTR) | (RTS, RTS) | (SQD, SQD) => 0,
