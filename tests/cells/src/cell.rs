@@ -56,6 +56,7 @@ pub struct Cell<'a> {
     server: Option<Server>,
     servers_started: u32,
     claimed: Traffic,
+    nudges: u64,
     figures: Vec<(String, String)>,
 }
 
@@ -107,6 +108,7 @@ impl<'a> Cell<'a> {
             server: None,
             servers_started: 0,
             claimed: Traffic::default(),
+            nudges: 0,
             figures: Vec::new(),
         })
     }
@@ -238,6 +240,11 @@ impl<'a> Cell<'a> {
         self.claimed.sent += sent as u64;
     }
 
+    /// So many connections have to be nudged by the watchdog in this cell: in all others, none.
+    pub fn expect_nudges(&mut self, count: u64) {
+        self.nudges = count;
+    }
+
     /// Notes a figure for the report.
     pub fn figure(&mut self, name: &str, value: impl ToString) {
         self.figures.push((name.to_owned(), value.to_string()));
@@ -360,6 +367,12 @@ impl<'a> Cell<'a> {
             self.claimed
         );
         ensure!(info.number("rdma_resumptions_io")? == 0, "an I/O thread resumed a connection");
+        let nudges = info.number("rdma_watchdog_nudges")?;
+        ensure!(
+            nudges == self.nudges,
+            "the watchdog had to nudge {nudges} connections, where {} were to be",
+            self.nudges
+        );
         let by_io = info.sum(&["rdma_reads_io", "rdma_writes_io"])?;
         match self.has_io_threads() {
             // A case without traffic has nothing for them to do.

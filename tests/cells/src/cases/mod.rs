@@ -9,6 +9,7 @@ mod config;
 mod deadlock;
 mod hostile;
 mod lifecycle;
+mod operators;
 mod outgoing;
 mod refusals;
 mod sizes;
@@ -26,6 +27,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         hostile::CASES,
         churn::CASES,
         lifecycle::CASES,
+        operators::CASES,
         outgoing::CASES,
         config::CASES,
         refusals::CASES,
