@@ -77,6 +77,7 @@ inside() {
     ip link set eth0 up
 
     page "install the package and valkey-server" 'apt-get install'
+    check "without a device nothing changes" systemctl restart valkey-server
     page "make a device" 'rdma link add'
     page "switch RDMA on, restart the service" 'loadmodule'
     page "serve clients, read INFO rdma" 'valkey-benchmark'
@@ -132,7 +133,7 @@ commands() {
 
 # Twenty clients at a time: more than fit into the memory that a service may lock
 # by default.
-serves() { timeout 60 valkey-benchmark --rdma -h 192.0.2.10 -p "${1:-6379}" -c 20 -n 100 -t set -q; }
+serves() { timeout "${patience:-60}" valkey-benchmark --rdma -h 192.0.2.10 -p "${1:-6379}" -c 20 -n 100 -t set -q; }
 
 shows_itself() {
     local version
@@ -157,7 +158,7 @@ starts_and_serves() {
 
 # needs LINE — passes when the service does not serve without that line.
 needs() {
-    local status=0
+    local status=0 patience=20
     mkdir -p "/etc/systemd/system/${dropin%/*}" "${slow%/*}"
     grep -vxF "$1" "/usr/lib/systemd/system/$dropin" >"/etc/systemd/system/$dropin"
     # An order shows when it takes long.

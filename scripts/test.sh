@@ -55,6 +55,9 @@ main() {
     fi
     run_cells soft "$log/soft" "$@"
     run_cells vm "$log/vm" "$@"
+    if ((!$#)); then
+        package "$level" "$log/package"
+    fi
     if [[ $level == full ]]; then
         "${cells[@]}" --report docs/test-report.md
         say "docs/test-report.md is written"
@@ -63,6 +66,20 @@ main() {
     say "Done in $((SECONDS - start)) s"
     printf '%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
     ((!failed && passed))
+}
+
+# The package and its documentation, in use on Debian 13; in full on all releases, with
+# the builds on each of them.
+package() {
+    local level=$1 log=$2 releases=(13)
+    [[ $level == quick ]] || releases=(12 13 forky --each-line)
+    say "The package, installed, in use, and removed"
+    "$repo/scripts/service.sh" "${releases[@]}" </dev/null >"$log" || true
+    add_sum "$log" 1
+    [[ $level == full ]] || return 0
+    say "Builds on other releases"
+    "$repo/scripts/build-on.sh" </dev/null >"$log" || true
+    add_sum "$log" 3
 }
 
 # build_variant FEATURE FOLDER — the module with a fault that a test needs. In the same
