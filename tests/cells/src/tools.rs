@@ -199,9 +199,14 @@ impl Pinger {
     }
 
     /// Stops, and fails if a ping went unanswered.
-    pub fn stop(self, cell: &mut Cell) -> Result<Pings> {
+    pub fn end(self) -> Result<Pings> {
         let _ = self.stop.send(());
-        let pings = self.thread.join().expect("the pinger does not panic")?;
+        self.thread.join().expect("the pinger does not panic")
+    }
+
+    /// The same, with a figure for the report.
+    pub fn stop(self, cell: &mut Cell) -> Result<Pings> {
+        let pings = self.end()?;
         cell.figure("TCP pings", format!("{}, worst {} ms", pings.count, pings.worst.as_millis()));
         Ok(pings)
     }

@@ -28,6 +28,9 @@ const DEPTH: u32 = 1024;
 const CONTROL_RESERVE: u32 = 16;
 /// Room for a control message, and for one that is longer than the protocol allows.
 const SLOT: usize = 64;
+/// How long a wait relies on a notification before it looks for itself: a fabric on which
+/// faults are planned may lose one.
+const LOOK_AGAIN_MS: i32 = 500;
 /// Marks the `wr_id` of a send; a receive carries the number of its slot.
 const SENT: u64 = 1 << 32;
 
@@ -356,8 +359,11 @@ impl Connection {
             return self.complete(&completion);
         }
         let left = milliseconds_left(deadline);
-        if left == 0 || !wait_readable([self.queue.fd(), self.id.fd()], left)? {
+        if left == 0 {
             return Err(Error::TimedOut(doing));
+        }
+        if !wait_readable([self.queue.fd(), self.id.fd()], left.min(LOOK_AGAIN_MS))? {
+            return Ok(());
         }
         self.queue.acknowledge();
         while let Some(event) = self.id.event()? {

@@ -559,7 +559,7 @@ fn witnessed(cell: &mut Cell, body: impl FnOnce(&mut Cell) -> Result<()>) -> Res
 
 /// What the server holds, and what it has counted.
 #[derive(Clone)]
-struct Holdings {
+pub(super) struct Holdings {
     registered: u64,
     descriptors: usize,
     connections: [u64; 3],
@@ -587,12 +587,12 @@ impl Holdings {
     }
 
     /// The same of a server that is left alone, to come back to.
-    fn at_rest(cell: &Cell) -> Result<Self> {
+    pub(super) fn at_rest(cell: &Cell) -> Result<Self> {
         Ok(Self { descriptors: cell.server().descriptors()?, ..Self::of(cell)? })
     }
 
     /// Waits until the server holds no more than this again.
-    fn wait_back(&self, cell: &Cell) -> Result<Self> {
+    pub(super) fn wait_back(&self, cell: &Cell) -> Result<Self> {
         let deadline = Instant::now() + cell.lab.patience();
         loop {
             let now = Self::of(cell)?;

@@ -11,8 +11,10 @@ mod hostile;
 mod lifecycle;
 mod operators;
 mod outgoing;
+mod panics;
 mod refusals;
 mod sizes;
+mod soak;
 mod stalled;
 mod stock_clients;
 
@@ -25,10 +27,12 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         deadlock::CASES,
         stalled::CASES,
         hostile::CASES,
+        soak::CASES,
         churn::CASES,
         lifecycle::CASES,
         operators::CASES,
         outgoing::CASES,
+        panics::CASES,
         config::CASES,
         refusals::CASES,
     ]
