@@ -7,7 +7,7 @@ use crate::host::line::{Line, Version};
 use crate::host::main_cell::declare_main_thread;
 use crate::host::symbols::{Symbols, server_has_own_rdma};
 use crate::host::{api, fingerprint};
-use crate::transport::guard::guard;
+use crate::transport::guard::{guard, log_panics};
 use crate::transport::{Transport, listener, rebind, table};
 use crate::verbs::{library, memory};
 use redis_module::raw;
@@ -42,6 +42,7 @@ pub unsafe extern "C" fn ValkeyModule_OnLoad(
     argc: c_int,
 ) -> c_int {
     guard("loading", ERR, || {
+        log_panics();
         declare_main_thread();
         let version = version_number();
         // SAFETY: the server's own context; the name is a C string.

@@ -82,12 +82,9 @@ unsafe extern "C" fn on_fast(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
         |key: &Key| poller.find(*key).is_some_and(|it| it.own().session.is_transient());
     guard("fast clock", (), || {
         let attended = CLOCKS.open().attended.clone();
-        for endpoint in attended.iter().filter_map(|key| poller.find(*key)) {
-            guard_endpoint("one endpoint's fast clock", &endpoint, || {
-                if endpoint.own().session.is_transient() {
-                    step(&endpoint);
-                }
-            });
+        for endpoint in attended.into_iter().filter(is_transient).filter_map(|key| poller.find(key))
+        {
+            guard_endpoint("one endpoint's fast clock", &endpoint, || step(&endpoint));
         }
     });
     // Whatever became of that, the clock goes on.

@@ -10,6 +10,15 @@ use std::sync::Arc;
 #[cfg(panic = "abort")]
 compile_error!("a panic has to end one connection, not the server: build with panic = \"unwind\"");
 
+/// Has panics say in the server's log where they happened. The standard library's own
+/// way may print a stack, for which it frees what libc has allocated: that ends a
+/// server which brings another allocator along.
+pub fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        log::error!("{}", panic.to_string().replace('\n', " "));
+    }));
+}
+
 /// Runs `work`; a panic in it is logged and answered by `otherwise`.
 pub fn guard<T>(what: &str, otherwise: T, work: impl FnOnce() -> T) -> T {
     let work = || {

@@ -141,6 +141,9 @@ fn view(rdma: &ConnectionType, connection: *mut Connection) -> RedisValue {
 
 pub fn new(_ctx: &Context, _arguments: Vec<RedisString>) -> RedisResult {
     let connection = rdma()?.create();
+    if connection.is_null() {
+        return Err(RedisError::Str("ERR conn_create failed"));
+    }
     Ok(RedisValue::Integer(with(|open| {
         open.last += 1;
         open.by_number.insert(open.last, connection);

@@ -14,7 +14,7 @@ use client::{Client, Value, pattern, tcp};
 use super::stalled::settle;
 use crate::cell::{Case, Cell, no_crash};
 use crate::info::Info;
-use crate::lab::sha256;
+use crate::lab::{Lab, sha256};
 use crate::process::tail;
 use crate::server::{Server, Settings, free_port};
 
@@ -36,18 +36,30 @@ const SHORT: u64 = 500;
 /// An address that is nobody's.
 const NOWHERE: &str = "192.0.2.77";
 
-/// Runs a case with a second server whose driver module opens the connections, and looks at
-/// what is left of it.
+/// Runs a case with a second server whose driver module opens the connections.
 fn on_driver(
     cell: &mut Cell,
     arguments: &[&str],
     case: fn(&mut Cell, &mut Driver) -> Result<()>,
 ) -> Result<()> {
+    let prepare = |_: &Lab, settings: &mut Settings| {
+        settings.arguments.extend(arguments.iter().map(|&text| text.to_owned()));
+        Ok(())
+    };
+    on_driver_with(cell, prepare, case)
+}
+
+/// The same with a second server that `prepare` changes, and looks at what is left of it.
+pub(super) fn on_driver_with(
+    cell: &mut Cell,
+    prepare: impl FnOnce(&Lab, &mut Settings) -> Result<()>,
+    case: impl FnOnce(&mut Cell, &mut Driver) -> Result<()>,
+) -> Result<()> {
     let mut settings = Settings::new(cell.lab, &cell.id.server, cell.id.io_threads)?;
     // No I/O thread has to do with a connection that is not a client's.
     settings.io_threads_as_they_are();
     settings.directive(&format!("loadmodule {}", module()?.display()));
-    settings.arguments.extend(arguments.iter().map(|&text| text.to_owned()));
+    prepare(cell.lab, &mut settings)?;
     let folder = cell.folder().join("driver");
     let server = Server::start(cell.lab, &cell.id.server, &folder, &settings)?;
     let mut driver = Driver { client: server.tcp(cell.lab.patience())?, server };
@@ -67,14 +79,14 @@ fn module() -> Result<PathBuf> {
 }
 
 /// The server that opens connections.
-struct Driver {
+pub(super) struct Driver {
     server: Server,
     client: Client<tcp::Connection>,
 }
 
 /// What the driver sees of a connection.
 #[derive(Clone, Debug, PartialEq)]
-struct View {
+pub(super) struct View {
     state: String,
     error: String,
     local: String,
@@ -89,6 +101,11 @@ impl View {
             .try_into()
             .map_err(|_| anyhow::anyhow!("not the view of a connection: {reply}"))?;
         Ok(Self { state, error, local, remote, is_local })
+    }
+
+    /// Whether the connection is over for this reason.
+    pub(super) fn is_ended_by(&self, error: &str) -> bool {
+        matches!(self.state.as_str(), "ERROR" | "CLOSED") && self.error == error
     }
 
     fn check(&self, state: &str, error: &str) -> Result<()> {
@@ -110,11 +127,12 @@ impl Driver {
             sha256(&executable)? == cell.lab.stock(&cell.id.server)?.sha256,
             "the driver's server is not the stock executable"
         );
-        let name = cell.lab.module.file_name().context("a module without a name")?;
+        let module = self.server.settings().module.as_ref().context("a server without a module")?;
+        let name = module.file_name().context("a module without a name")?;
         let mapped = self.server.mapped(&name.to_string_lossy())?;
         ensure!(!mapped.is_empty(), "the module is not mapped into the driver's server");
         for file in mapped {
-            ensure!(sha256(&file)? == cell.lab.module_sha256, "another module is mapped");
+            ensure!(sha256(&file)? == sha256(module)?, "another module is mapped");
         }
         Ok(())
     }
@@ -148,7 +166,7 @@ impl Driver {
         Ok((cycles()? - first) as f64 / elapsed)
     }
 
-    fn words(&mut self, line: &str) -> Result<Value> {
+    pub(super) fn words(&mut self, line: &str) -> Result<Value> {
         Ok(self.client.words(line)?)
     }
 
@@ -161,16 +179,16 @@ impl Driver {
     }
 
     /// A new connection: its number.
-    fn create(&mut self) -> Result<String> {
+    pub(super) fn create(&mut self) -> Result<String> {
         Ok(self.command(&[b"DRIVER.NEW"])?.text())
     }
 
-    fn view(&mut self, number: &str) -> Result<View> {
+    pub(super) fn view(&mut self, number: &str) -> Result<View> {
         View::of(&self.words(&format!("DRIVER.STATE {number}"))?)
     }
 
     /// A connection that is connected to `target`.
-    fn connected(&mut self, target: SocketAddr) -> Result<String> {
+    pub(super) fn connected(&mut self, target: SocketAddr) -> Result<String> {
         let number = self.create()?;
         let (host, port) = (target.ip(), target.port());
         let line = format!("DRIVER.BLOCKINGCONNECT {number} {host} {port} {LONG}");
@@ -214,7 +232,7 @@ impl Driver {
         Ok(took)
     }
 
-    fn close(&mut self, number: &str) -> Result<()> {
+    pub(super) fn close(&mut self, number: &str) -> Result<()> {
         self.command(&[b"DRIVER.CLOSE", number.as_bytes()]).map(drop)
     }
 
@@ -239,13 +257,13 @@ impl Driver {
     }
 
     /// PING and its reply, by the slots that block.
-    fn ping(&mut self, number: &str) -> Result<()> {
+    pub(super) fn ping(&mut self, number: &str) -> Result<()> {
         self.sync_write(number, b"PING\r\n")?;
         self.expect_line(number, "+PONG")
     }
 
     /// Waits until none of this server's RDMA connections is left.
-    fn settle(&self, cell: &Cell) -> Result<Info> {
+    pub(super) fn settle(&self, cell: &Cell) -> Result<Info> {
         let deadline = Instant::now() + cell.lab.patience();
         loop {
             let info = self.info(cell)?;

@@ -1,0 +1,388 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! That a panic in the module never crosses into the server, and ends one connection at
+//! most. The module is the one that scripts/test.sh builds with the feature `test-panics`: a
+//! file in a folder makes the next call of the function of that name panic.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use client::rdma::Connection;
+use client::{Client, pattern, tcp};
+
+use super::basics::expect;
+use super::outgoing::{Driver, on_driver_with};
+use crate::cell::{Case, Cell};
+use crate::lab::Lab;
+use crate::server::{Settings, free_port};
+
+pub const CASES: &[Case] =
+    &[Case::new("panics", panics).unstarted(), Case::new("panics-outgoing", panics_outgoing)];
+
+/// Clients over RDMA that have nothing to do with it.
+const OTHERS: usize = 3;
+
+/// What brings the panic about, and whom it ends.
+enum Act {
+    /// A client comes, and is not served.
+    Comes,
+    /// A client that is connected sends this, and is not answered.
+    Sends(&'static str),
+    /// A client leaves, and nothing of it stays.
+    Leaves,
+    /// A client says so and leaves, after which it lingers no longer.
+    Quits,
+    /// A client comes and goes, and is served.
+    Visits,
+    /// The server does by itself what it does all the time.
+    Nothing,
+    /// The operator changes the port, which works.
+    Moves,
+    /// The operator changes the port, which does not work.
+    Stays,
+}
+
+use Act::{Comes, Leaves, Moves, Nothing, Quits, Sends, Stays, Visits};
+
+/// Every function that is guarded, by its name in the guard, except those of [`OUTGOING`].
+const FUNCTIONS: &[(&str, Act)] = &[
+    ("accept_handler", Visits),
+    ("set_read_handler", Comes),
+    ("accept", Comes),
+    ("is_local", Comes),
+    ("addr", Sends("CLIENT INFO")),
+    ("read", Sends("PING")),
+    ("update_state", Sends("PING")),
+    ("write", Sends("PING")),
+    ("writev", Sends("GET big")),
+    ("set_write_handler", Sends("GET big")),
+    ("close", Leaves),
+    ("has_pending_data", Nothing),
+    ("process_pending_data", Nothing),
+    ("listen", Stays),
+    ("closeListener", Moves),
+    // Beside the table: what the event loop and the timers call.
+    ("wake-up", Visits),
+    ("connection event", Visits),
+    ("completion", Visits),
+    ("one completion", Sends("PING")),
+    ("one endpoint", Sends("PING")),
+    ("fast clock", Visits),
+    ("one endpoint's fast clock", Quits),
+    ("slow clock", Nothing),
+    ("INFO", Nothing),
+];
+
+/// The functions for connections that the server opens itself.
+const OUTGOING: &[&str] = &[
+    "conn_create",
+    "connect",
+    "blocking_connect",
+    "sync_write",
+    "sync_read",
+    "sync_readline",
+    "shutdown",
+];
+
+/// Asks for panics in a server's module.
+struct Panics(PathBuf);
+
+impl Panics {
+    fn new(cell: &Cell) -> Result<Self> {
+        let folder = cell.folder().join("panics");
+        std::fs::create_dir_all(&folder)?;
+        Ok(Self(folder))
+    }
+
+    /// Has `settings` start a server that panics when asked.
+    fn prepare(&self, lab: &Lab, settings: &mut Settings) -> Result<()> {
+        settings.module = Some(lab.variant("with-panics")?);
+        let variable = "VALKEY_RDMA_TEST_PANICS".to_owned();
+        settings.environment.push((variable, self.0.display().to_string()));
+        Ok(())
+    }
+
+    /// The next call of `function` panics.
+    fn ask(&self, function: &str) -> Result<()> {
+        Ok(std::fs::write(self.0.join(function), b"")?)
+    }
+
+    /// Waits until it has.
+    fn wait(&self, function: &str, patience: Duration) -> Result<()> {
+        let deadline = Instant::now() + patience;
+        while self.0.join(function).exists() {
+            ensure!(Instant::now() < deadline, "{function} was not called");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+}
+
+/// What a server holds for the clients that stay.
+#[derive(Debug, PartialEq)]
+struct Holdings {
+    connections: u64,
+    transient: u64,
+    registered: u64,
+}
+
+impl Holdings {
+    fn of(cell: &Cell) -> Result<Self> {
+        let info = cell.info()?;
+        Ok(Self {
+            connections: info.number("rdma_connections_established")?,
+            transient: info.sum(&["rdma_connections_handshaking", "rdma_connections_lingering"])?,
+            registered: info.number("rdma_registered_bytes")?,
+        })
+    }
+}
+
+/// Those who must not notice.
+struct Others {
+    rdma: Vec<Client<Connection>>,
+    tcp: Client<tcp::Connection>,
+}
+
+impl Others {
+    fn ping(&mut self) -> Result<()> {
+        for client in &mut self.rdma {
+            expect(client, "PING", "PONG").context("another client over RDMA")?;
+        }
+        expect(&mut self.tcp, "PING", "PONG").context("a client over TCP")
+    }
+}
+
+/// One panic after the other in one server, and after each everybody else is served.
+fn panics(cell: &mut Cell) -> Result<()> {
+    let panics = Panics::new(cell)?;
+    panics.prepare(cell.lab, &mut cell.settings)?;
+    cell.start()?;
+    let rdma = (0..OTHERS).map(|_| cell.rdma()).collect::<Result<_>>()?;
+    let mut others = Others { rdma, tcp: cell.tcp()? };
+    let big = pattern::value(1, 4 << 20);
+    ensure!(others.tcp.command(&[b"SET", b"big", &big])?.text() == "OK", "SET");
+    others.ping()?;
+    let before = Holdings::of(cell)?;
+    let mut asked = 0;
+    for (function, act) in FUNCTIONS {
+        if !is_called(cell, function) {
+            continue;
+        }
+        panic_in(cell, &panics, function, act, &mut others)
+            .and_then(|()| others.ping())
+            .and_then(|()| expect(&mut cell.rdma()?, "PING", "PONG").context("a new client"))
+            .and_then(|()| settled(cell, &before))
+            .with_context(|| format!("a panic in {function}"))?;
+        asked += 1;
+    }
+    cell.figure("functions that panicked", asked);
+    cell.moved(asked * 14, asked * 7);
+    Ok(())
+}
+
+/// Whether this server calls the function at all.
+fn is_called(cell: &Cell, function: &str) -> bool {
+    match function {
+        "update_state" | "wake-up" => cell.has_io_threads(),
+        "closeListener" => cell.id.server != "8.0",
+        _ => true,
+    }
+}
+
+fn panic_in(
+    cell: &mut Cell,
+    panics: &Panics,
+    function: &str,
+    act: &Act,
+    others: &mut Others,
+) -> Result<()> {
+    let patience = cell.lab.patience();
+    let before = said(cell, function)?;
+    match act {
+        Comes => {
+            protect(&mut others.tcp, function == "is_local")?;
+            panics.ask(function)?;
+            let served = cell.rdma().and_then(|mut client| Ok(client.words("PING")?));
+            protect(&mut others.tcp, false)?;
+            match served {
+                Ok(reply) if !reply.is_error() => bail!("the newcomer is served: {reply}"),
+                _ => {}
+            }
+        }
+        Sends(line) => {
+            let mut client = cell.rdma()?;
+            expect(&mut client, "PING", "PONG")?;
+            panics.ask(function)?;
+            if let Ok(reply) = client.words(line) {
+                bail!("the client is answered: {reply}");
+            }
+            client.stream().wait_end(Instant::now() + patience)?;
+        }
+        Leaves => {
+            let mut client = cell.rdma()?;
+            expect(&mut client, "PING", "PONG")?;
+            panics.ask(function)?;
+        }
+        Quits => {
+            let mut client = cell.rdma()?;
+            expect(&mut client, "PING", "PONG")?;
+            panics.ask(function)?;
+            // The answer may come too late.
+            let _ = client.words("QUIT");
+            client.stream().wait_end(Instant::now() + patience)?;
+        }
+        // Twice: whoever panicked has to be called again.
+        Visits => {
+            for _ in 0..2 {
+                panics.ask(function)?;
+                expect(&mut cell.rdma()?, "PING", "PONG")?;
+                panics.wait(function, patience)?;
+            }
+        }
+        Nothing => {
+            for _ in 0..2 {
+                panics.ask(function)?;
+                if function == "INFO" {
+                    others.tcp.words("INFO everything")?;
+                }
+                panics.wait(function, patience)?;
+            }
+        }
+        Moves => {
+            let old = cell.server().rdma_address().port();
+            panics.ask(function)?;
+            move_to(cell, &mut others.tcp, free_port()?)?;
+            panics.wait(function, patience)?;
+            move_to(cell, &mut others.tcp, old)?;
+        }
+        Stays => {
+            // A directive is what the server goes back to; 8.0 has but one port.
+            move_to(cell, &mut others.tcp, cell.server().rdma_address().port())?;
+            panics.ask(function)?;
+            if move_to(cell, &mut others.tcp, free_port()?).is_ok() {
+                bail!("the port is changed by a function that panicked");
+            }
+        }
+    }
+    panics.wait(function, patience)?;
+    let times = match act {
+        Visits | Nothing => 2,
+        _ => 1,
+    };
+    // It says so right after it has.
+    let deadline = Instant::now() + patience;
+    while said(cell, function)? < before + times && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let now = said(cell, function)?;
+    ensure!(now == before + times, "the log names it {} times, and not {times}", now - before);
+    Ok(())
+}
+
+/// How often the log names a panic in the function.
+fn said(cell: &Cell, function: &str) -> Result<usize> {
+    Ok(cell.server().log_lines(&format!("panic in {function}:"))?.len())
+}
+
+/// Lets only local clients in without a password, for which the server asks who is one.
+fn protect(client: &mut Client<tcp::Connection>, on: bool) -> Result<()> {
+    expect(client, &format!("CONFIG SET protected-mode {}", if on { "yes" } else { "no" }), "OK")
+}
+
+fn move_to(cell: &Cell, client: &mut Client<tcp::Connection>, port: u16) -> Result<()> {
+    let name = match cell.id.server.as_str() {
+        "8.0" => "rdma.port",
+        _ => "rdma-port",
+    };
+    expect(client, &format!("CONFIG SET {name} {port}"), "OK")
+}
+
+/// Waits until the server holds what it held before.
+fn settled(cell: &Cell, before: &Holdings) -> Result<()> {
+    let deadline = Instant::now() + cell.lab.patience();
+    loop {
+        let now = Holdings::of(cell)?;
+        if now == *before {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "before: {before:?}, now: {now:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The same with the connections that a server opens.
+fn panics_outgoing(cell: &mut Cell) -> Result<()> {
+    let panics = Panics::new(cell)?;
+    let prepare = |lab: &Lab, settings: &mut Settings| panics.prepare(lab, settings);
+    on_driver_with(cell, prepare, |cell, driver| {
+        let other = driver.connected(cell.server().rdma_address())?;
+        for function in OUTGOING {
+            panics.ask(function)?;
+            outgoing(cell, driver, function)
+                .and_then(|()| panics.wait(function, cell.lab.patience()))
+                .and_then(|()| driver.ping(&other).context("another connection"))
+                .with_context(|| format!("a panic in {function}"))?;
+        }
+        driver.close(&other)?;
+        driver.settle(cell).map(drop)
+    })
+}
+
+/// Has the driver call the function, on a connection of its own.
+fn outgoing(cell: &Cell, driver: &mut Driver, function: &str) -> Result<()> {
+    let target = cell.server().rdma_address();
+    let (host, port) = (target.ip(), target.port());
+    if function == "conn_create" {
+        let reply = driver.words("DRIVER.NEW")?;
+        ensure!(reply.is_error(), "a connection: {reply}");
+        return Ok(());
+    }
+    let number = match function {
+        "connect" | "blocking_connect" => driver.create()?,
+        _ => driver.connected(target)?,
+    };
+    let reply = driver.words(&match function {
+        "connect" => format!("DRIVER.CONNECT {number} {host} {port}"),
+        "blocking_connect" => format!("DRIVER.BLOCKINGCONNECT {number} {host} {port} 10000"),
+        "sync_write" => format!("DRIVER.SYNCWRITE {number} PING 10000"),
+        "sync_read" => format!("DRIVER.SYNCREAD {number} 7 10000"),
+        "sync_readline" => format!("DRIVER.SYNCREADLINE {number} 100 10000"),
+        "shutdown" => format!("DRIVER.SHUTDOWN {number}"),
+        other => bail!("nobody calls {other}"),
+    })?;
+    // It has no answer to give.
+    ensure!(reply.is_error() || function == "shutdown", "{reply}");
+    let view = driver.view(&number)?;
+    ensure!(view.is_ended_by("Input/output error"), "{view:?}");
+    driver.close(&number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Functions that are guarded in vain: no server calls them.
+    const UNCALLED: &[&str] = &["conn_create_accepted"];
+
+    #[test]
+    fn every_guarded_function_of_the_table_is_made_to_panic() {
+        let table = include_str!("../../../../src/transport/table.rs");
+        let mut guarded = 0;
+        for (at, _) in table.match_indices("guard") {
+            let rest = &table[at..];
+            let Some(rest) = rest.strip_prefix("guard(").or(rest.strip_prefix("guard_on(")) else {
+                continue;
+            };
+            let Some(name) = rest.strip_prefix('"').and_then(|rest| rest.split('"').next()) else {
+                continue;
+            };
+            guarded += 1;
+            let known = FUNCTIONS.iter().any(|(function, _)| *function == name)
+                || OUTGOING.contains(&name)
+                || UNCALLED.contains(&name)
+                || name == "ending a connection";
+            assert!(known, "{name} is guarded, and no cell makes it panic");
+        }
+        assert!(guarded > 20, "the table's guards are not found");
+    }
+}
