@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 #
-# scripts/mutants.sh [PATTERN] — weakens each memory ordering of src/window in turn
-# (Acquire, Release and the like become Relaxed), in a copy, and runs the models of
-# src/window/model.rs on it: they must fail. A mutant that survives is an ordering
-# that is not needed, or one that no model needs; either is a failure, unless it
-# stands in the list below with its reason. PATTERN chooses among the mutants by
-# name ("send.rs take 2" is the second ordering in that function).
+# scripts/mutants.sh [--none | PATTERN] — runs the models of src/window/model.rs; then
+# weakens each memory ordering of src/window in turn (Acquire, Release and the like
+# become Relaxed), in a copy, and runs them on it: they must fail. A mutant that
+# survives is an ordering that is not needed, or one that no model needs; either is a
+# failure, unless it stands in the list below with its reason. PATTERN chooses among
+# the mutants by name ("send.rs take 2" is the second ordering in that function);
+# --none leaves them all out. The last line sums up, models and mutants together:
+# N passed, N failed, N skipped.
 #
 # The windows know nothing but the standard library, so the copy is a crate of
 # those files alone, which compiles in seconds.
@@ -21,12 +23,17 @@ declare -A explained=(
 )
 
 main() {
-    local pattern=${1:-} copy killed=0 survived=0 start=$SECONDS file number name
+    local pattern=${1:-} copy count killed=0 survived=0 start=$SECONDS file number name
     copy=$(mktemp -d "${TMPDIR:-/tmp}/valkey-rdma-mutants.XXXXXX")
     # shellcheck disable=SC2064
     trap "rm -rf '$copy'" EXIT
     lay_out "$copy"
-    step "the models as they are" models "$copy"
+    step "the models of src/window, all interleavings" models_to "$copy/log" "$copy"
+    count=$(awk '/^test result:/ { print $4 }' "$copy/log")
+    if [[ $pattern == --none ]]; then
+        sum "$count" 0
+        return
+    fi
     while read -r file number name; do
         [[ $name == *"$pattern"* ]] || continue
         weaken "$repo/src/window/$file" "$number" >"$copy/src/window/$file"
@@ -50,8 +57,11 @@ main() {
         cp "$repo/src/window/$file" "$copy/src/window/$file"
     done < <(mutants)
     say "$killed killed, $survived not as expected, in $((SECONDS - start)) s"
+    sum $((count + killed)) "$survived"
     ((killed && !survived))
 }
+
+sum() { printf '%d passed, %d failed, 0 skipped\n' "$1" "$2"; }
 
 # The models as a crate of their own, with the versions of Cargo.lock.
 lay_out() {
@@ -85,6 +95,7 @@ in_copy() {
 
 compile() { in_copy "$1" --no-run >&2; }
 models() { (in_copy "$1" window); }
+models_to() { models "$2" | tee "$1"; }
 
 # One line for each ordering: file, its number in the file, and a name of file,
 # function and number in the function.

@@ -8,6 +8,7 @@
 #   build         what `cargo build` needs; then eval "$(scripts/setup.sh env)"
 #   servers       stock servers: server-8.0 server-8.1 server-8.1-embedded server-9.1
 #   clients       valkey-cli and valkey-benchmark with --rdma, the upstream C module
+#   fuzz          what scripts/fuzz.sh builds its targets with
 #   guest         an emulator and a kernel with Soft-RoCE
 #   all           all of the above
 #   machines      disks of whole systems: machine-12 machine-13 machine-forky (not in all)
@@ -40,6 +41,11 @@ build_env() {
     printf 'export LIBCLANG_PATH=%q\n' "$cache/libclang/clang/native"
     printf 'export BINDGEN_EXTRA_CLANG_ARGS=%q\n' "-idirafter $(gcc -print-file-name=include)"
 }
+
+# --- fuzz --------------------------------------------------------------------
+
+# libFuzzer comes as C++ source, with the crate.
+part_fuzz() { need_packages g++; }
 
 # --- servers -----------------------------------------------------------------
 
@@ -307,7 +313,7 @@ main() {
     (($#)) || { sed -n '4,17s/^# \{0,1\}//p' "$0" >&2; exit 2; }
     for want; do
         case $want in
-        all) parts+=(build "${servers[@]}" clients guest) ;;
+        all) parts+=(build fuzz "${servers[@]}" clients guest) ;;
         servers) parts+=("${servers[@]}") ;;
         machines) parts+=("${machines[@]}") ;;
         trees) parts+=("${trees[@]}") ;;

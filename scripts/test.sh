@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 #
 # scripts/test.sh [quick|full] [SELECTOR…] — all tests, with all that they need:
-# unit tests, others' programs on the software fabric, then the cells of
-# tests/matrix.toml on that fabric and in a virtual machine with Soft-RoCE.
+# unit tests, models, fuzzing, others' programs on the software fabric, then the
+# cells of tests/matrix.toml on that fabric and in a virtual machine with Soft-RoCE.
 # quick is the default. full runs every cell, picks up where it was interrupted
 # (until the module changes), and writes docs/test-report.md.
 #
@@ -25,7 +25,7 @@ main() {
     local start=$SECONDS
     cd "$repo"
     say "Setting up"
-    "$repo/scripts/setup.sh" servers clients guest
+    "$repo/scripts/setup.sh" fuzz servers clients guest
     build_environment=$("$repo/scripts/setup.sh" env)
     eval "$build_environment"
     target=${CARGO_TARGET_DIR:-$repo/target}
@@ -48,7 +48,9 @@ main() {
 
     if ((!$#)); then
         say "Unit tests"
-        units "$log/units"
+        tests "cargo test" "$log/units" cargo test --locked --workspace
+        say "All interleavings, many seeds, inputs that coverage finds"
+        explorations "$level" "$log"
         say "Programs that nobody here wrote, on the software fabric"
         "$repo/tests/softrdma/programs.sh" "$level" </dev/null | tee "$log/programs" >&2 || true
         add_sum "$log/programs" 1
@@ -94,17 +96,33 @@ build_variant() {
     mv "$into/new" "$into/libvalkey_rdma.so"
 }
 
-# Unit tests, and the tests of the test members themselves.
-units() {
-    local log=$1 start=$SECONDS status=0 p f s
-    printf '  %-58s ' "cargo test" >&2
-    cargo test --locked --workspace >"$log" 2>&1 </dev/null || status=$?
+# tests TEXT LOG COMMAND… — tests that cargo runs, shown as one step.
+tests() {
+    local text=$1 log=$2 start=$SECONDS status=0 p f s
+    shift 2
+    printf '  %-58s ' "$text" >&2
+    "$@" >"$log" 2>&1 </dev/null || status=$?
     read -r p f s < <(awk '/^test result:/ { p += $4; f += $6; s += $8 } END { print p+0, f+0, s+0 }' "$log")
     # What did not compile, or crashed, counts no test as failed.
     ((!status || f)) || f=1
     ((!f)) || tail -n 60 "$log" >&2
     say "$((SECONDS - start)) s: $p passed, $f failed, $s skipped"
     ((passed += p, failed += f, skipped += s)) || true
+}
+
+# The hand-overs under their models, the session under fuzzing; in full also under many
+# more seeds than cargo test takes, and the models on every weakened ordering.
+explorations() {
+    local level=$1 log=$2 seconds=60 mutants=(--none)
+    if [[ $level == full ]]; then
+        seconds=1800 mutants=()
+        tests "the simulation with 100,000 seeds" "$log/simulation" \
+            env SIMULATION_SEEDS=100000 cargo test --locked --release --test simulation
+    fi
+    "$repo/scripts/mutants.sh" "${mutants[@]}" </dev/null >"$log/models" || true
+    add_sum "$log/models" 1
+    "$repo/scripts/fuzz.sh" "$seconds" </dev/null >"$log/fuzz" || true
+    add_sum "$log/fuzz" 2
 }
 
 # run_cells FABRIC LOG SELECTOR… — the chosen cells of a fabric, shown as they end.
