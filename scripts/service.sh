@@ -141,7 +141,7 @@ shows_itself() {
     valkey-cli info rdma | tr -d '\r' >/tmp/info
     cat /tmp/info
     grep -x "rdma_version:$version" /tmp/info
-    grep -x "rdma_devices:rxe0" /tmp/info
+    grep '^rdma_device.*rxe0' /tmp/info
     (($(sed -n 's/^rdma_connections_accepted://p' /tmp/info) >= 20))
     valkey-cli module list | grep -x rdma
 }
