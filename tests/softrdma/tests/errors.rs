@@ -42,6 +42,13 @@ fn an_unknown_key_is_refused() {
     let p = Pair::default();
     let wr = Wr::write(7, &[p.client.sge(0, 8)], p.server.addr(0), p.server.rkey() ^ 1);
     refused(&p, wr, IBV_WC_REM_ACCESS_ERR, Some(IBV_EVENT_QP_ACCESS_ERR));
+    // A write that fails takes no receive, with immediate data either (C10-87).
+    let p = Pair::default();
+    let wr = Wr::write_imm(7, &[p.client.sge(0, 8)], p.server.addr(0), p.server.rkey() ^ 1, 1);
+    refused(&p, wr, IBV_WC_REM_ACCESS_ERR, Some(IBV_EVENT_QP_ACCESS_ERR));
+    let p = Pair::default();
+    let wr = Wr::read(7, &[p.client.sge(0, 8)], p.server.addr(0), p.server.rkey() ^ 1);
+    refused(&p, wr, IBV_WC_REM_ACCESS_ERR, Some(IBV_EVENT_QP_ACCESS_ERR));
 }
 
 #[test]

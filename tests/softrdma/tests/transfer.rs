@@ -412,7 +412,9 @@ fn threads_may_post_receives_and_poll_at_once() {
             });
         }
         let (mut sent, mut done) = (0, 0);
+        let end = Instant::now() + 4 * WAIT;
         while done < threads * each {
+            assert!(Instant::now() < end, "{done} completed");
             if sent < threads * each && client.post(Wr::send(sent, &[])) == 0 {
                 sent += 1;
             }
