@@ -2,7 +2,8 @@
 //! Two sessions with their windows against each other over a simulated fabric.
 //!
 //! A seed decides on everything: sizes and limits of both sides, and, step by step,
-//! which of all the things that could happen next does happen. What must hold:
+//! which of all the things that could happen next does happen. Some seeds are also
+//! tried with each fault at each step of theirs. What must hold:
 //! bytes out equal bytes in, in order; or the connection ends on both sides, and
 //! what came in is a beginning of what went out. Either way all memory is given
 //! back. And the two never find that the other broke the protocol, nor wait for
@@ -12,6 +13,7 @@
 //! cargo test --test simulation                            5,000 seeds
 //! SIMULATION_SEEDS=100000 cargo test --test simulation
 //! SIMULATION_SEED=17 cargo test --test simulation         that one, step by step
+//! SIMULATION_SEED=17 SIMULATION_FAULT='break 1 230' …     with this fault instead of its own
 //! ```
 
 mod fabric;
@@ -21,11 +23,16 @@ use fabric::{Fabric, Port, Setup};
 use fastrand::Rng;
 use side::{NOW, Plan, Side, size};
 use std::env;
-use std::panic::catch_unwind;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
 const SEEDS: u64 = 5_000;
+
+/// One in so many seeds is tried with each fault at each step.
+const FAULTLESS: u64 = 500;
+/// Steps that such a seed takes at most.
+const SHORT: u32 = 600;
 
 /// Steps after which a connection that still has something to do is called stuck.
 /// The longest that was seen took a tenth of it.
@@ -80,10 +87,13 @@ struct World {
     rush: u32,
     /// How often in a row only the clock moved anything.
     idle_ticks: u32,
+    /// Steps since the connection began.
+    steps: u32,
 }
 
 impl World {
-    fn new(seed: u64, loud: bool) -> Self {
+    /// The world of a seed, with another fault than its own if one is given.
+    fn new(seed: u64, fault: Option<Fault>, loud: bool) -> Self {
         let mut rng = Rng::with_seed(seed);
         let plans = [0, 1].map(|port| plan(port, &mut rng));
         let setups = plans.map(|plan| {
@@ -102,12 +112,13 @@ impl World {
         let sides = plans.map(|plan| Side::new(plan, &mut fabric));
         let needs_clock = plans.iter().any(|plan| plan.refusals > 0);
         let (port, step) = (rng.usize(0..2), size(&mut rng, 11) as u32);
-        let fault = match rng.u32(0..8) {
+        let own = match rng.u32(0..8) {
             0 | 1 => Fault::Close(port, step),
             2 => Fault::Disconnect(port, step),
             3 => Fault::Break(port, step),
             _ => Fault::None,
         };
+        let fault = fault.unwrap_or(own);
         if loud {
             println!("{plans:#?}\n{setups:?}\n{fault:?}");
         }
@@ -122,6 +133,7 @@ impl World {
             rush: 3 + size(&mut rng, 8) as u32,
             rng,
             idle_ticks: 0,
+            steps: 0,
         }
     }
 
@@ -186,13 +198,12 @@ impl World {
         }
     }
 
-    /// Lets things happen until `done`, and says how many did.
+    /// Lets things happen until `done`.
     fn run(&mut self, mut done: impl FnMut(&Self) -> bool) {
-        let mut step = 0;
         while !done(self) {
-            step += 1;
-            assert!(step < PATIENCE && self.idle_ticks < 200, "stuck: {:#?}", self.sides);
-            self.inject(step);
+            self.steps += 1;
+            assert!(self.steps < PATIENCE && self.idle_ticks < 200, "stuck: {:#?}", self.sides);
+            self.inject(self.steps);
             let possible = self.possible();
             let action = match self.rng.u32(0..self.rush) {
                 0 => Action::Tick,
@@ -235,7 +246,7 @@ impl World {
         }
     }
 
-    fn check(mut self) -> Ending {
+    fn check(&mut self) -> Ending {
         let planned = self.fault;
         let over = |world: &Self| {
             let [a, b] = &world.sides;
@@ -307,41 +318,98 @@ fn number(name: &str) -> Option<u64> {
     env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}: a number")))
 }
 
-#[test]
-fn bytes_out_equal_bytes_in_or_both_sides_end() {
-    if let Some(seed) = number("SIMULATION_SEED") {
-        println!("{:?}", World::new(seed, true).check());
-        return;
-    }
-    let seeds = number("SIMULATION_SEEDS").unwrap_or(SEEDS);
-    let next = AtomicU64::new(0);
-    let failed = AtomicU64::new(u64::MAX);
-    let endings = [const { AtomicU64::new(0) }; 3];
+/// The fault that the environment names, such as `break 1 230`.
+fn fault() -> Option<Fault> {
+    let text = env::var("SIMULATION_FAULT").ok()?;
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let number = |word: &str| word.parse().expect("SIMULATION_FAULT: KIND SIDE STEP");
+    Some(match words[..] {
+        ["none"] => Fault::None,
+        ["close", port, step] => Fault::Close(number(port) as Port, number(step)),
+        ["disconnect", port, step] => Fault::Disconnect(number(port) as Port, number(step)),
+        ["break", port, step] => Fault::Break(number(port) as Port, number(step)),
+        _ => panic!("SIMULATION_FAULT: none, or close, disconnect or break, SIDE and STEP"),
+    })
+}
+
+/// Tries all numbers below `count`, and returns one that panicked, if any did.
+fn first_failure(count: usize, attempt: impl Fn(usize) + Sync) -> Option<usize> {
+    let attempt = AssertUnwindSafe(attempt);
+    let next = AtomicUsize::new(0);
+    let failed = AtomicUsize::new(usize::MAX);
     thread::scope(|scope| {
         for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
             scope.spawn(|| {
-                while failed.load(Ordering::Relaxed) == u64::MAX {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= seeds {
+                while failed.load(Ordering::Relaxed) == usize::MAX {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    if number >= count {
                         break;
                     }
-                    match catch_unwind(|| World::new(seed, false).check()) {
-                        Ok(ending) => endings[ending as usize].fetch_add(1, Ordering::Relaxed),
-                        Err(_) => failed.fetch_min(seed, Ordering::Relaxed),
-                    };
+                    if catch_unwind(|| attempt(number)).is_err() {
+                        failed.fetch_min(number, Ordering::Relaxed);
+                    }
                 }
             });
         }
     });
-    let seed = failed.into_inner();
-    assert!(
-        seed == u64::MAX,
-        "seed {seed} failed: SIMULATION_SEED={seed} cargo test --test simulation -- --nocapture"
-    );
+    Some(failed.into_inner()).filter(|number| *number < usize::MAX)
+}
+
+#[test]
+fn bytes_out_equal_bytes_in_or_both_sides_end() {
+    if let Some(seed) = number("SIMULATION_SEED") {
+        println!("{:?}", World::new(seed, fault(), true).check());
+        return;
+    }
+    let seeds = number("SIMULATION_SEEDS").unwrap_or(SEEDS);
+    let endings = [const { AtomicU64::new(0) }; 3];
+    let failed = first_failure(seeds as usize, |seed| {
+        let ending = World::new(seed as u64, None, false).check();
+        endings[ending as usize].fetch_add(1, Ordering::Relaxed);
+    });
+    if let Some(seed) = failed {
+        panic!(
+            "seed {seed} failed: SIMULATION_SEED={seed} cargo test --test simulation -- --nocapture"
+        );
+    }
     let [complete, closed, broken] = endings.map(AtomicU64::into_inner);
     println!("{seeds} seeds: {complete} complete, {closed} closed early, {broken} failed");
     assert!(
         seeds < 1_000 || complete.min(closed).min(broken) > seeds / 20,
         "the seeds do not try what they should"
     );
+}
+
+/// Whichever step it is at which a side closes, disconnects or breaks.
+#[test]
+fn a_connection_may_end_at_every_step() {
+    if number("SIMULATION_SEED").is_some() {
+        return;
+    }
+    let seeds = number("SIMULATION_SEEDS").unwrap_or(SEEDS) / FAULTLESS;
+    let mut cases = Vec::new();
+    for seed in 0..seeds {
+        let mut world = World::new(seed, Some(Fault::None), false);
+        world.check();
+        for step in 1..=world.steps.min(SHORT) {
+            for port in [0, 1] {
+                let kinds = [Fault::Close, Fault::Disconnect, Fault::Break];
+                cases.extend(kinds.map(|kind| (seed, kind(port, step))));
+            }
+        }
+    }
+    let failed = first_failure(cases.len(), |number| {
+        let (seed, fault) = cases[number];
+        World::new(seed, Some(fault), false).check();
+    });
+    if let Some(number) = failed {
+        let (seed, fault) = cases[number];
+        let text = format!("{fault:?}").to_lowercase().replace(['(', ',', ')'], " ");
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        panic!(
+            "failed: SIMULATION_SEED={seed} SIMULATION_FAULT='{text}' \
+             cargo test --test simulation -- --nocapture"
+        );
+    }
+    println!("{} faults in {seeds} connections", cases.len());
 }

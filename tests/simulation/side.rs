@@ -6,15 +6,8 @@
 use crate::fabric::{Completion, Event, Fabric, Key, Outcome, Port, Slice, Work};
 use fastrand::Rng;
 use valkey_rdma::session::{Duty, Millis, Reaction, Session, Timing};
-use valkey_rdma::window::{Announcement, ReceiveWindow, SendLedger, SendWindow};
+use valkey_rdma::window::{Announcement, Fate, ReceiveWindow, SendLedger, SendWindow};
 use valkey_rdma::wire::{MESSAGE_LEN, Memory, Message};
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Fate {
-    Alive,
-    Gone,
-    Broken,
-}
 
 /// What a side is made with.
 #[derive(Clone, Copy, Debug)]
