@@ -15,7 +15,7 @@
 
 dropin=valkey-server.service.d/valkey-rdma.conf
 slow=/run/systemd/system/modprobe@rdma_ucm.service.d/slow.conf
-passed=0 failed=0
+passed=0 failed=0 pages=0
 
 main() {
     local releases=() each=() release job
@@ -95,6 +95,7 @@ inside() {
     page "remove the package: the server starts without" 'apt-get remove'
     check "nothing of the package is left in use" is_gone
     check "the further server starts without, too" second_starts
+    check "no command of the page was left out" eval "(($(grep -c '^```sh server' docs/install.md) == pages))"
     finish
 }
 
@@ -122,7 +123,10 @@ check() {
     ((++passed))
 }
 
-page() { check "$1" commands "$2"; }
+page() {
+    ((++pages))
+    check "$1" commands "$2"
+}
 
 commands() {
     local commands
