@@ -132,7 +132,7 @@ commands() {
     local commands
     commands=$(block server "$1")
     [[ -n $commands ]]
-    timeout 300 bash -ex <<<"$commands"
+    timeout 600 bash -ex <<<"$commands"
 }
 
 # Twenty clients at a time: more than fit into the memory that a service may lock
