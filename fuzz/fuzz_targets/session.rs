@@ -14,6 +14,8 @@ use std::collections::VecDeque;
 
 const TIMING: Timing = Timing { handshake: 1_000, liveness: 500, linger: 100, delivery: 2_000 };
 const BUFFER: u32 = 1 << 16;
+/// Where it stands.
+const ADDRESS: u64 = 0x7000_0000;
 const STAGING: usize = 1 << 12;
 const DEPTH: usize = 16;
 
@@ -83,8 +85,8 @@ fuzz_target!(|steps: Vec<Step>| {
             Step::Read(most) => {
                 let readable = inbound.readable();
                 assert_eq!(readable.map_or(0, |(_, length)| length as u64), unread);
-                if let Some((offset, length)) = readable {
-                    assert!(offset as u64 + length as u64 + room == u64::from(BUFFER));
+                if let Some((address, length)) = readable {
+                    assert!(address + length as u64 + room == ADDRESS + u64::from(BUFFER));
                     let count = length.min(usize::from(most));
                     inbound.consume(count);
                     unread -= count as u64;
@@ -185,7 +187,7 @@ fuzz_target!(|steps: Vec<Step>| {
         }
         if session.is_established() && inbound.is_consumed() {
             assert_eq!((room, unread), (0, 0));
-            inbound.announce(BUFFER);
+            inbound.announce(ADDRESS, BUFFER);
             room = u64::from(BUFFER);
         }
         assert_eq!(inbound.unread(), unread);

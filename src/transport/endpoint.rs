@@ -8,10 +8,11 @@
 //!
 //! Memory of an endpoint: one *control* region (receive slots, slots for our own
 //! control messages, a little staging memory), one *receive* region that the peer
-//! may write to, and, once a write asks for it, a larger *staging* region. Each
+//! may write to, which grows and shrinks with the traffic, and, once a write asks for it, a larger *staging* region. Each
 //! endpoint has a protection domain of its own, so that no peer can use a key of
 //! another's.
 
+use super::growth;
 use super::hub::Hub;
 use super::key::{Key, Work};
 use super::status::{Activity, Shortage};
@@ -85,8 +86,8 @@ pub struct Endpoint {
     // In the order in which things may be destroyed.
     pair: QueuePair,
     inbound: ReceiveWindow,
-    /// The region behind `inbound`.
-    receive: Region,
+    /// The region behind `inbound`; changed while that is consumed.
+    receive: MainCell<Receive>,
     outbound: SendWindow,
     ledger: SendLedger<Outgoing>,
     control: Region,
@@ -103,6 +104,16 @@ pub struct Endpoint {
     id: Id,
     hub: MainCell<Rc<Hub>>,
     reservation: usize,
+}
+
+/// The present receive buffer.
+#[derive(Debug)]
+struct Receive {
+    region: Region,
+    /// When it was announced, unless it was not yet.
+    since: Option<Millis>,
+    /// The largest that one may be, in bytes.
+    most: u32,
 }
 
 /// What belongs to the writer, whoever that is at the moment.
@@ -180,6 +191,7 @@ impl Stage {
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     pub key: Key,
+    /// The largest that its receive buffer may be.
     pub receive_bytes: u32,
     pub timing: Timing,
     pub now: Millis,
@@ -219,7 +231,9 @@ impl Endpoint {
     pub fn new(id: Id, hub: Rc<Hub>, plan: Plan) -> Result<Self, Error> {
         let domain = ProtectionDomain::new(hub.device())?;
         let control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
-        let receive = Region::new(&domain, plan.receive_bytes as usize, Access::RemoteWrite)?;
+        let first = growth::FIRST.min(plan.receive_bytes);
+        let region = Region::new(&domain, first as usize, Access::RemoteWrite)?;
+        let receive = MainCell::new(Receive { region, since: None, most: plan.receive_bytes });
         let (reservation, pair) = hub.reserve(ENTRIES, |queue| {
             QueuePair::new(&id, &domain, queue, SEND_DEPTH, u32::from(RECEIVE_SLOTS))
         })?;
@@ -381,7 +395,7 @@ impl Endpoint {
 
     /// Bytes of the receive buffer.
     pub fn receive_bytes(&self) -> usize {
-        self.receive.length()
+        self.receive.open().region.length()
     }
 
     /// Bytes of staging memory, unless somebody writes at this moment.
@@ -424,17 +438,21 @@ impl Endpoint {
         if fate == Fate::Broken {
             return ReadOutcome::Broken;
         }
-        let Some((offset, waiting)) = self.inbound.readable() else {
+        let Some((address, waiting)) = self.inbound.readable() else {
             return if fate == Fate::Gone { ReadOutcome::End } else { ReadOutcome::Again };
         };
         let count = waiting.min(length);
         if count == 0 {
             return ReadOutcome::Again;
         }
-        // SAFETY: the window says that these bytes of the region arrived and were
-        // not read; the peer may not write there before they are consumed (one that
-        // does spoils its own request); `to` is the caller's.
-        unsafe { ptr::copy_nonoverlapping(self.receive.start().add(offset), to, count) };
+        // SAFETY: the window says that these bytes of the receive buffer arrived and
+        // were not read. Until they are consumed the buffer is not replaced, and the
+        // peer may not write there (one that does spoils its own request); `to` is the
+        // caller's.
+        unsafe {
+            let from = ptr::with_exposed_provenance::<u8>(address as usize);
+            ptr::copy_nonoverlapping(from, to, count);
+        };
         self.inbound.consume(count);
         METRICS.bytes_received.add(count as u64);
         let reads = if is_main_thread() { &METRICS.reads_main } else { &METRICS.reads_io };
@@ -589,11 +607,11 @@ impl Endpoint {
             && self.fate() == Fate::Alive
     }
 
-    /// Opens the receive window again if it is full and consumed. Main thread.
+    /// Opens the receive window again if it is full and consumed, `now`. Main thread.
     ///
     /// # Errors
     /// If the message can't be posted.
-    pub fn announce_if_consumed(&self) -> Result<(), Error> {
+    pub fn announce_if_consumed(&self, now: Millis) -> Result<(), Error> {
         let own = self.own();
         let wanted = own.session.is_established()
             && (own.announcement_due || self.inbound.is_consumed())
@@ -602,22 +620,45 @@ impl Endpoint {
         if !wanted {
             return Ok(());
         }
-        let length = self.receive.length() as u32;
-        let message = Message::RegisterXferMemory(Memory {
-            address: self.receive.start() as u64,
-            length,
-            rkey: self.receive.remote_key(),
-        });
         let due = self.own().announcement_due;
         if !due {
-            self.inbound.announce(length);
+            self.fit_receive_buffer(now);
         }
+        let receive = self.receive.open();
+        let memory = Memory {
+            address: receive.region.start().expose_provenance() as u64,
+            length: receive.region.length() as u32,
+            rkey: receive.region.remote_key(),
+        };
+        drop(receive);
+        if !due {
+            self.inbound.announce(memory.address, memory.length);
+        }
+        let message = Message::RegisterXferMemory(memory);
         let sent = self.send_control(message)?;
         self.own().announcement_due = !sent;
         if sent {
             METRICS.windows_received.add(1);
         }
         Ok(())
+    }
+
+    /// Replaces the receive buffer, which is consumed, if its size does not fit the
+    /// traffic.
+    fn fit_receive_buffer(&self, now: Millis) {
+        let mut receive = self.receive.open();
+        let present = receive.region.length() as u32;
+        let since = receive.since.replace(now);
+        let wanted =
+            since.map_or(present, |since| growth::next(present, receive.most, now - since));
+        if wanted == present {
+            return;
+        }
+        match Region::new(&self.domain, wanted as usize, Access::RemoteWrite) {
+            Ok(region) => receive.region = region,
+            // Slower but right with what there is.
+            Err(error) => log::debug!("connection of {}: {error}", self.peer_text()),
+        }
     }
 
     /// Sends the answers that are due, as far as there are slots. Main thread.

@@ -22,6 +22,7 @@ pub mod address;
 pub mod clock;
 pub mod connection;
 pub mod endpoint;
+mod growth;
 pub mod guard;
 pub mod hub;
 pub mod key;

@@ -432,7 +432,7 @@ impl Poller {
                 Work::Control(slot) => {
                     endpoint.control_completed(slot);
                     self.attempt(endpoint, endpoint.send_answers());
-                    self.attempt(endpoint, endpoint.announce_if_consumed());
+                    self.attempt(endpoint, endpoint.announce_if_consumed(clock::now()));
                 }
                 Work::Receive(_) => {}
             },
@@ -570,7 +570,7 @@ impl Poller {
                 return;
             }
         }
-        self.attempt(endpoint, endpoint.announce_if_consumed());
+        self.attempt(endpoint, endpoint.announce_if_consumed(clock::now()));
         if endpoint.has_work() {
             if endpoint.progress() != before {
                 self.mark_ready(endpoint);
@@ -720,7 +720,7 @@ impl Poller {
             EventKind::Established => {
                 endpoint.established();
                 let complete = endpoint.own().session.establish();
-                self.attempt(&endpoint, endpoint.announce_if_consumed());
+                self.attempt(&endpoint, endpoint.announce_if_consumed(clock::now()));
                 if complete {
                     self.mark_ready(&endpoint);
                 }

@@ -372,6 +372,7 @@ fn bytes_are_sent_in_order_through_a_send_queue_of_one() {
 
 struct Receiving {
     window: ReceiveWindow,
+    /// All buffers that are announced one after the other; an address is a place in it.
     buffer: Memory,
 }
 
@@ -382,9 +383,9 @@ impl Receiving {
 
     /// As the transport's read.
     fn read(&self, length: usize) -> Vec<u8> {
-        let Some((offset, waiting)) = self.window.readable() else { return Vec::new() };
+        let Some((address, waiting)) = self.window.readable() else { return Vec::new() };
         let count = waiting.min(length);
-        let bytes = self.buffer.load(offset, count);
+        let bytes = self.buffer.load(address as usize, count);
         self.window.consume(count);
         bytes
     }
@@ -396,6 +397,8 @@ struct ReceiveMain {
     shared: Arc<Receiving>,
     /// Lengths of the announcements to come.
     lengths: std::vec::IntoIter<u32>,
+    /// Where the buffers to come begin: each has memory of its own.
+    next: usize,
     /// Where the peer writes next, and its room.
     at: usize,
     room: usize,
@@ -409,15 +412,18 @@ impl ReceiveMain {
     fn new(shared: Arc<Receiving>, lengths: &[u32], source: &'static [u8]) -> Self {
         let lengths = lengths.to_vec().into_iter();
         let (received, job) = (Vec::new(), false);
-        Self { shared, lengths, at: 0, room: 0, source, sent: 0, received, job }
+        Self { shared, lengths, next: 0, at: 0, room: 0, source, sent: 0, received, job }
     }
 
     fn announce_if_consumed(&mut self) {
         if self.shared.window.is_consumed()
             && let Some(length) = self.lengths.next()
         {
-            self.shared.window.announce(length);
-            (self.at, self.room) = (0, length as usize);
+            self.shared.window.announce(self.next as u64, length);
+            // The buffer before is given back, whatever stood in it.
+            self.shared.buffer.store(0, &vec![0xff; self.next]);
+            (self.at, self.room) = (self.next, length as usize);
+            self.next += self.room;
         }
     }
 
@@ -460,7 +466,7 @@ impl ReceiveMain {
 #[test]
 fn bytes_are_received_in_order_while_the_buffer_changes_hands() {
     model(|| {
-        let shared = Arc::new(Receiving::new(2));
+        let shared = Arc::new(Receiving::new(5));
         let (queue, events) = channel();
         let mut io = IoThreads::start(2, {
             let shared = Arc::clone(&shared);
@@ -486,7 +492,7 @@ fn bytes_are_received_in_order_while_the_buffer_changes_hands() {
 fn anybody_may_ask_how_much_is_unread() {
     model(|| {
         let window = Arc::new(ReceiveWindow::new());
-        window.announce(2);
+        window.announce(0, 2);
         let reader = thread::spawn({
             let window = Arc::clone(&window);
             move || {
@@ -655,7 +661,7 @@ impl Closing {
             inbound: Receiving::new(2),
             outbound: Sending::new(2, 1),
         });
-        endpoint.inbound.window.announce(2);
+        endpoint.inbound.window.announce(0, 2);
         let connection = Arc::new(UnsafeCell::new(Some(Arc::clone(&endpoint))));
         let (queue, events) = channel();
         let io = IoThreads::start(2, {

@@ -3,8 +3,8 @@
 //!
 //! The peer writes into the announced buffer from its start to its last byte.
 //! Each immediate moves `tail`; the reader copies out and moves `head`. When the
-//! buffer is exactly full and consumed it is announced again, and the peer
-//! starts over at its first byte. All three counters count bytes since the
+//! buffer is exactly full and consumed it, or another one, is announced, and the
+//! peer starts at its first byte. All three counters count bytes since the
 //! connection began and never wrap in practice (u64), so that "empty" and "full"
 //! can't be confused and a new announcement resets nothing that the reader may
 //! be looking at.
@@ -20,11 +20,14 @@ pub struct ReceiveWindow {
     tail: AtomicU64,
     /// Bytes that were read; stored by the reader.
     head: AtomicU64,
-    /// Value of `tail` at which the current buffer began; stored by the poller
-    /// while the window is consumed, published to the reader by `tail`.
-    base: AtomicU64,
+    /// Where the connection's first byte would stand if the current buffer went back
+    /// as far: its address, less the value of `tail` at which it began. Stored by the
+    /// poller while the window is consumed, published to the reader by `tail`.
+    origin: AtomicU64,
     /// Value of `tail` at which the current buffer is full; used by the poller alone.
     limit: AtomicU64,
+    /// Bytes of the current buffer; used by the poller alone.
+    length: AtomicU64,
 }
 
 /// The peer claims to have written more than its window holds.
@@ -54,8 +57,9 @@ impl ReceiveWindow {
         Self {
             tail: AtomicU64::new(0),
             head: AtomicU64::new(0),
-            base: AtomicU64::new(0),
+            origin: AtomicU64::new(0),
             limit: AtomicU64::new(0),
+            length: AtomicU64::new(0),
         }
     }
 
@@ -66,12 +70,15 @@ impl ReceiveWindow {
         self.head.load(Ordering::Acquire) == own(&self.limit)
     }
 
-    /// Poller: opens a buffer of `length` bytes. Only while [`is_consumed`](Self::is_consumed).
-    pub fn announce(&self, length: u32) {
+    /// Poller: opens a buffer of `length` bytes at `address`, the one before or another;
+    /// the one before is the poller's alone from here on. Only while
+    /// [`is_consumed`](Self::is_consumed).
+    pub fn announce(&self, address: u64, length: u32) {
         debug_assert!(self.is_consumed());
         let start = own(&self.tail);
-        self.base.store(start, Ordering::Relaxed);
+        self.origin.store(address.wrapping_sub(start), Ordering::Relaxed);
         self.limit.store(start + u64::from(length), Ordering::Relaxed);
+        self.length.store(length.into(), Ordering::Relaxed);
     }
 
     /// Poller: an immediate said that `count` more bytes stand in the buffer.
@@ -84,13 +91,13 @@ impl ReceiveWindow {
         if u64::from(count) > room {
             return Err(Overrun { claimed: count, room });
         }
-        // Release: the bytes themselves, and `base`, come before the new tail.
+        // Release: the bytes themselves, and `origin`, come before the new tail.
         self.tail.store(tail + u64::from(count), Ordering::Release);
         Ok(())
     }
 
-    /// Reader: where unread bytes stand in the buffer, as offset and length.
-    pub fn readable(&self) -> Option<(usize, usize)> {
+    /// Reader: where unread bytes stand, as address and length.
+    pub fn readable(&self) -> Option<(u64, usize)> {
         let tail = self.tail.load(Ordering::Acquire);
         let head = own(&self.head);
         if tail == head {
@@ -98,8 +105,8 @@ impl ReceiveWindow {
         }
         // Unread bytes lie in the current buffer only: an earlier one was
         // consumed to its end before this one was announced.
-        let base = self.base.load(Ordering::Relaxed);
-        Some(((head - base) as usize, (tail - head) as usize))
+        let origin = self.origin.load(Ordering::Relaxed);
+        Some((origin.wrapping_add(head), (tail - head) as usize))
     }
 
     /// Reader: `count` bytes of [`readable`](Self::readable) were copied out.
@@ -118,8 +125,8 @@ impl ReceiveWindow {
 
     /// Poller: how much of the present buffer is written, and its size, in bytes.
     pub fn position(&self) -> (u64, u64) {
-        let base = self.base.load(Ordering::Relaxed);
-        (own(&self.tail) - base, own(&self.limit) - base)
+        let length = own(&self.length);
+        (own(&self.tail) + length - own(&self.limit), length)
     }
 
     /// Bytes that were read since the connection began.
@@ -136,17 +143,17 @@ mod tests {
     fn bytes_are_read_where_they_arrived() {
         let window = ReceiveWindow::new();
         assert!(window.is_consumed());
-        window.announce(10);
+        window.announce(1000, 10);
         assert_eq!(window.readable(), None);
         window.arrived(4).unwrap();
-        assert_eq!(window.readable(), Some((0, 4)));
+        assert_eq!(window.readable(), Some((1000, 4)));
         window.consume(3);
         window.arrived(6).unwrap();
-        assert_eq!(window.readable(), Some((3, 7)));
+        assert_eq!(window.readable(), Some((1003, 7)));
         assert!(!window.is_consumed());
         window.consume(7);
         assert!(window.is_consumed());
-        window.announce(5);
+        window.announce(0, 5);
         window.arrived(5).unwrap();
         assert_eq!(window.readable(), Some((0, 5)));
         assert_eq!(window.total_read(), 10);
@@ -156,7 +163,7 @@ mod tests {
     fn immediates_that_exceed_or_wrap_are_refused() {
         let window = ReceiveWindow::new();
         assert_eq!(window.arrived(1), Err(Overrun { claimed: 1, room: 0 }));
-        window.announce(8);
+        window.announce(0, 8);
         window.arrived(8).unwrap();
         assert_eq!(window.arrived(u32::MAX), Err(Overrun { claimed: u32::MAX, room: 0 }));
         assert_eq!(window.unread(), 8);
@@ -166,7 +173,7 @@ mod tests {
     #[test]
     fn a_part_read_buffer_is_not_consumed() {
         let window = ReceiveWindow::new();
-        window.announce(8);
+        window.announce(0, 8);
         window.arrived(5).unwrap();
         window.consume(5);
         assert!(!window.is_consumed(), "three bytes are still the peer's to write");

@@ -203,7 +203,7 @@ impl Side {
         if self.fate == Fate::Broken {
             return self.close(fabric, rng);
         }
-        let Some((offset, waiting)) = self.inbound.readable() else {
+        let Some((address, waiting)) = self.inbound.readable() else {
             if self.fate == Fate::Gone {
                 self.close(fabric, rng);
             }
@@ -211,6 +211,7 @@ impl Side {
         };
         let length = waiting.min(size(rng, 14));
         let from = 1 - self.plan.port;
+        let offset = (address - Fabric::address(self.receive)) as usize;
         let read = fabric.read(Slice { key: self.receive, offset, length });
         for (byte_read, at) in read.iter().zip(self.received..) {
             assert_eq!(*byte_read, byte(from, at), "wrong byte at {at}");
@@ -489,7 +490,7 @@ impl Side {
             None if self.inbound.is_consumed() => {
                 let most = self.plan.receive_bytes as u32;
                 let length = if rng.u32(0..3) == 0 { rng.u32(0..=most) } else { most };
-                self.inbound.announce(length);
+                self.inbound.announce(Fabric::address(self.receive), length);
                 length
             }
             None => return,

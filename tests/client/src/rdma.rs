@@ -175,6 +175,18 @@ impl Connection {
         }
     }
 
+    /// Size of the server's window, and what is left of it, once some is, until `deadline`.
+    pub fn peer_room(&mut self, deadline: Instant) -> Result<(usize, usize)> {
+        loop {
+            let window = self.peer_window(deadline)?;
+            if window.length > self.sent {
+                return Ok((window.length as usize, (window.length - self.sent) as usize));
+            }
+            self.live()?;
+            self.wait(deadline, "waiting for the server's next window")?;
+        }
+    }
+
     /// This side's window, as an announcement would have it.
     pub fn own_window(&self) -> Window {
         Window {

@@ -3,10 +3,14 @@
 //! goes in over RDMA is read back over TCP and the other way round, so that two mistakes
 //! can't hide each other.
 
+use std::collections::BTreeSet;
+use std::time::Instant;
+
 use anyhow::{Context, Result, ensure};
 use client::rdma::Options;
 use client::{Value, pattern};
 
+use super::basics::expect;
 use crate::cell::{Case, Cell};
 
 pub const CASES: &[Case] = &[
@@ -19,7 +23,7 @@ pub const CASES: &[Case] = &[
         .with(|settings| settings.arguments.push("rx-size=64k".to_owned())),
 ];
 
-/// The window that both sides have unless told otherwise.
+/// The client's window unless told otherwise, and the server's largest.
 const WINDOW: usize = 1 << 20;
 
 /// Lengths around what fills a window exactly, once and twice: as a value alone, and with
@@ -42,6 +46,7 @@ fn edges(cell: &mut Cell) -> Result<()> {
     for length in edge_lengths() {
         exact(cell, length)?;
     }
+    fill_windows(cell)?;
     // All of them once more over one connection, so that windows begin anywhere.
     let mut client = cell.rdma()?;
     for (seed, length) in edge_lengths().into_iter().enumerate() {
@@ -51,6 +56,33 @@ fn edges(cell: &mut Cell) -> Result<()> {
         ensure!(read == Value::Bulk(value), "{length} bytes came back changed");
         cell.moved(length, length);
     }
+    Ok(())
+}
+
+/// Requests that end a byte before, at and a byte behind the end of the server's window,
+/// and of the one after it, through all sizes that the window takes as it grows.
+fn fill_windows(cell: &mut Cell) -> Result<()> {
+    let mut client = cell.rdma()?;
+    let mut sizes = BTreeSet::new();
+    for turn in 0..60_usize {
+        let (window, room) = client.stream().peer_room(Instant::now() + cell.lab.patience())?;
+        sizes.insert(window);
+        let length = room + window * (turn / 3 % 2) + turn % 3 - 1;
+        // Around the value: its own length takes the more digits the longer it is.
+        let around =
+            |value: usize| format!("*3\r\n$3\r\nSET\r\n$3\r\nkey\r\n${value}\r\n\r\n").len();
+        let Some(value) = (0..length).rev().find(|value| value + around(*value) == length) else {
+            expect(&mut client, "PING", "PONG")?;
+            continue;
+        };
+        let value = pattern::value(turn as u64, value);
+        client.command(&[b"SET", b"key", &value])?;
+        let read = client.command(&[b"GET", b"key"])?;
+        ensure!(read == Value::Bulk(value), "a request of {length} bytes for {room} of {window}");
+        cell.moved(length, length - around(length));
+    }
+    ensure!(sizes.len() > 1, "the server's window never grew: {sizes:?}");
+    cell.figure("the server's windows", format!("{sizes:?}"));
     Ok(())
 }
 

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! How large a receive buffer is.
+//!
+//! It is pinned for as long as the connection lives, so an idle connection should have
+//! a small one; and the peer stops at its end until the next announcement, so a busy
+//! one should have a large one. The protocol allows another buffer only when the last
+//! was filled to its last byte and consumed. So each announcement asks how long that
+//! took, and a buffer that is filled quickly is followed by a larger one.
+
+use crate::session::Millis;
+
+/// Bytes that a connection begins with.
+pub const FIRST: u32 = 32 * 1024;
+
+/// One buffer is so many times as large as the next smaller one. A peer may have to
+/// register memory of the same size (libvalkey does), so the steps are few.
+const STEP: u32 = 4;
+
+/// A buffer that was full sooner after its announcement was too small.
+const QUICK: Millis = 1_000;
+/// One that took longer was too large.
+const SLOW: Millis = 30_000;
+
+/// Size of the buffer after one of `present` bytes that was full after `filled_in`,
+/// where `most` is the largest that is allowed.
+pub fn next(present: u32, most: u32, filled_in: Millis) -> u32 {
+    let next = if filled_in < QUICK {
+        present.saturating_mul(STEP)
+    } else if filled_in > SLOW {
+        (present / STEP).max(FIRST)
+    } else {
+        present
+    };
+    next.min(most)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOST: u32 = 1024 * 1024;
+
+    #[test]
+    fn a_busy_connection_gets_all_in_three_steps() {
+        let sizes: Vec<_> = std::iter::successors(Some(FIRST), |size| Some(next(*size, MOST, 3)))
+            .take(5)
+            .map(|size| size / 1024)
+            .collect();
+        assert_eq!(sizes, [32, 128, 512, 1024, 1024]);
+    }
+
+    #[test]
+    fn a_slow_one_goes_back_to_where_it_began() {
+        assert_eq!(next(MOST, MOST, SLOW + 1), MOST / 4);
+        assert_eq!(next(FIRST, MOST, SLOW + 1), FIRST);
+    }
+
+    #[test]
+    fn one_in_between_keeps_what_it_has() {
+        assert_eq!(next(128 * 1024, MOST, QUICK), 128 * 1024);
+        assert_eq!(next(128 * 1024, MOST, SLOW), 128 * 1024);
+    }
+
+    #[test]
+    fn the_setting_is_the_most_and_nothing_overflows() {
+        assert_eq!(next(64 * 1024, 64 * 1024, 0), 64 * 1024);
+        assert_eq!(next(u32::MAX, 16 << 20, 0), 16 << 20);
+    }
+}
