@@ -2,6 +2,8 @@
 //! That connections which come and go leave nothing behind.
 
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use client::{Client, rdma};
@@ -38,6 +40,20 @@ struct Resources {
 }
 
 impl Holdings {
+    /// What it holds once that is no more than `before`, or when it has had its time for
+    /// that: some of it goes with the next tick of the module's clock.
+    fn back_at(before: &Self, cell: &Cell) -> Result<Self> {
+        let deadline = Instant::now() + cell.lab.patience();
+        loop {
+            let now = Self::of(cell)?;
+            let back = now.descriptors <= before.descriptors && now.registered <= before.registered;
+            if back || Instant::now() > deadline {
+                return Ok(now);
+            }
+            thread::sleep(Duration::from_millis(200));
+        }
+    }
+
     fn of(cell: &Cell) -> Result<Self> {
         Ok(Self {
             descriptors: cell.server().descriptors()?,
@@ -89,7 +105,7 @@ fn churn(cell: &mut Cell, clients: usize, rounds: usize) -> Result<()> {
     for number in 0..rounds {
         round(cell, clients).with_context(|| format!("round {number}"))?;
     }
-    let after = Holdings::of(cell)?;
+    let after = Holdings::back_at(&before, cell)?;
     cell.figure("connections opened and closed", format!("{clients} × {rounds}"));
     cell.figure(
         "resident memory",
