@@ -599,8 +599,8 @@ impl Holdings {
     /// Waits until the server holds no more than this again.
     pub(super) fn wait_back(&self, cell: &Cell) -> Result<Self> {
         let deadline = Instant::now() + cell.lab.patience();
+        let mut now = Self::of(cell)?;
         loop {
-            let now = Self::of(cell)?;
             if now.registered <= self.registered
                 && now.descriptors <= self.descriptors
                 && now.connections == self.connections
@@ -618,7 +618,8 @@ impl Holdings {
                 now.connections,
                 self.connections
             );
-            std::thread::sleep(Duration::from_millis(50));
+            // A busy server takes its time to close the observer's own connections.
+            now = Self::at_rest(cell)?;
         }
     }
 }

@@ -225,16 +225,17 @@ const STATUSES: &[&str] =
 const DELAYS: &[&str] = &["wc-delay=100", "wc-delay=2000", "wc-delay=30000"];
 const BATCHES: &[&str] = &["wc-batch=2", "wc-batch=5", "wc-batch=30"];
 
-/// What may strike on the server's side.
+/// What may strike on the server's side. What is tried again once a second must not fail
+/// so often that it fails five times in a row.
 const SERVER: &[Fault] = &[
     fault(&["post-send=EIO", "post-send=EINVAL"], Chance(100, 5000)),
     fault(&["post-recv=EIO", "post-recv=ENOMEM"], Chance(300, 10_000)),
-    fault(&["sq-full"], Chance(3, 300)),
+    fault(&["sq-full"], Chance(20, 300)),
     fault(&["reg-mr=ENOMEM", "reg-mr=EAGAIN"], Chance(3, 30)),
     fault(STATUSES, Chance(100, 5000)),
     fault(DELAYS, Chance(10, 1000)),
     fault(BATCHES, Chance(2, 100)),
-    fault(&["event-lost"], Chance(3, 300)),
+    fault(&["event-lost"], Chance(10, 300)),
     fault(&["rnr"], Chance(3, 300)),
     fault(&["lose-rep"], Chance(2, 20)),
     fault(&["lose-dreq"], Chance(1, 10)),
@@ -252,7 +253,7 @@ const CLIENT: &[Fault] = &[
     fault(STATUSES, Chance(50, 2000)),
     fault(DELAYS, Chance(10, 1000)),
     fault(BATCHES, Chance(2, 100)),
-    fault(&["event-lost"], Chance(3, 300)),
+    fault(&["event-lost"], Chance(10, 300)),
     fault(&["rnr"], Chance(20, 300)),
     fault(&["lose-req"], Chance(2, 20)),
     fault(&["lose-rtu"], Chance(2, 20)),
