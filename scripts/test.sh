@@ -3,9 +3,10 @@
 #
 # scripts/test.sh [quick|full] [SELECTOR…] — all tests, with all that they need:
 # unit tests, models, fuzzing, others' programs on the software fabric, then the
-# cells of tests/matrix.toml on that fabric and in a virtual machine with Soft-RoCE.
-# quick is the default. full runs every cell, picks up where it was interrupted
-# (until the module changes), and writes docs/test-report.md.
+# cells of tests/matrix.toml on that fabric and in a virtual machine with Soft-RoCE,
+# and last the Debian package in use. quick is the default. full runs every cell, picks
+# up where it was interrupted (until the module changes), and writes
+# docs/test-report.md.
 #
 # A SELECTOR runs those cells alone: CASE, or CASE/SERVER/FABRIC/IO-THREADS with
 # any of them left out, such as deadlock-10mb, 8.0/soft or 'sizes-*/vm/4'.
@@ -20,7 +21,7 @@ main() {
     local level=quick log
     case ${1:-} in
     quick | full) level=$1; shift ;;
-    -h | --help) sed -n '4,13s/^# \{0,1\}//p' "$0"; return ;;
+    -h | --help) sed -n '4,14s/^# \{0,1\}//p' "$0"; return ;;
     esac
     local start=$SECONDS
     cd "$repo"
