@@ -6,6 +6,7 @@
 //! API. Their defaults are the module's arguments; what the configuration file or
 //! `CONFIG SET` says wins over those.
 
+use super::guard::guard;
 use super::{Transport, listener};
 use crate::host::api;
 use crate::host::layout::MAX_BINDS;
@@ -19,34 +20,44 @@ use std::ffi::c_int;
 struct Port;
 struct Bind;
 
+/// The answer to a setting that could not be looked at.
+const FAILED: Result<(), RedisError> = Err(RedisError::Str("failed; the server's log says more"));
+
 impl ConfigurationValue<i64> for Port {
     fn get(&self, _: &ConfigurationContext) -> i64 {
-        i64::from(Transport::get().listeners.open().own_port)
+        guard("the value of rdma.port", 0, || i64::from(Transport::get().listeners.open().own_port))
     }
 
     fn set(&self, _: &ConfigurationContext, port: i64) -> Result<(), RedisError> {
-        let port = u16::try_from(port).map_err(|_| RedisError::Str("not a port"))?;
-        let argument = std::mem::replace(&mut Transport::get().listeners.open().own_port, port);
-        if api::is_starting() && argument != 0 && argument != port {
-            log::info!("the directive rdma.port {port} wins over the argument port={argument}");
-        }
-        apply()
+        guard("rdma.port", FAILED, || {
+            let port = u16::try_from(port).map_err(|_| RedisError::Str("not a port"))?;
+            let argument = std::mem::replace(&mut Transport::get().listeners.open().own_port, port);
+            if api::is_starting() && argument != 0 && argument != port {
+                log::info!("the directive rdma.port {port} wins over the argument port={argument}");
+            }
+            apply()
+        })
     }
 }
 
 impl ConfigurationValue<RedisString> for Bind {
     fn get(&self, _: &ConfigurationContext) -> RedisString {
-        RedisString::create(None, Transport::get().listeners.open().own_bind.join(" "))
+        let bind = guard("the value of rdma.bind", String::new(), || {
+            Transport::get().listeners.open().own_bind.join(" ")
+        });
+        RedisString::create(None, bind)
     }
 
     fn set(&self, _: &ConfigurationContext, value: RedisString) -> Result<(), RedisError> {
-        let bind: Vec<String> =
-            value.to_string_lossy().split_ascii_whitespace().map(str::to_owned).collect();
-        if bind.len() > MAX_BINDS {
-            return Err(RedisError::Str("at most 16 addresses"));
-        }
-        Transport::get().listeners.open().own_bind = bind;
-        apply()
+        guard("rdma.bind", FAILED, || {
+            let bind: Vec<String> =
+                value.to_string_lossy().split_ascii_whitespace().map(str::to_owned).collect();
+            if bind.len() > MAX_BINDS {
+                return Err(RedisError::Str("at most 16 addresses"));
+            }
+            Transport::get().listeners.open().own_bind = bind;
+            apply()
+        })
     }
 }
 

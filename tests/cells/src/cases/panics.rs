@@ -36,13 +36,15 @@ enum Act {
     Visits,
     /// The server does by itself what it does all the time.
     Nothing,
+    /// An operator asks, and is answered.
+    Asks(&'static str),
     /// The operator changes the port, which works.
     Moves,
     /// The operator changes the port, which does not work.
     Stays,
 }
 
-use Act::{Comes, Leaves, Moves, Nothing, Quits, Sends, Stays, Visits};
+use Act::{Asks, Comes, Leaves, Moves, Nothing, Quits, Sends, Stays, Visits};
 
 /// Every function that is guarded, by its name in the guard, except those of [`OUTGOING`].
 const FUNCTIONS: &[(&str, Act)] = &[
@@ -70,7 +72,10 @@ const FUNCTIONS: &[(&str, Act)] = &[
     ("fast clock", Visits),
     ("one endpoint's fast clock", Quits),
     ("slow clock", Nothing),
-    ("INFO", Nothing),
+    ("new client", Visits),
+    ("INFO", Asks("INFO everything")),
+    ("a command", Asks("RDMA.STATS")),
+    ("rdma.port", Stays),
 ];
 
 /// The functions for connections that the server opens itself.
@@ -185,6 +190,7 @@ fn is_called(cell: &Cell, function: &str) -> bool {
     match function {
         "update_state" | "wake-up" => cell.has_io_threads(),
         "closeListener" => cell.id.server != "8.0",
+        "rdma.port" => cell.id.server == "8.0",
         _ => true,
     }
 }
@@ -242,10 +248,13 @@ fn panic_in(
         Nothing => {
             for _ in 0..2 {
                 panics.ask(function)?;
-                if function == "INFO" {
-                    others.tcp.words("INFO everything")?;
-                }
                 panics.wait(function, patience)?;
+            }
+        }
+        Asks(line) => {
+            for _ in 0..2 {
+                panics.ask(function)?;
+                others.tcp.words(line)?;
             }
         }
         Moves => {
@@ -266,7 +275,7 @@ fn panic_in(
     }
     panics.wait(function, patience)?;
     let times = match act {
-        Visits | Nothing => 2,
+        Visits | Nothing | Asks(_) => 2,
         _ => 1,
     };
     // It says so right after it has.
