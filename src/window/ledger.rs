@@ -117,8 +117,7 @@ impl<T> SendLedger<T> {
 
     /// Work requests that are not known to be over. Exact while nobody writes.
     pub fn in_flight(&self) -> u64 {
-        // Completed first: it can't pass what is posted after it was loaded.
-        let completed = self.completed.load(Ordering::Acquire);
+        let completed = self.completed.load(Ordering::Relaxed);
         self.posted.load(Ordering::Relaxed).saturating_sub(completed)
     }
 

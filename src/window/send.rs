@@ -104,7 +104,7 @@ impl SendWindow {
     /// How much of the latest announced buffer is written, and its size, in bytes. Exact
     /// while nobody writes; for those who watch.
     pub fn position(&self) -> (u32, u32) {
-        let waits = self.full.load(Ordering::Acquire);
+        let waits = self.full.load(Ordering::Relaxed);
         let size = (self.length_and_key.load(Ordering::Relaxed) >> 32) as u32;
         let left = if waits { size } else { self.left.load(Ordering::Relaxed) };
         (size.saturating_sub(left), size)
