@@ -67,6 +67,28 @@ impl Listeners {
             refusals: Valve::new(1),
         }
     }
+
+    /// Gives the server its descriptors, as many as there are names.
+    ///
+    /// # Safety
+    /// `listener` is the server's own, of our type.
+    unsafe fn give(&mut self, listener: *mut Listener81, descriptors: Vec<OwnedFd>) {
+        let names: Vec<_> = self.names.iter().map(|name| name.as_ptr().cast_mut()).collect();
+        self.pointers[..names.len()].copy_from_slice(&names);
+        // SAFETY: by the caller's promise. `INFO` prints `bindaddr` for each descriptor,
+        // so it must name what is listened on; the server frees none of it.
+        unsafe {
+            for (index, descriptor) in descriptors.into_iter().enumerate() {
+                (&raw mut (*listener).fd)
+                    .cast::<c_int>()
+                    .add(index)
+                    .write(descriptor.into_raw_fd());
+                (*listener).count = index as c_int + 1;
+            }
+            (*listener).bindaddr = (&raw mut *self.pointers).cast();
+            (*listener).bindaddr_count = (*listener).count;
+        }
+    }
 }
 
 /// Tells the server, while we are loaded, what to listen on.
@@ -93,6 +115,37 @@ pub unsafe fn configure(listener: *mut Listener81, kind: *const c_void) {
 /// # Safety
 /// `listener` is the server's own, of our type.
 pub unsafe fn listen(listener: *mut Listener81) -> bool {
+    let was_by_own = Transport::get().listeners.open().by_own;
+    // SAFETY: by the caller's promise.
+    let result = unsafe { attempt(listener) };
+    if let Err(why) = &result {
+        log::error!("{why}");
+        let mut listeners = Transport::get().listeners.open();
+        listeners.open.clear();
+        listeners.names.clear();
+        // After a setting that did not work the server goes back to the one before. To it
+        // that was port 0, if the module's own port was in use, and it does not even call
+        // us, unless it has something to close: then `close` sees to the rest.
+        if was_by_own && Transport::get().line.has_directives() {
+            listeners.by_own = true;
+            if let Ok(place) = duplicate(Transport::get().poller.channel().fd()) {
+                listeners.names.push(c"(none)".to_owned());
+                // SAFETY: as above.
+                unsafe { listeners.give(listener, vec![place]) };
+            }
+        }
+    }
+    result.is_ok()
+}
+
+/// Listens on what the server or the module was told.
+///
+/// # Errors
+/// In words. What was opened by then is still open.
+///
+/// # Safety
+/// As [`listen`].
+unsafe fn attempt(listener: *mut Listener81) -> Result<(), String> {
     let transport = Transport::get();
     // SAFETY: by the caller's promise; the fields are those of all lines.
     let (port, server_binds) = unsafe { ((*listener).port, server_binds(listener)) };
@@ -112,7 +165,7 @@ pub unsafe fn listen(listener: *mut Listener81) -> bool {
         settings.completion_vector = vector;
     }
     if port == 0 {
-        return true;
+        return Ok(());
     }
     let binds = if !server_binds.is_empty() {
         server_binds
@@ -121,10 +174,8 @@ pub unsafe fn listen(listener: *mut Listener81) -> bool {
     } else {
         EVERYWHERE.map(str::to_owned).to_vec()
     };
-    if let Err(why) = Endpoint::try_memory(transport.settings.open().rx_size) {
-        log::error!("cannot serve clients: {why}");
-        return false;
-    }
+    Endpoint::try_memory(transport.settings.open().rx_size)
+        .map_err(|why| format!("cannot serve clients: {why}"))?;
     listeners.open.clear();
     listeners.names.clear();
     let mut given = Vec::new();
@@ -143,30 +194,22 @@ pub unsafe fn listen(listener: *mut Listener81) -> bool {
                 log::debug!("not listening on {address} port {port}, which is optional: {error}");
             }
             Err(error) => {
-                log::error!("cannot listen on {address} port {port}: {error} ({})", device_hint());
-                listeners.open.clear();
-                listeners.names.clear();
-                return false;
+                return Err(format!(
+                    "cannot listen on {address} port {port}: {error} ({})",
+                    device_hint()
+                ));
             }
         }
     }
     if given.is_empty() {
-        log::error!("none of the optional addresses could be listened on ({})", device_hint());
-        return false;
+        return Err(format!(
+            "none of the optional addresses could be listened on ({})",
+            device_hint()
+        ));
     }
-    let names: Vec<_> = listeners.names.iter().map(|name| name.as_ptr().cast_mut()).collect();
-    listeners.pointers[..names.len()].copy_from_slice(&names);
-    // SAFETY: by the caller's promise. `INFO` prints `bindaddr` for each descriptor,
-    // so it must name what is listened on; the server frees none of it.
-    unsafe {
-        for (index, descriptor) in given.into_iter().enumerate() {
-            (&raw mut (*listener).fd).cast::<c_int>().add(index).write(descriptor.into_raw_fd());
-            (*listener).count = index as c_int + 1;
-        }
-        (*listener).bindaddr = (&raw mut *listeners.pointers).cast();
-        (*listener).bindaddr_count = (*listener).count;
-    }
-    true
+    // SAFETY: as above.
+    unsafe { listeners.give(listener, given) };
+    Ok(())
 }
 
 /// The addresses that the server was told, unless they are our own names.
@@ -232,15 +275,20 @@ fn open(address: &str, port: u16) -> Result<(Listener, OwnedFd), String> {
     let channel = EventChannel::new().map_err(|error| error.to_string())?;
     let id = Id::new(&channel).map_err(|error| error.to_string())?;
     id.listen(address, BACKLOG).map_err(|error| error.to_string())?;
+    let descriptor = duplicate(channel.fd())?;
+    let given = descriptor.as_raw_fd();
+    Ok((Listener { _id: id, channel, given }, descriptor))
+}
+
+/// Another descriptor of the same.
+fn duplicate(fd: RawFd) -> Result<OwnedFd, String> {
     // SAFETY: a copy of a live descriptor, or −1.
-    let copy = unsafe { libc::fcntl(channel.fd(), libc::F_DUPFD_CLOEXEC, 0) };
+    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) };
     if copy < 0 {
         return Err(format!("no descriptor left: {}", std::io::Error::last_os_error()));
     }
     // SAFETY: new, nobody else's.
-    let descriptor = unsafe { OwnedFd::from_raw_fd(copy) };
-    let given = descriptor.as_raw_fd();
-    Ok((Listener { _id: id, channel, given }, descriptor))
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
 /// Listens on what the module was told by now. Returns whether that worked.

@@ -49,8 +49,12 @@ fn refused(cell: &Cell, address: SocketAddr) -> Result<()> {
     Ok(())
 }
 
-/// The window that the server announces to a client.
+/// The largest window that the server announces to a client, which has to be busy for it.
 fn announced(cell: &Cell, client: &mut Client<Connection>) -> Result<u32> {
+    let value = pattern::value(3, 1 << 20);
+    for _ in 0..6 {
+        client.command(&[b"SET", b"large", &value])?;
+    }
     let deadline = Instant::now() + cell.lab.patience();
     Ok(client.stream().peer_window(deadline)?.length)
 }
@@ -206,6 +210,9 @@ fn set_bind(cell: &mut Cell) -> Result<()> {
     let mut stays = cell.rdma()?;
     let traffic = cell.traffic(10, 4000)?;
     let mut observer = cell.tcp()?;
+    let reply = observer.words(&format!("CONFIG SET {name} 192.0.2.77"))?;
+    ensure!(reply.is_error(), "CONFIG SET {name} to nobody's address: {reply}");
+    at(cell, old).context("after a setting that failed, where the arguments say")?;
     if cell.id.server != "8.0" {
         // On these lines only a port that the server's own configuration knows goes with
         // its own addresses.
