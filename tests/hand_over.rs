@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! The hand-overs of `src/window` between real threads: a poller, and two I/O threads that
+//! take turns as chance has it. The models of `src/window/model.rs` look at every interleaving
+//! of a few steps; this looks at some interleavings of very many, with plain memory behind the
+//! windows, so that ThreadSanitizer (`scripts/sanitizers.sh thread`) sees who touches a byte
+//! without an order between them.
+
+use std::cell::UnsafeCell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use fastrand::Rng;
+use valkey_rdma::window::{Announcement, ReceiveWindow, SendLedger, SendWindow};
+
+/// Bytes that go each way.
+const TOTAL: u64 = 3_000_000;
+/// Nobody waits longer than this for the others.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Work requests in flight, and staging memory.
+const DEPTH: usize = 8;
+const STAGING: usize = 3000;
+/// The longest buffer that is announced.
+const WINDOW: usize = 5000;
+
+/// The byte at a position of the stream.
+fn byte(position: u64) -> u8 {
+    (position.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8
+}
+
+/// Bytes that are shared without a lock.
+struct Memory(Box<[UnsafeCell<u8>]>);
+
+// SAFETY: the hand-overs keep threads apart, which is what is tested.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    fn new(length: usize) -> Self {
+        Self((0..length).map(|_| UnsafeCell::new(0)).collect())
+    }
+
+    fn store(&self, at: usize, length: usize, position: u64) {
+        for (cell, position) in self.0[at..at + length].iter().zip(position..) {
+            // SAFETY: see above.
+            unsafe { *cell.get() = byte(position) };
+        }
+    }
+
+    fn check(&self, at: usize, length: usize, position: u64) {
+        for (cell, position) in self.0[at..at + length].iter().zip(position..) {
+            // SAFETY: see above.
+            assert_eq!(unsafe { *cell.get() }, byte(position), "the byte at {position}");
+        }
+    }
+}
+
+/// Calls `step` until it says that it is done.
+fn until(what: &str, mut step: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !step() {
+        assert!(Instant::now() < deadline, "{what}: stuck");
+        thread::yield_now();
+    }
+}
+
+/// What belongs to the writer.
+#[derive(Default)]
+struct Outgoing {
+    window: Announcement,
+    used: u32,
+    written: u64,
+}
+
+/// A send queue: entries are stored before the number of them is.
+struct Queue {
+    entries: [AtomicU64; DEPTH],
+    posted: AtomicU64,
+}
+
+impl Queue {
+    /// By who has the right to write.
+    fn post(&self, offset: usize, length: usize, signalled: bool) {
+        let number = self.posted.load(Ordering::Relaxed);
+        let entry = (offset as u64) << 32 | (length as u64) << 1 | u64::from(signalled);
+        self.entries[number as usize % DEPTH].store(entry, Ordering::Relaxed);
+        // Release: as a doorbell comes after what it is rung for.
+        self.posted.store(number + 1, Ordering::Release);
+    }
+
+    fn take(&self, number: u64) -> Option<(usize, usize, bool)> {
+        (self.posted.load(Ordering::Acquire) > number).then(|| {
+            let entry = self.entries[number as usize % DEPTH].load(Ordering::Relaxed);
+            ((entry >> 32) as usize, (entry as u32 >> 1) as usize, entry & 1 == 1)
+        })
+    }
+}
+
+struct Sending {
+    window: SendWindow,
+    ledger: SendLedger<Outgoing>,
+    staging: Memory,
+    queue: Queue,
+}
+
+impl Sending {
+    /// As the transport's write. Returns whether all is written.
+    fn write(&self, rng: &mut Rng) -> bool {
+        let Some(mut writer) = self.ledger.writer() else { return false };
+        for _ in 0..rng.u32(1..5) {
+            if writer.used == writer.window.length {
+                let Some(window) = self.window.take() else { break };
+                writer.window = window;
+                writer.used = 0;
+            }
+            let room = u64::from(writer.window.length - writer.used);
+            let wanted = room.min(TOTAL - writer.written).min(rng.u64(1..2000));
+            let Some(chunk) = writer.chunk(wanted as usize) else { break };
+            self.staging.store(chunk.offset, chunk.length, writer.written);
+            writer.written += chunk.length as u64;
+            writer.used += chunk.length as u32;
+            self.window.publish_left(writer.window.length - writer.used);
+            let (_, signalled) = writer.enter(chunk.length);
+            self.queue.post(chunk.offset, chunk.length, signalled);
+        }
+        writer.written == TOTAL
+    }
+}
+
+#[test]
+fn bytes_are_sent_in_order_by_whichever_thread_has_the_right_to_write() {
+    let sending = Arc::new(Sending {
+        window: SendWindow::default(),
+        ledger: SendLedger::new(DEPTH, STAGING, Outgoing::default()),
+        staging: Memory::new(STAGING),
+        queue: Queue { entries: Default::default(), posted: AtomicU64::new(0) },
+    });
+    let writers = [1, 2].map(|seed| {
+        let sending = Arc::clone(&sending);
+        let mut rng = Rng::with_seed(seed);
+        thread::spawn(move || until("writing", || sending.write(&mut rng)))
+    });
+
+    let mut rng = Rng::with_seed(3);
+    let (mut received, mut room, mut number) = (0, 0, 0);
+    until("sending", || {
+        if room == 0 {
+            let length = rng.usize(1..=WINDOW);
+            let announcement = Announcement { address: received, length: length as u32, rkey: 0 };
+            sending.window.announce(announcement).expect("the one before is used up");
+            room = length;
+        }
+        if let Some((offset, length, signalled)) = sending.queue.take(number) {
+            sending.staging.check(offset, length, received);
+            received += length as u64;
+            room -= length;
+            number += 1;
+            if signalled {
+                assert!(sending.ledger.retire(number as u32 & 0x00ff_ffff));
+            }
+        }
+        received == TOTAL
+    });
+    for writer in writers {
+        writer.join().expect("a writer");
+    }
+}
+
+#[test]
+fn bytes_are_received_in_order_by_threads_that_take_turns() {
+    struct Receiving {
+        window: ReceiveWindow,
+        buffer: Memory,
+        /// Whose turn it is; what the server's job queue orders.
+        turn: AtomicUsize,
+        read: AtomicU64,
+    }
+    let receiving = Arc::new(Receiving {
+        window: ReceiveWindow::new(),
+        buffer: Memory::new(WINDOW),
+        turn: AtomicUsize::new(0),
+        read: AtomicU64::new(0),
+    });
+    let readers = [0, 1].map(|number| {
+        let receiving = Arc::clone(&receiving);
+        let mut rng = Rng::with_seed(number as u64);
+        thread::spawn(move || {
+            until("reading", || {
+                if receiving.turn.load(Ordering::Acquire) == number {
+                    let read = receiving.read.load(Ordering::Relaxed);
+                    if let Some((offset, waiting)) = receiving.window.readable() {
+                        let count = waiting.min(rng.usize(1..3000));
+                        receiving.buffer.check(offset, count, read);
+                        receiving.read.store(read + count as u64, Ordering::Relaxed);
+                        receiving.window.consume(count);
+                    }
+                    receiving.turn.store(rng.usize(0..2), Ordering::Release);
+                }
+                receiving.read.load(Ordering::Relaxed) == TOTAL
+            });
+        })
+    });
+
+    let mut rng = Rng::with_seed(3);
+    let (mut sent, mut filled, mut length) = (0, 0, 0);
+    until("receiving", || {
+        if filled == length && receiving.window.is_consumed() {
+            length = rng.usize(1..=WINDOW);
+            filled = 0;
+            receiving.window.announce(length as u32);
+        }
+        let count = (length - filled).min((TOTAL - sent) as usize).min(rng.usize(1..2000));
+        receiving.buffer.store(filled, count, sent);
+        receiving.window.arrived(count as u32).expect("it fits");
+        filled += count;
+        sent += count as u64;
+        sent == TOTAL
+    });
+    for reader in readers {
+        reader.join().expect("a reader");
+    }
+}
