@@ -365,14 +365,18 @@ pub fn on_readable(_el: *mut EventLoop, fd: RawFd) {
                 // SAFETY: a connection request that nobody took over yet.
                 EventKind::ConnectRequest => unsafe { accept(event.id) },
                 EventKind::DeviceRemoval => {
-                    log::warn!("the RDMA device of a listener was removed");
+                    let what = "the RDMA device of a listener was removed";
+                    transport.poller.say_trouble(log::Level::Warn, what);
                 }
-                EventKind::AddressChange => log::info!("the address of a listener changed"),
+                EventKind::AddressChange => {
+                    let what = "the address of a listener changed";
+                    transport.poller.say_trouble(log::Level::Info, what);
+                }
                 other => log::debug!("listener: {other:?}, status {}", event.status),
             },
             Ok(None) => return,
             Err(error) => {
-                log::warn!("listener: {error}");
+                transport.poller.say_trouble(log::Level::Warn, &format!("listener: {error}"));
                 return;
             }
         }
@@ -414,7 +418,7 @@ unsafe fn accept(key: IdKey) {
 }
 
 /// Counts a refusal and says so, once a minute.
-fn refused(peer: &str, why: &str) {
+pub(super) fn refused(peer: &str, why: &str) {
     METRICS.connections_refused.add(1);
     if let Some(more) = Transport::get().listeners.open().refusals.open(clock::now()) {
         log::warn!("client {peer} refused: {why}{more}");

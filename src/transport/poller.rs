@@ -25,7 +25,7 @@ use super::guard::{guard, guard_endpoint};
 use super::hub::{Hub, Progress};
 use super::key::{Key, MAX_ENDPOINTS, Work};
 use super::valve::Valve;
-use super::{clock, outgoing};
+use super::{clock, listener, outgoing};
 use crate::host::connection::State;
 use crate::host::reply::Reply;
 use crate::host::{MainCell, api};
@@ -34,6 +34,7 @@ use crate::session::{Reaction, Violation};
 use crate::verbs::Error;
 use crate::verbs::cm::{Device, Event, EventChannel, EventKind, Id, IdKey};
 use crate::verbs::completion::{Completion, Outcome};
+use log::Level;
 use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{CString, c_int, c_void};
@@ -46,7 +47,8 @@ use std::sync::Arc;
 /// the event loop its turn.
 const EVENTS_PER_GO: usize = 32;
 
-/// Lost connections, and violations, that are logged in a minute.
+/// Lost connections that are logged in a minute; as many violations, and as many lines
+/// about devices and addresses.
 const LOSSES_PER_MINUTE: u32 = 30;
 
 /// See the module's text. Main thread only, all of it.
@@ -72,6 +74,7 @@ pub struct Poller {
     accepting: MainCell<Option<Arc<Endpoint>>>,
     losses: MainCell<Valve>,
     violations: MainCell<Valve>,
+    troubles: MainCell<Valve>,
 }
 
 // SAFETY: all fields are cells of the main thread or used on it alone; the event
@@ -131,6 +134,7 @@ impl Poller {
             accepting: MainCell::default(),
             losses: MainCell::new(Valve::new(LOSSES_PER_MINUTE)),
             violations: MainCell::new(Valve::new(LOSSES_PER_MINUTE)),
+            troubles: MainCell::new(Valve::new(LOSSES_PER_MINUTE)),
         })
     }
 
@@ -364,7 +368,8 @@ impl Poller {
             Ok(Progress::Empty) => {}
             Ok(Progress::More) => *self.unfinished.open() = true,
             Err(error) => {
-                log::error!("device {}: {error}; its connections end", hub.name());
+                let what = format!("device {}: {error}; its connections end", hub.name());
+                self.say_trouble(Level::Error, &what);
                 for endpoint in self.endpoints() {
                     if endpoint.id().device() == Some(hub.device()) {
                         self.lose(&endpoint, Fate::Gone, Reason::Error);
@@ -477,6 +482,13 @@ impl Poller {
     pub fn say_lost(&self, endpoint: &Endpoint, why: &str) {
         if let Some(more) = self.losses.open().open(clock::now()) {
             log::info!("connection of {} lost: {why}{more}", endpoint.peer_text());
+        }
+    }
+
+    /// Says what befell a device or an address, unless much does.
+    pub fn say_trouble(&self, level: log::Level, what: &str) {
+        if let Some(more) = self.troubles.open().open(clock::now()) {
+            log::log!(level, "{what}{more}");
         }
     }
 
@@ -633,8 +645,7 @@ impl Poller {
         // SAFETY: just made, nobody else's yet.
         unsafe {
             if !(*connection).has_descriptor() {
-                log::warn!("client {} refused: no descriptor left", endpoint.peer_text());
-                METRICS.connections_refused.add(1);
+                listener::refused(&endpoint.peer_text(), "no descriptor left");
                 METRICS.refused_descriptors.add(1);
                 RdmaConnection::free(connection);
                 self.lose(endpoint, Fate::Gone, Reason::Server);
@@ -702,7 +713,7 @@ impl Poller {
                 Ok(Some(event)) => self.connection_event(event),
                 Ok(None) => break,
                 Err(error) => {
-                    log::warn!("{error}");
+                    self.say_trouble(Level::Warn, &error.to_string());
                     break;
                 }
             }
@@ -742,11 +753,13 @@ impl Poller {
                 self.lose(&endpoint, Fate::Gone, Reason::Error);
             }
             EventKind::DeviceRemoval => {
-                log::warn!("device of the connection of {} removed", endpoint.peer_text());
+                let what = format!("device of the connection of {} removed", endpoint.peer_text());
+                self.say_trouble(Level::Warn, &what);
                 self.lose(&endpoint, Fate::Gone, Reason::Error);
             }
             EventKind::AddressChange => {
-                log::info!("address of the connection of {} changed", endpoint.peer_text());
+                let what = format!("address of the connection of {} changed", endpoint.peer_text());
+                self.say_trouble(Level::Info, &what);
             }
             EventKind::AddressResolved
             | EventKind::RouteResolved
@@ -798,7 +811,7 @@ impl Poller {
         // What completes from here on fires the descriptor again; what completed
         // before it was armed is taken now.
         if let Err(error) = hub.arm() {
-            log::error!("device {}: {error}", hub.name());
+            self.say_trouble(Level::Error, &format!("device {}: {error}", hub.name()));
         }
         self.take_completions(hub);
     }
