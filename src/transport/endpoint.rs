@@ -16,7 +16,7 @@ use super::growth;
 use super::hub::Hub;
 use super::key::{Key, Work};
 use super::status::{Activity, Shortage};
-use super::watchdog::{Trace, Watch};
+use super::watchdog::Watch;
 use crate::host::main_cell::is_main_thread;
 use crate::host::{Connection, MainCell};
 use crate::metrics::{Counter, METRICS};
@@ -373,19 +373,6 @@ impl Endpoint {
     /// What the writer did.
     pub fn activity(&self) -> &Activity {
         &self.activity
-    }
-
-    /// What has changed when anything has. Main thread.
-    pub fn trace(&self) -> Trace {
-        let own = self.own();
-        [
-            self.inbound.total_read(),
-            self.inbound.unread(),
-            self.ledger.total_posted(),
-            self.ledger.in_flight(),
-            own.session.last_heard(),
-            own.free_control_slots.len() as u64,
-        ]
     }
 
     /// Payload writes that are not known to have arrived.
