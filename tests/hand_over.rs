@@ -177,7 +177,8 @@ fn bytes_are_received_in_order_by_threads_that_take_turns() {
     }
     let receiving = Arc::new(Receiving {
         window: ReceiveWindow::new(),
-        buffer: Memory::new(WINDOW),
+        // Two buffers, of which any may be announced after any.
+        buffer: Memory::new(2 * WINDOW),
         turn: AtomicUsize::new(0),
         read: AtomicU64::new(0),
     });
@@ -188,9 +189,9 @@ fn bytes_are_received_in_order_by_threads_that_take_turns() {
             until("reading", || {
                 if receiving.turn.load(Ordering::Acquire) == number {
                     let read = receiving.read.load(Ordering::Relaxed);
-                    if let Some((offset, waiting)) = receiving.window.readable() {
+                    if let Some((address, waiting)) = receiving.window.readable() {
                         let count = waiting.min(rng.usize(1..3000));
-                        receiving.buffer.check(offset, count, read);
+                        receiving.buffer.check(address as usize, count, read);
                         receiving.read.store(read + count as u64, Ordering::Relaxed);
                         receiving.window.consume(count);
                     }
@@ -202,15 +203,16 @@ fn bytes_are_received_in_order_by_threads_that_take_turns() {
     });
 
     let mut rng = Rng::with_seed(3);
-    let (mut sent, mut filled, mut length) = (0, 0, 0);
+    let (mut sent, mut filled, mut length, mut start) = (0, 0, 0, 0);
     until("receiving", || {
         if filled == length && receiving.window.is_consumed() {
             length = rng.usize(1..=WINDOW);
             filled = 0;
-            receiving.window.announce(length as u32);
+            start = rng.usize(0..2) * WINDOW;
+            receiving.window.announce(start as u64, length as u32);
         }
         let count = (length - filled).min((TOTAL - sent) as usize).min(rng.usize(1..2000));
-        receiving.buffer.store(filled, count, sent);
+        receiving.buffer.store(start + filled, count, sent);
         receiving.window.arrived(count as u32).expect("it fits");
         filled += count;
         sent += count as u64;
