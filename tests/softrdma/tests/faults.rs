@@ -88,18 +88,18 @@ fn a_completion_fails_and_the_queue_pair_with_it() {
 
 #[test]
 fn completions_come_late_but_in_order() {
-    planned("completions_come_late_but_in_order", "wc-delay=50000@2", || {
+    planned("completions_come_late_but_in_order", "wc-delay=2000000@2", || {
         let p = Pair::default();
         let start = Instant::now();
         for i in 1..=5 {
             p.client.post(Wr::write(i, &[], 0, 0));
         }
         p.client.done(1);
-        assert!(start.elapsed() < Duration::from_millis(45));
+        assert!(start.elapsed() < Duration::from_secs(2));
         for i in 2..=5 {
             p.client.done(i);
         }
-        assert!(start.elapsed() >= Duration::from_millis(50));
+        assert!(start.elapsed() >= Duration::from_secs(2));
     });
 }
 

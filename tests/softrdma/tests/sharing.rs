@@ -107,7 +107,7 @@ fn threads_may_post_to_a_shared_queue_at_once() {
     let shared = Shared::new(4096);
     let o = Options { pd: shared.pd, srq: shared.srq, cqe: 4096, ..Options::default() };
     let (a, b) = (Pair::new(Options::default(), o.clone()), Pair::new(Options::default(), o));
-    const EACH: u64 = 500;
+    const EACH: u64 = 150;
     for pair in [&a, &b] {
         pair.server.rnr_timer(1);
     }
