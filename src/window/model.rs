@@ -519,7 +519,7 @@ fn anybody_may_ask_how_much_is_unread() {
 fn a_connection_sends_and_receives_at_once() {
     model(|| {
         let sending = Arc::new(Sending::new(4, 1));
-        let receiving = Arc::new(Receiving::new(1));
+        let receiving = Arc::new(Receiving::new(2));
         let (queue, events) = channel();
         let work = {
             let (sending, receiving) = (Arc::clone(&sending), Arc::clone(&receiving));
