@@ -46,7 +46,12 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "cannot {}: {}", self.action, io::Error::from_raw_os_error(self.errno))?;
+        write!(f, "cannot {}", self.action)?;
+        // Our own limit, which the system's words for the number ("Disk quota") would hide.
+        if self.errno == libc::EDQUOT {
+            return Ok(());
+        }
+        write!(f, ": {}", io::Error::from_raw_os_error(self.errno))?;
         if self.action == REGISTER && self.errno == libc::ENOMEM {
             match locked_memory_limit() {
                 Some(bytes) => write!(
