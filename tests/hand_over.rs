@@ -15,9 +15,9 @@ use fastrand::Rng;
 use valkey_rdma::window::{Announcement, ReceiveWindow, SendLedger, SendWindow};
 
 /// Bytes that go each way.
-const TOTAL: u64 = 3_000_000;
+const TOTAL: u64 = 500_000;
 /// Nobody waits longer than this for the others.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 /// Work requests in flight, and staging memory.
 const DEPTH: usize = 8;
 const STAGING: usize = 3000;
