@@ -61,6 +61,11 @@ main() {
     if ((!$#)); then
         package "$level" "$log/package"
     fi
+    if [[ $level == full ]] && ((!$#)); then
+        say "Sanitizers"
+        "$repo/scripts/sanitizers.sh" </dev/null >"$log/sanitizers" || true
+        add_sum "$log/sanitizers" 3
+    fi
     if [[ $level == full ]]; then
         "${cells[@]}" --report docs/test-report.md
         say "docs/test-report.md is written"
