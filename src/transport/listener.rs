@@ -16,7 +16,7 @@ use crate::host::layout::{ConnectionType91, EventLoop, Listener81, MAX_BINDS, Rd
 use crate::metrics::METRICS;
 use crate::verbs::cm::{Device, EventChannel, EventKind, Id, IdKey};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 
 /// Connection requests that wait in the kernel; it caps the number itself.
 const BACKLOG: i32 = 1024;
@@ -282,13 +282,10 @@ fn open(address: &str, port: u16) -> Result<(Listener, OwnedFd), String> {
 
 /// Another descriptor of the same.
 fn duplicate(fd: RawFd) -> Result<OwnedFd, String> {
-    // SAFETY: a copy of a live descriptor, or −1.
-    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) };
-    if copy < 0 {
-        return Err(format!("no descriptor left: {}", std::io::Error::last_os_error()));
-    }
-    // SAFETY: new, nobody else's.
-    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+    // SAFETY: an open descriptor of a channel that outlives this call.
+    unsafe { BorrowedFd::borrow_raw(fd) }
+        .try_clone_to_owned()
+        .map_err(|error| format!("no descriptor left: {error}"))
 }
 
 /// Listens on what the module was told by now. Returns whether that worked.

@@ -21,6 +21,7 @@
 pub mod address;
 pub mod clock;
 pub mod connection;
+mod echoes;
 pub mod endpoint;
 mod growth;
 pub mod guard;

@@ -20,6 +20,7 @@
 
 use super::Transport;
 use super::connection::{RdmaConnection, call_handler, has_write_barrier};
+use super::echoes::Echoes;
 use super::endpoint::{Endpoint, Fate, Plan, Reason, Stage};
 use super::guard::{guard, guard_endpoint};
 use super::hub::{Hub, Progress};
@@ -96,17 +97,6 @@ struct Slot {
     endpoint: Option<Arc<Endpoint>>,
 }
 
-/// Further descriptors that fire with a hub's, for servers that start their I/O
-/// threads by the number of descriptors that fired.
-#[derive(Debug, Default)]
-struct Echoes {
-    /// Most of them; 0 where the server does not go by descriptors.
-    most: usize,
-    descriptors: Vec<OwnedFd>,
-    /// Most endpoints ready at one time since the last look.
-    busy: usize,
-}
-
 impl Poller {
     /// A poller without endpoints, not watched yet.
     ///
@@ -141,7 +131,7 @@ impl Poller {
     /// Registers with the event loop. `echoes` is the most descriptors that may fire
     /// for one device beside its own.
     pub fn watch(&self, echoes: usize) -> bool {
-        self.echoes.open().most = echoes;
+        self.echoes.open().allow(echoes);
         api::watch(self.wake.as_raw_fd(), on_wake, 0)
             && api::watch(self.channel.fd(), on_connection_event, 0)
     }
@@ -349,10 +339,7 @@ impl Poller {
         let _pass = self.pass();
         self.look_at(hub);
         let busy = self.ready.open().len();
-        let mut echoes = self.echoes.open();
-        echoes.busy = echoes.busy.max(busy);
-        drop(echoes);
-        self.match_echoes(hub);
+        self.echoes.open().grow(hub.fd(), busy);
         self.serve_ready();
     }
 
@@ -673,36 +660,10 @@ impl Poller {
         }
     }
 
-    /// Has as many descriptors fire with a hub's as there are busy endpoints.
-    fn match_echoes(&self, hub: &Hub) {
-        let mut echoes = self.echoes.open();
-        let wanted = echoes.busy.saturating_sub(1).min(echoes.most);
-        while echoes.descriptors.len() < wanted {
-            // SAFETY: a copy of a live descriptor, or −1.
-            let copy = unsafe { libc::fcntl(hub.fd(), libc::F_DUPFD_CLOEXEC, 0) };
-            if copy < 0 || !api::watch(copy, on_echo, 0) {
-                if copy >= 0 {
-                    // SAFETY: ours, and not watched.
-                    unsafe { libc::close(copy) };
-                }
-                echoes.most = echoes.descriptors.len();
-                return;
-            }
-            // SAFETY: a new descriptor, nobody else's.
-            echoes.descriptors.push(unsafe { OwnedFd::from_raw_fd(copy) });
-        }
-    }
-
-    /// Lets go of echoes that were not needed since the last call, or of all. Slow clock.
+    /// Lets go of descriptors that fire with a device's and were not needed since the
+    /// last call, or of all. Slow clock.
     pub fn shrink_echoes(&self, all: bool) {
-        let mut echoes = self.echoes.open();
-        let busy = std::mem::take(&mut echoes.busy);
-        let wanted = if all { 0 } else { busy.saturating_sub(1).min(echoes.most) };
-        while echoes.descriptors.len() > wanted {
-            if let Some(descriptor) = echoes.descriptors.pop() {
-                api::unwatch(descriptor.as_raw_fd());
-            }
-        }
+        self.echoes.open().shrink(all);
     }
 
     /// Handles what happened to connections.
@@ -862,6 +823,3 @@ unsafe extern "C" fn on_completions(_fd: c_int, data: *mut c_void, _mask: c_int)
         }
     });
 }
-
-/// Fires together with a hub's descriptor, whose own handler does the work.
-unsafe extern "C" fn on_echo(_fd: c_int, _data: *mut c_void, _mask: c_int) {}
