@@ -378,7 +378,7 @@ impl Poller {
 
     fn complete_work(&self, endpoint: &Arc<Endpoint>, work: Work, outcome: Outcome) {
         match outcome {
-            Outcome::Failed(status) if status.is_too_long() => {
+            Outcome::Failed(status) if matches!(work, Work::Receive(_)) && status.is_too_long() => {
                 self.violate(endpoint, Violation::TooLong);
             }
             Outcome::Failed(status) => {

@@ -100,9 +100,11 @@ impl Status {
         self.0 == ibv_wc_status::IBV_WC_WR_FLUSH_ERR
     }
 
-    /// Whether a message was longer than the receive that it found.
+    /// Whether a message was longer than the receive that it found, if this is the status
+    /// of a receive. Soft-RoCE says so by "local QP operation error", as it does of
+    /// receives that make no sense, and ours do.
     pub fn is_too_long(self) -> bool {
-        self.0 == ibv_wc_status::IBV_WC_LOC_LEN_ERR
+        matches!(self.0, ibv_wc_status::IBV_WC_LOC_LEN_ERR | ibv_wc_status::IBV_WC_LOC_QP_OP_ERR)
     }
 
     /// What kind of failure it is.

@@ -14,6 +14,10 @@ use crate::cell::{Case, Cell};
 use crate::matrix::Fabric;
 use crate::process::run;
 
+/// Rounds after which the server's allocators have what they work with. Resident memory of
+/// 8.0 was 19.9 MB after ten rounds of 200 clients and 20.6 MB after a hundred.
+const WARM_UP: usize = 8;
+
 pub const CASES: &[Case] = &[
     Case::new("churn", |cell| churn(cell, 200, 20)),
     Case::new("churn-light", |cell| churn(cell, 50, 4)),
@@ -99,8 +103,9 @@ fn round(cell: &Cell, clients: usize) -> Result<()> {
 
 fn churn(cell: &mut Cell, clients: usize, rounds: usize) -> Result<()> {
     // The first rounds bring the server's own pools and allocator to their working size.
-    round(cell, clients)?;
-    round(cell, clients)?;
+    for number in 0..WARM_UP {
+        round(cell, clients).with_context(|| format!("warm-up {number}"))?;
+    }
     let before = Holdings::of(cell)?;
     for number in 0..rounds {
         round(cell, clients).with_context(|| format!("round {number}"))?;
@@ -130,7 +135,7 @@ fn churn(cell: &mut Cell, clients: usize, rounds: usize) -> Result<()> {
         );
     }
     let info = cell.info()?;
-    let total = (clients * (rounds + 2)) as u64;
+    let total = (clients * (rounds + WARM_UP)) as u64;
     ensure!(
         info.number("rdma_connections_accepted")? == total,
         "{total} connections were opened, {} accepted",
