@@ -109,12 +109,12 @@ unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
         for endpoint in &endpoints {
             guard_endpoint("one endpoint's slow clock", endpoint, || look_after(endpoint));
         }
-        // Without endpoints this clock stops: what it would let go of later goes now.
-        poller.shrink_echoes(endpoints.is_empty());
     });
     // Whatever became of that, the clock goes on.
     guard("the slow clock's next tick", (), || {
         let runs = !poller.endpoints().is_empty();
+        // Without endpoints this clock stops: what it would let go of later goes now.
+        poller.shrink_echoes(!runs);
         CLOCKS.open().slow_runs = runs;
         if runs {
             api::after(SLOW, on_slow);
