@@ -12,7 +12,6 @@ use crate::metrics::METRICS;
 use crate::transport::guard::guard;
 use crate::transport::key::MAX_ENDPOINTS;
 use crate::transport::{Transport, status};
-
 use crate::verbs::{locked_memory_limit, memory};
 use redis_module::raw;
 use std::ffi::{CStr, c_int};
@@ -191,7 +190,7 @@ fn limits() -> [Limit; 4] {
         (u64::from(settings.max_handshakes), settings.max_registered)
     };
     let (registered, _) = memory::registered();
-    let connections = transport.poller.endpoints().len() as u64;
+    let connections = transport.poller.count() as u64;
     [
         Limit {
             name: "handshakes",

@@ -112,7 +112,7 @@ unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     });
     // Whatever became of that, the clock goes on.
     guard("the slow clock's next tick", (), || {
-        let runs = !poller.endpoints().is_empty();
+        let runs = poller.count() > 0;
         // Without endpoints this clock stops: what it would let go of later goes now.
         poller.shrink_echoes(!runs);
         CLOCKS.open().slow_runs = runs;
@@ -129,7 +129,7 @@ fn look_after(endpoint: &Arc<Endpoint>) {
     // What a full send queue refused, and no completion will bring back.
     if endpoint.fate() == Fate::Alive && endpoint.awaits_control_slot() {
         poller.attempt(endpoint, endpoint.send_answers());
-        poller.attempt(endpoint, endpoint.announce_if_consumed(now()));
+        poller.attempt(endpoint, endpoint.announce_if_consumed());
     }
     endpoint.shrink_if_idle();
     if endpoint.take_refused() {

@@ -8,15 +8,15 @@
 //!
 //! Memory of an endpoint: one *control* region (receive slots, slots for our own
 //! control messages, a little staging memory), one *receive* region that the peer
-//! may write to, which grows and shrinks with the traffic, and, once a write asks for it, a larger *staging* region. Each
-//! endpoint has a protection domain of its own, so that no peer can use a key of
-//! another's.
+//! may write to, which grows and shrinks with the traffic, and, once a write asks for
+//! it, a larger *staging* region. Each endpoint has a protection domain of its own, so
+//! that no peer can use a key of another's.
 
-use super::growth;
 use super::hub::Hub;
 use super::key::{Key, Work};
 use super::status::{Activity, Shortage};
 use super::watchdog::Watch;
+use super::{clock, growth};
 use crate::host::main_cell::is_main_thread;
 use crate::host::{Connection, MainCell};
 use crate::metrics::{Counter, METRICS};
@@ -594,11 +594,11 @@ impl Endpoint {
             && self.fate() == Fate::Alive
     }
 
-    /// Opens the receive window again if it is full and consumed, `now`. Main thread.
+    /// Opens the receive window again if it is full and consumed. Main thread.
     ///
     /// # Errors
     /// If the message can't be posted.
-    pub fn announce_if_consumed(&self, now: Millis) -> Result<(), Error> {
+    pub fn announce_if_consumed(&self) -> Result<(), Error> {
         let own = self.own();
         let wanted = own.session.is_established()
             && (own.announcement_due || self.inbound.is_consumed())
@@ -609,7 +609,7 @@ impl Endpoint {
         }
         let due = self.own().announcement_due;
         if !due {
-            self.fit_receive_buffer(now);
+            self.fit_receive_buffer();
         }
         let receive = self.receive.open();
         let memory = Memory {
@@ -632,7 +632,8 @@ impl Endpoint {
 
     /// Replaces the receive buffer, which is consumed, if its size does not fit the
     /// traffic.
-    fn fit_receive_buffer(&self, now: Millis) {
+    fn fit_receive_buffer(&self) {
+        let now = clock::now();
         let mut receive = self.receive.open();
         let present = receive.region.length() as u32;
         let since = receive.since.replace(now);

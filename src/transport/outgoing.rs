@@ -6,7 +6,6 @@
 
 use super::Transport;
 use super::address::resolve;
-use super::clock;
 use super::connection::{RdmaConnection, call_handler};
 use super::endpoint::{Endpoint, Fate, ReadOutcome, Reason, Stage, WriteOutcome};
 use crate::host::connection::{Handler, State};
@@ -335,7 +334,7 @@ pub fn sync_read(endpoint: &Arc<Endpoint>, to: &mut [u8], timeout: Duration) -> 
                     done += count;
                     if is_main_thread() {
                         let poller = &Transport::get().poller;
-                        poller.attempt(endpoint, endpoint.announce_if_consumed(clock::now()));
+                        poller.attempt(endpoint, endpoint.announce_if_consumed());
                     }
                 }
                 ReadOutcome::Again => return None,

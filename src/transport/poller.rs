@@ -232,6 +232,11 @@ impl Poller {
         self.table.open().slots.iter().filter_map(|slot| slot.endpoint.clone()).collect()
     }
 
+    /// How many endpoints there are.
+    pub fn count(&self) -> usize {
+        self.table.open().by_id.len()
+    }
+
     /// Connections in handshake at this moment.
     pub fn handshakes(&self) -> u64 {
         METRICS.connections_handshaking.get()
@@ -424,7 +429,7 @@ impl Poller {
                 Work::Control(slot) => {
                     endpoint.control_completed(slot);
                     self.attempt(endpoint, endpoint.send_answers());
-                    self.attempt(endpoint, endpoint.announce_if_consumed(clock::now()));
+                    self.attempt(endpoint, endpoint.announce_if_consumed());
                 }
                 Work::Receive(_) => {}
             },
@@ -569,7 +574,7 @@ impl Poller {
                 return;
             }
         }
-        self.attempt(endpoint, endpoint.announce_if_consumed(clock::now()));
+        self.attempt(endpoint, endpoint.announce_if_consumed());
         if endpoint.has_work() {
             if endpoint.progress() != before {
                 self.mark_ready(endpoint);
@@ -692,7 +697,7 @@ impl Poller {
             EventKind::Established => {
                 endpoint.established();
                 let complete = endpoint.own().session.establish();
-                self.attempt(&endpoint, endpoint.announce_if_consumed(clock::now()));
+                self.attempt(&endpoint, endpoint.announce_if_consumed());
                 if complete {
                     self.mark_ready(&endpoint);
                 }

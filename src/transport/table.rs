@@ -8,7 +8,7 @@
 use super::connection::RdmaConnection;
 use super::endpoint::{Fate, ReadOutcome, WriteOutcome};
 use super::guard::{give_up, guard};
-use super::{Transport, clock, in_child, listener, outgoing};
+use super::{Transport, in_child, listener, outgoing};
 use crate::host::Line;
 use crate::host::connection::{
     Connection, FLAG_CLOSE_SCHEDULED, FLAG_WRITE_BARRIER, Handler, State,
@@ -344,7 +344,7 @@ unsafe extern "C" fn read(connection: *mut Connection, to: *mut c_void, length: 
                     if is_main_thread() {
                         // Soonest is best: the peer may be waiting for this window.
                         let poller = &Transport::get().poller;
-                        poller.attempt(endpoint, endpoint.announce_if_consumed(clock::now()));
+                        poller.attempt(endpoint, endpoint.announce_if_consumed());
                     }
                     count as c_int
                 }
@@ -511,7 +511,7 @@ unsafe extern "C" fn update_state(connection: *mut Connection) {
             && !in_child()
         {
             let poller = &Transport::get().poller;
-            poller.attempt(&endpoint, endpoint.announce_if_consumed(clock::now()));
+            poller.attempt(&endpoint, endpoint.announce_if_consumed());
             poller.mark_if_ready(&endpoint);
         }
     });

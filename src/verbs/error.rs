@@ -35,9 +35,7 @@ impl Error {
             _ => Err(Self::last(action)),
         }
     }
-}
 
-impl Error {
     /// Whether memory could not be had or registered.
     pub fn is_about_memory(&self) -> bool {
         matches!(self.errno, libc::ENOMEM | libc::EDQUOT)
@@ -56,8 +54,8 @@ impl fmt::Display for Error {
             match locked_memory_limit() {
                 Some(bytes) => write!(
                     f,
-                    "; the limit on locked memory (memlock) is {bytes} bytes: raise it (`ulimit -l`, or \
-                     LimitMEMLOCK=infinity in the service's unit)"
+                    "; the limit on locked memory (memlock) is {bytes} bytes: raise it \
+                     (`ulimit -l`, or LimitMEMLOCK=infinity in the service's unit)"
                 )?,
                 None => write!(f, "; locked memory is not limited, so the device or machine is")?,
             }
