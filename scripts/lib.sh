@@ -156,3 +156,31 @@ apt_of() {
         -o Dir::State::Lists="$state/lists" -o Dir::Cache="$state" \
         "$@"
 }
+
+# lone_crate FOLDER DEPENDENCY MODULE… — parts of src that know nothing but the standard
+# library, as a crate of their own with the versions of Cargo.lock: it compiles in
+# seconds. DEPENDENCY is what its tests need, as Cargo.toml has it.
+lone_crate() {
+    local folder=$1 dependency=$2
+    shift 2
+    mkdir -p "$folder/src"
+    cp -r "${@/#/$repo/src/}" "$folder/src/"
+    printf 'pub mod %s;\n' "${@%.rs}" >"$folder/src/lib.rs"
+    cp "$repo/Cargo.lock" "$folder/Cargo.lock"
+    cat >"$folder/Cargo.toml" <<TOML
+[package]
+name = "valkey-rdma"
+version = "0.1.0"
+edition = "2024"
+
+[dev-dependencies]
+$dependency
+
+[lints.rust]
+unexpected_cfgs = { level = "warn", check-cfg = ["cfg(loom)"] }
+dead_code = "allow"
+unused_imports = "allow"
+
+[workspace]
+TOML
+}

@@ -10,8 +10,7 @@
 # --none leaves them all out. The last line sums up, models and mutants together:
 # N passed, N failed, N skipped.
 #
-# The windows know nothing but the standard library, so the copy is a crate of
-# those files alone, which compiles in seconds.
+# The copy is a crate of those files alone.
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -27,7 +26,7 @@ main() {
     copy=$(mktemp -d "${TMPDIR:-/tmp}/valkey-rdma-mutants.XXXXXX")
     # shellcheck disable=SC2064
     trap "rm -rf '$copy'" EXIT
-    lay_out "$copy"
+    lone_crate "$copy" 'loom = "0.7"' window
     step "the models of src/window, all interleavings" models_to "$copy/log" "$copy"
     count=$(awk '/^test result:/ { print $4 }' "$copy/log")
     if [[ $pattern == --none ]]; then
@@ -62,30 +61,6 @@ main() {
 }
 
 sum() { printf '%d passed, %d failed, 0 skipped\n' "$1" "$2"; }
-
-# The models as a crate of their own, with the versions of Cargo.lock.
-lay_out() {
-    mkdir -p "$1/src"
-    cp -r "$repo/src/window" "$1/src/window"
-    printf '#[cfg(test)]\nmod window;\n' >"$1/src/lib.rs"
-    cp "$repo/Cargo.lock" "$1/Cargo.lock"
-    cat >"$1/Cargo.toml" <<'TOML'
-[package]
-name = "valkey-rdma"
-version = "0.1.0"
-edition = "2024"
-
-[dev-dependencies]
-loom = "0.7"
-
-[lints.rust]
-unexpected_cfgs = { level = "warn", check-cfg = ["cfg(loom)"] }
-dead_code = "allow"
-unused_imports = "allow"
-
-[workspace]
-TOML
-}
 
 in_copy() {
     cd "$1"

@@ -91,7 +91,8 @@ job_thread() {
     local copy=$work/windows mutant
     say "ThreadSanitizer"
     export TSAN_OPTIONS=$thread_options
-    windows "$copy"
+    lone_crate "$copy" 'fastrand = "2"' window wire.rs session.rs
+    install -D -t "$copy/tests" "$repo/tests/hand_over.rs"
     for mutant in 'receive.rs:self.tail.store(tail + u64::from(count), Ordering::Release)' \
         'ledger.rs:self.ledger.busy.store(false, Ordering::Release)'; do
         cp "$repo/src/window/"*.rs "$copy/src/window/"
@@ -101,29 +102,6 @@ job_thread() {
     cp "$repo/src/window/"*.rs "$copy/src/window/"
     passes "windows and session" in_copy "$copy" --lib --test hand_over
     unset TSAN_OPTIONS
-}
-
-# Windows and session know nothing but the standard library: a crate of them alone.
-windows() {
-    mkdir -p "$1/src" "$1/tests"
-    cp -r src/window src/wire.rs src/session.rs "$1/src/"
-    cp tests/hand_over.rs "$1/tests/"
-    printf 'pub mod %s;\n' window wire session >"$1/src/lib.rs"
-    cp Cargo.lock "$1/"
-    cat >"$1/Cargo.toml" <<'TOML'
-[package]
-name = "valkey-rdma"
-version = "0.1.0"
-edition = "2024"
-
-[dev-dependencies]
-fastrand = "2"
-
-[lints.rust]
-unexpected_cfgs = { level = "warn", check-cfg = ["cfg(loom)"] }
-
-[workspace]
-TOML
 }
 
 weaken() {
