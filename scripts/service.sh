@@ -82,6 +82,7 @@ inside() {
     page "switch RDMA on, restart the service" 'loadmodule'
     page "serve clients, read INFO rdma" 'valkey-benchmark'
     check "MODULE LIST and INFO rdma say who serves" shows_itself
+    check "RDMA.CLIENTS tells of a client that does not read" tells_who_hangs
     page "a further server, RDMA on port 6380" 'valkey-server@second'
     systemctl stop valkey-server@second
     if [[ ${1:-} == --each-line ]]; then
@@ -148,6 +149,27 @@ shows_itself() {
     grep '^rdma_device.*rxe0' /tmp/info
     (($(sed -n 's/^rdma_connections_accepted://p' /tmp/info) >= 20))
     valkey-cli module list | grep -x rdma
+    # One client, which has what an idle one has.
+    sleep 2
+    valkey-cli --rdma -h 192.0.2.10 info rdma | tr -d '\r' | grep -x rdma_registered_bytes:49152
+}
+
+# The commands of docs/troubleshooting.md, for a client that asks for more than it reads.
+tells_who_hangs() {
+    local try id
+    valkey-cli --rdma -h 192.0.2.10 monitor | sleep 25 &
+    for ((try = 0; ; try++)); do
+        valkey-benchmark -t set -d 10000 -n 400 -q
+        valkey-cli -3 rdma.clients >/tmp/hangs
+        ! grep -q "client's window" /tmp/hangs || break
+        ((try < 10))
+    done
+    cat /tmp/hangs
+    id=$(sed -n 's/^id //p' /tmp/hangs)
+    valkey-cli client list | grep "^id=$id .* cmd=monitor "
+    valkey-cli info rdma | tr -d '\r' | grep -x rdma_connections_window_full:1
+    valkey-cli client kill id "$id"
+    wait
 }
 
 # As after a boot: nobody has asked for the connection manager's kernel module yet.

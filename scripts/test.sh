@@ -60,6 +60,7 @@ main() {
     run_cells vm "$log/vm" "$@"
     if ((!$#)); then
         package "$level" "$log/package"
+        demo "$log/demo"
     fi
     if [[ $level == full ]] && ((!$#)); then
         say "Sanitizers"
@@ -88,6 +89,31 @@ package() {
     say "Builds on other releases"
     "$repo/scripts/build-on.sh" </dev/null >"$log" || true
     add_sum "$log" 3
+    layouts "$log"
+}
+
+# The tables of the server's structures, against the headers of those releases.
+layouts() {
+    say "Layouts of the releases"
+    if { "$repo/scripts/setup.sh" sources && "$repo/scripts/abi-check.sh" --fetched; } </dev/null >"$1" 2>&1; then
+        ((++passed))
+    else
+        ((++failed))
+        tail -n 40 "$1" >&2
+    fi
+}
+
+# The README's other command, with little to do.
+demo() {
+    local log=$1 start=$SECONDS
+    say "The demonstration"
+    if "$repo/scripts/demo.sh" --fabric soft --clients 8 --size 1000000 --requests 200 </dev/null >"$log" 2>&1; then
+        ((++passed))
+        say "  $((SECONDS - start)) s"
+    else
+        ((++failed))
+        tail -n 40 "$log" >&2
+    fi
 }
 
 # build_variant FEATURE FOLDER — the module with a fault that a test needs. In the same
@@ -125,6 +151,8 @@ explorations() {
         tests "the simulation with 100,000 seeds" "$log/simulation" \
             env SIMULATION_SEEDS=100000 cargo test --locked --release --test simulation
     fi
+    tests "the simulation, one seed again" "$log/seed" \
+        env SIMULATION_SEED=17 cargo test --locked --test simulation
     "$repo/scripts/mutants.sh" "${mutants[@]}" </dev/null >"$log/models" || true
     add_sum "$log/models" 1
     "$repo/scripts/fuzz.sh" "$seconds" </dev/null >"$log/fuzz" || true

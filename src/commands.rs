@@ -35,6 +35,14 @@ struct Command {
     run: raw::RedisModuleCmdFunc,
 }
 
+/// The commands' names, as the server has them.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    COMMANDS.iter().map(|command| command.name.to_str().expect("ASCII"))
+}
+
+/// The limits that are told, in the order of `limits`.
+pub const LIMITS: [&str; 4] = ["handshakes", "registered_bytes", "locked_bytes", "connections"];
+
 const COMMANDS: [Command; 2] = [
     Command {
         name: c"rdma.clients",
@@ -191,19 +199,16 @@ fn limits() -> [Limit; 4] {
     };
     let (registered, _) = memory::registered();
     let connections = transport.poller.count() as u64;
+    let [handshakes, registered_bytes, locked_bytes, most_connections] = LIMITS;
     [
+        Limit { name: handshakes, now: transport.poller.handshakes(), most: Some(max_handshakes) },
         Limit {
-            name: "handshakes",
-            now: transport.poller.handshakes(),
-            most: Some(max_handshakes),
-        },
-        Limit {
-            name: "registered_bytes",
+            name: registered_bytes,
             now: registered,
             most: (max_registered != u64::MAX).then_some(max_registered),
         },
-        Limit { name: "locked_bytes", now: registered, most: locked_memory_limit() },
-        Limit { name: "connections", now: connections, most: Some(MAX_ENDPOINTS as u64) },
+        Limit { name: locked_bytes, now: registered, most: locked_memory_limit() },
+        Limit { name: most_connections, now: connections, most: Some(MAX_ENDPOINTS as u64) },
     ]
 }
 
