@@ -174,6 +174,10 @@ fn every_command_is_documented() {
     let rows = table(&read("README.md"), "\n### Commands");
     let there = commands::names().map(str::to_uppercase).collect();
     same("README.md, commands", &named(&rows), &there);
+    let manual = read("packaging/valkey-rdma.7");
+    let in_manual = manual.lines().filter_map(|line| line.strip_prefix(".B RDMA."));
+    let in_manual = in_manual.map(|name| format!("RDMA.{name}")).collect();
+    same("packaging/valkey-rdma.7, commands", &in_manual, &there);
 }
 
 /// Pages that are about what lies below the module: librdmacm's functions are named there.
