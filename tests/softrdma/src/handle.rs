@@ -45,25 +45,37 @@ pub unsafe fn take<T, C>(pointer: *mut C) -> Arc<T> {
 /// they concern may be destroyed.
 #[derive(Default)]
 pub struct Acks {
-    unacked: Mutex<i64>,
+    counts: Mutex<Counts>,
     changed: Condvar,
+}
+
+#[derive(Default)]
+struct Counts {
+    unacked: i64,
+    waiters: u32,
 }
 
 impl Acks {
     pub fn reported(&self) {
-        *self.unacked.lock().unwrap() += 1;
+        self.counts.lock().unwrap().unacked += 1;
     }
 
     pub fn ack(&self, n: u32) {
-        *self.unacked.lock().unwrap() -= i64::from(n);
-        self.changed.notify_all();
+        let mut counts = self.counts.lock().unwrap();
+        counts.unacked -= i64::from(n);
+        // Nearly always nobody waits, and a notification is a system call.
+        if counts.waiters > 0 {
+            self.changed.notify_all();
+        }
     }
 
     /// Blocks until everything reported is acknowledged.
     pub fn wait(&self) {
-        let mut unacked = self.unacked.lock().unwrap();
-        while *unacked > 0 {
-            unacked = self.changed.wait(unacked).unwrap();
+        let mut counts = self.counts.lock().unwrap();
+        counts.waiters += 1;
+        while counts.unacked > 0 {
+            counts = self.changed.wait(counts).unwrap();
         }
+        counts.waiters -= 1;
     }
 }
