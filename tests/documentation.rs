@@ -216,6 +216,19 @@ fn nothing_is_named_that_is_not_there() {
                 || OTHERS.contains(&word);
             assert!(known, "{page}: there is no field, command or setting {word}");
         }
+        // Arguments, behind the module's name and by themselves: `rx-size=64k`.
+        let loaded = text.lines().filter_map(|line| line.split_once("libvalkey_rdma.so "));
+        let loaded = loaded.filter_map(|(_, rest)| rest.split(['`', '\'']).next());
+        let loaded = loaded.flat_map(str::split_whitespace).filter(|word| word.contains('='));
+        let alone = quoted(&text).filter(|word| {
+            let name = word.split_once('=').map_or("", |(name, _)| name);
+            let letters = name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-');
+            letters && name.contains('-') && !name.starts_with('-')
+        });
+        for argument in loaded.chain(alone) {
+            let known = Settings::from_arguments([argument]);
+            assert!(known.is_ok(), "{page}: {known:?}");
+        }
     }
 }
 
