@@ -9,6 +9,7 @@
 #   servers       stock servers: server-8.0 server-8.1 server-8.1-embedded server-9.1
 #   clients       valkey-cli and valkey-benchmark with --rdma, the upstream C module
 #   fuzz          what scripts/fuzz.sh builds its targets with
+#   bench         what scripts/bench.sh measures with (clients among it)
 #   guest         an emulator and a kernel with Soft-RoCE
 #   all           all of the above
 #   machines      disks of whole systems: machine-12 machine-13 machine-forky (not in all)
@@ -141,6 +142,13 @@ part_clients() {
     need_packages gcc libc6-dev make pkg-config dpkg-dev librdmacm-dev libibverbs-dev
     cached "source 9.1: the package of forky" unpack_source 9.1 forky
     cached "clients and C module of 9.1" build_rdma 9.1
+}
+
+# --- bench -------------------------------------------------------------------
+
+part_bench() {
+    part_clients
+    need_packages strace
 }
 
 # The sources whose headers scripts/abi-check.sh measures.
@@ -310,10 +318,10 @@ recipe() {
 
 main() {
     local want parts=() env=0
-    (($#)) || { sed -n '4,17s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+    (($#)) || { sed -n '4,18s/^# \{0,1\}//p' "$0" >&2; exit 2; }
     for want; do
         case $want in
-        all) parts+=(build fuzz "${servers[@]}" clients guest) ;;
+        all) parts+=(build fuzz "${servers[@]}" clients bench guest) ;;
         servers) parts+=("${servers[@]}") ;;
         machines) parts+=("${machines[@]}") ;;
         trees) parts+=("${trees[@]}") ;;

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,6 +15,10 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use crate::matrix::Fabric;
+
+/// Stands for the line of a server that is not stock: the one that the clients were built
+/// with, which alone loads upstream's own module.
+pub const BUILT: &str = "built-9.1";
 
 /// A stock server, as the set-up script describes it in `servers/manifest.toml`.
 #[derive(Clone, Debug, Deserialize)]
@@ -31,6 +35,8 @@ pub struct Lab {
     pub repo: PathBuf,
     /// The folder with `valkey-cli` and `valkey-benchmark`.
     pub clients: PathBuf,
+    /// The folder with the server of [`BUILT`] and upstream's own module.
+    pub built: PathBuf,
     /// The module under test.
     pub module: PathBuf,
     /// Its hash.
@@ -62,9 +68,12 @@ impl Lab {
             .context("neither XDG_CACHE_HOME nor HOME is set")?
             .join("valkey-rdma");
         let manifest = cache.join("servers/manifest.toml");
-        let text = std::fs::read_to_string(&manifest)
-            .with_context(|| format!("{} (run scripts/setup.sh servers)", manifest.display()))?;
-        let stock = toml::from_str(&text).with_context(|| manifest.display().to_string())?;
+        let stock = match std::fs::read_to_string(&manifest) {
+            Ok(text) => toml::from_str(&text).with_context(|| manifest.display().to_string())?,
+            // Whoever asks for a stock server is told how to get one.
+            Err(error) if error.kind() == ErrorKind::NotFound => HashMap::new(),
+            Err(error) => return Err(error).with_context(|| manifest.display().to_string()),
+        };
         let module = module
             .canonicalize()
             .with_context(|| format!("{} (build it first)", module.display()))?;
@@ -78,6 +87,7 @@ impl Lab {
         Ok(Self {
             repo: repo.to_owned(),
             clients: cache.join("clients"),
+            built: cache.join("cmodule/9.1"),
             module_sha256: sha256(&module)?,
             module,
             fabric,
@@ -99,17 +109,21 @@ impl Lab {
     /// The command that becomes the stock server of a line, wherever that one runs, by way of
     /// `prefix`.
     pub fn server_command(&self, line: &str, prefix: &[String]) -> Result<Command> {
-        self.stock(line)?;
-        let script = self.repo.join("scripts/chroot.sh");
+        let (program, arguments) = if line == BUILT {
+            (self.built.join("valkey-server"), vec![])
+        } else {
+            self.stock(line)?;
+            (self.repo.join("scripts/chroot.sh"), vec![line, "valkey-server"])
+        };
         let mut command = match prefix {
-            [] => Command::new(script),
-            [program, arguments @ ..] => {
-                let mut command = Command::new(program);
-                command.args(arguments).arg(script);
+            [] => Command::new(program),
+            [first, rest @ ..] => {
+                let mut command = Command::new(first);
+                command.args(rest).arg(program);
                 command
             }
         };
-        command.args([line, "valkey-server"]);
+        command.args(arguments);
         Ok(command)
     }
 

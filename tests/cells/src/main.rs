@@ -7,12 +7,6 @@
 
 mod cases;
 mod cell;
-mod info;
-mod lab;
-mod matrix;
-mod process;
-mod report;
-mod server;
 mod tools;
 
 use std::net::IpAddr;
@@ -21,6 +15,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use cells::{info, lab, matrix, process, report, server};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 

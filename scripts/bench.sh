@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: BSD-3-Clause
+#
+# scripts/bench.sh [soft|vm|all|smoke] [--turns N] [SELECTOR…] — measures this module
+# beside upstream's C module, in the same server build, and beside TCP, in turns, and writes
+# docs/performance.md with its plots. soft is the software fabric, vm Soft-RoCE in a virtual
+# machine; all, the default, is both. Leave the machine alone meanwhile.
+#
+# What was measured is kept until the module changes: an interrupted benchmark goes on where
+# it was, and a SELECTOR measures cells of tests/bench/cells.toml alone: parts of their names
+# (get/64B/c50), or `memory`. Six turns are the default, and the fewest for 95 % intervals.
+#
+# smoke takes a minute, looks only at whether all requests are served, and keeps nothing.
+#
+# The last line sums up: N passed, N failed, N skipped.
+# shellcheck source=scripts/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+main() {
+    local what=all start=$SECONDS options=() status=0
+    case ${1:-} in
+    soft | vm | all | smoke) what=$1; shift ;;
+    -h | --help) sed -n '4,16s/^# \{0,1\}//p' "$0"; return ;;
+    esac
+    options=("$@")
+    cd "$repo"
+    say "Setting up"
+    case $what in
+    vm | all) "$repo/scripts/setup.sh" build bench guest ;;
+    *) "$repo/scripts/setup.sh" build bench ;;
+    esac
+    build_environment=$("$repo/scripts/setup.sh" env)
+    eval "$build_environment"
+    say "Building"
+    step "cargo: the module and the benchmark" \
+        cargo build --locked --release --package valkey-rdma --package bench
+    step "the software fabric" "$repo/scripts/softrdma.sh" true
+    bench=${CARGO_TARGET_DIR:-$repo/target}/release/bench
+    kept=$cache/bench
+    mkdir -p "$kept"
+
+    passed=0 failed=0
+    case $what in
+    smoke) smoke ;;
+    *)
+        [[ $what == vm ]] || on_soft "${options[@]}"
+        [[ $what == soft ]] || on_vm "${options[@]}"
+        "$bench" report --results "$kept/soft.json" --results "$kept/vm.json" docs/performance.md
+        say "docs/performance.md is written"
+        ;;
+    esac
+    say "Done in $((SECONDS - start)) s"
+    printf '%d passed, %d failed, 0 skipped\n' "$passed" "$failed"
+    ((!failed && passed))
+}
+
+smoke() {
+    local folder
+    folder=$(mktemp -d "${TMPDIR:-/tmp}/valkey-rdma-bench.XXXXXX")
+    say "A few short runs on the software fabric"
+    run "$folder" env SOFTRDMA_NO_BUILD=1 "$repo/scripts/softrdma.sh" \
+        "$bench" run --fabric soft --results "$folder/soft.json" --smoke --turns 1
+    # The report is part of what has to work.
+    "$bench" report --results "$folder/soft.json" "$folder/performance.md"
+    rm -r "$folder"
+}
+
+on_soft() {
+    say "On the software fabric"
+    run "$kept" env SOFTRDMA_NO_BUILD=1 "$repo/scripts/softrdma.sh" \
+        "$bench" run --fabric soft --results "$kept/soft.json" "$@"
+}
+
+on_vm() {
+    say "In a virtual machine with Soft-RoCE"
+    run "$kept" "$repo/scripts/guest.sh" --timeout 28800 --memory 8G --rw "$kept" \
+        "$bench" run --fabric vm --results "$kept/vm.json" "$@"
+}
+
+# run FOLDER COMMAND… — runs it, shows what it prints, and adds up its last line; without one
+# something failed.
+run() {
+    local log=$1/log sum p f
+    shift
+    "$@" </dev/null | tee "$log" >&2 || true
+    sum=$(grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$' "$log" | tail -n 1) ||
+        sum="0 passed, 1 failed, 0 skipped"
+    read -r p _ f _ <<<"$sum"
+    ((passed += p, failed += f)) || true
+}
+
+main "$@"

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! One run: a new server, load by `valkey-benchmark`, and what both used meanwhile.
+//!
+//! The load lasts a fixed time. Processor time and requests are read off twice within that
+//! time, both well inside of what the benchmark itself measures, so that making and ending
+//! connections counts for nothing.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use cells::info::Info;
+use cells::lab::Lab;
+use cells::process::{Process, run, tail};
+use cells::server::Server;
+use serde::{Deserialize, Serialize};
+
+use crate::contender::{Contender, end};
+use crate::table::{Cell, Pace};
+use crate::usage::Usage;
+
+/// How far the readings keep from both ends of the load: the benchmark looks at its clock
+/// every quarter of a second.
+const MARGIN: Duration = Duration::from_millis(300);
+
+/// What a run measured.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Figures {
+    /// Requests in a second, as the benchmark counts them.
+    pub rate: f64,
+    /// Latency in milliseconds that half of the requests keep.
+    pub p50: f64,
+    /// Latency in milliseconds that 99 of 100 requests keep.
+    pub p99: f64,
+    /// Processor time of the server for each request, in microseconds.
+    pub cpu: f64,
+    /// The part of the time in which the server's main thread did not sleep.
+    pub server: f64,
+    /// The same of the benchmark's.
+    pub client: f64,
+}
+
+/// A server with a value to read in it, and its benchmark.
+pub struct Stage<'a> {
+    pub lab: &'a Lab,
+    pub contender: Contender,
+    pub cell: &'a Cell,
+    pub folder: &'a Path,
+    pub server: Server,
+    limit: Duration,
+}
+
+impl<'a> Stage<'a> {
+    /// Starts the server and writes the value over TCP.
+    pub fn set(
+        lab: &'a Lab,
+        pace: &Pace,
+        cell: &'a Cell,
+        contender: Contender,
+        folder: &'a Path,
+    ) -> Result<Self> {
+        let server = contender.start(lab, cell.io_threads, folder)?;
+        let mut fill = Contender::Tcp.benchmark(lab, &server);
+        fill.args(["-t", "set", "-n", "1", "-c", "1", "-q", "-d", &cell.size.0.to_string()]);
+        let output = run(&mut fill, b"", folder, pace.limit())?;
+        ensure!(output.status.success(), "writing the value: {}", tail(&output.stderr));
+        Ok(Self { lab, contender, cell, folder, server, limit: pace.limit() })
+    }
+
+    /// Runs the cell's load with `bound`, options that say when it ends, and calls `meanwhile`
+    /// while it runs; what the benchmark says of it: rate, and latencies p50 and p99.
+    pub fn load<T>(
+        &mut self,
+        bound: &[&str],
+        meanwhile: impl FnOnce(&mut Self, &mut Process) -> Result<T>,
+    ) -> Result<([f64; 3], T)> {
+        let cell = self.cell;
+        let (stdout, stderr) = (self.folder.join("benchmark"), self.folder.join("errors"));
+        let mut command = self.contender.benchmark(self.lab, &self.server);
+        command.args(["--csv", "--precision", "3", "-t", &cell.command]);
+        command.args(["-c", &cell.clients.to_string(), "-d", &cell.size.0.to_string()]);
+        command.args(["-P", &cell.pipeline.to_string()]).args(bound);
+        command.stdin(Stdio::null());
+        command.stdout(File::create(&stdout)?).stderr(File::create(&stderr)?);
+        let mut benchmark = Process::spawn(&mut command)?;
+        let said = || -> Result<String> {
+            let text = std::fs::read_to_string(&stdout)? + &std::fs::read_to_string(&stderr)?;
+            Ok(tail(&text))
+        };
+        let seen = meanwhile(self, &mut benchmark).with_context(|| said().unwrap_or_default());
+        // Whatever was seen, a server that has gone is the better explanation.
+        ensure!(
+            self.server.is_running()?,
+            "the server died; its log ends: {}",
+            tail(&self.server.log()?)
+        );
+        let seen = seen?;
+        let status = benchmark.wait(self.limit)?.with_context(|| {
+            let said = said().unwrap_or_default();
+            format!("valkey-benchmark did not end within {} s: {said}", self.limit.as_secs())
+        })?;
+        ensure!(status.success(), "valkey-benchmark: {status}: {}", said()?);
+        let figures = table(&std::fs::read_to_string(&stdout)?)
+            .with_context(|| format!("valkey-benchmark said: {}", said().unwrap_or_default()))?;
+        Ok((figures, seen))
+    }
+
+    /// Calls of the cell's command that the server has executed.
+    fn calls(&self) -> Result<u64> {
+        let reply = self.server.tcp(self.limit)?.words("INFO commandstats")?;
+        calls(&reply.text(), &self.cell.command)
+    }
+
+    /// Ends the server, which must be well and must have served nothing but hits.
+    pub fn strike(self) -> Result<()> {
+        let info = self.server.info(self.limit)?;
+        for field in ["total_error_replies", "keyspace_misses"] {
+            let count = info.number(field)?;
+            ensure!(count == 0, "INFO {field} is {count} after the load");
+        }
+        end(self.server)
+    }
+}
+
+/// Measures a cell once.
+pub fn measure(
+    lab: &Lab,
+    pace: &Pace,
+    cell: &Cell,
+    contender: Contender,
+    folder: &Path,
+) -> Result<Figures> {
+    let mut stage = Stage::set(lab, pace, cell, contender, folder)?;
+    let (warm_up, seconds) = (pace.warm_up.to_string(), pace.seconds.to_string());
+    let bound = ["--warmup", &warm_up, "--duration", &seconds];
+    let ([rate, p50, p99], (cpu, server, client)) =
+        stage.load(&bound, |stage, benchmark| watch(stage, benchmark, pace))?;
+    stage.strike()?;
+    ensure!(rate > 0.0, "no request was finished");
+    Ok(Figures { rate, p50, p99, cpu, server, client })
+}
+
+/// Waits for the load to begin, and reads off both processes near the beginning and the end of
+/// what counts: the server's processor time for each request in microseconds, and the time that
+/// server and client were awake.
+fn watch(stage: &Stage, benchmark: &mut Process, pace: &Pace) -> Result<(f64, f64, f64)> {
+    let before = stage.calls()?;
+    let deadline = Instant::now() + stage.limit;
+    while stage.calls()? == before {
+        ensure!(benchmark.status()?.is_none(), "valkey-benchmark ended before its first request");
+        ensure!(
+            Instant::now() < deadline,
+            "no request was served within {} s",
+            stage.limit.as_secs()
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let read = || -> Result<(u64, Usage, Usage)> {
+        Ok((stage.calls()?, Usage::of(stage.server.pid())?, Usage::of(benchmark.id())?))
+    };
+    std::thread::sleep(Duration::from_secs(pace.warm_up.into()) + MARGIN);
+    let first = read()?;
+    std::thread::sleep(Duration::from_secs(pace.seconds.into()) - 2 * MARGIN);
+    let last = read()?;
+    let requests = last.0 - first.0;
+    ensure!(requests > 0, "no request was served within {} s", pace.seconds);
+    Ok((
+        last.1.cpu_since(&first.1).as_secs_f64() * 1e6 / requests as f64,
+        last.1.awake_since(&first.1),
+        last.2.awake_since(&first.2),
+    ))
+}
+
+/// `cmdstat_get:calls=…,usec=…` of `INFO commandstats`.
+fn calls(text: &str, command: &str) -> Result<u64> {
+    let info = Info::parse(text);
+    let Ok(field) = info.text(&format!("cmdstat_{command}")) else {
+        return Ok(0);
+    };
+    let count = field.strip_prefix("calls=").and_then(|rest| rest.split(',').next());
+    count.and_then(|count| count.parse().ok()).with_context(|| format!("commandstats: '{field}'"))
+}
+
+/// Rate, p50 and p99 out of the benchmark's table: a heading and one line of quoted fields.
+fn table(text: &str) -> Result<[f64; 3]> {
+    let mut lines = text
+        .lines()
+        .filter(|line| line.starts_with('"'))
+        .map(|line| line.trim_matches('"').split("\",\"").collect::<Vec<_>>());
+    let (heading, row) = (lines.next().context("no table")?, lines.next().context("no figures")?);
+    let mut figures = [0.0; 3];
+    for (figure, name) in figures.iter_mut().zip(["rps", "p50_latency_ms", "p99_latency_ms"]) {
+        let at = heading.iter().position(|field| *field == name);
+        let field = at.and_then(|at| row.get(at)).with_context(|| format!("no column {name}"))?;
+        *figure = field.parse().with_context(|| format!("{name} is '{field}'"))?;
+    }
+    Ok(figures)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_is_read_by_its_heading() {
+        let text = "noise\n\"test\",\"p99_latency_ms\",\"rps\",\"p50_latency_ms\"\n\
+                    \"SET\",\"2.5\",\"1234.50\",\"0.125\"\n";
+        assert_eq!(table(text).unwrap(), [1234.5, 0.125, 2.5]);
+        assert!(table("nothing").is_err());
+        assert!(table("\"test\",\"rps\"\n\"SET\",\"1\"\n").is_err());
+    }
+
+    #[test]
+    fn calls_are_read_by_command() {
+        let text =
+            "# Commandstats\r\ncmdstat_get:calls=12,usec=3\r\ncmdstat_set:calls=7,usec=1\r\n";
+        assert_eq!(calls(text, "get").unwrap(), 12);
+        assert_eq!(calls(text, "lpush").unwrap(), 0);
+        assert!(calls("cmdstat_get:usec=3", "get").is_err());
+    }
+}
