@@ -7,7 +7,7 @@ use super::connection::{Connection, Listener};
 use super::message::{Message, kind, reason};
 use crate::engine::engine;
 use crate::handle::{self, Acks};
-use crate::link::Link;
+use crate::link::{self, Link};
 use crate::sys::{self, Fd};
 use crate::verbs::context::{cm_context, limit};
 use crate::verbs::memory::Pd;
@@ -142,7 +142,9 @@ impl CmId {
             weak: weak.clone(),
         });
         let mut ids = IDS.lock().unwrap();
-        ids.retain(|other| other.strong_count() > 0);
+        if ids.len() == ids.capacity() {
+            ids.retain(|other| other.strong_count() > 0);
+        }
         ids.push(Arc::downgrade(&id));
         drop(ids);
         id
@@ -386,7 +388,9 @@ impl CmId {
         let mut inner = self.inner.lock().unwrap();
         if inner.state == State::Requested {
             inner.state = State::Accepted;
-            connection.send(&rep, self.channel_fd().as_slice());
+            let fds;
+            (rep.channel, fds) = link::introduction(self.channel_fd());
+            connection.send(&rep, &fds);
         }
         Ok(())
     }
@@ -429,7 +433,7 @@ impl CmId {
         let (local, remote) = inner.local.zip(inner.remote).ok_or(libc::EINVAL)?;
         req.set_addresses(local, remote);
         let code = |e: std::io::Error| e.raw_os_error().unwrap_or(libc::EIO);
-        let (link, [memory]) = Link::create().map_err(code)?;
+        let (link, memory) = Link::create().map_err(code)?;
         let socket = inner.socket.take().ok_or(libc::EINVAL)?;
         inner.state = State::Connecting;
         let found = address::listener_names(remote)
@@ -445,10 +449,10 @@ impl CmId {
             return Ok(());
         }
         let connection = Connection::of(socket, &self.strong());
-        let bells = link.bells();
         connection.set_link(Arc::new(link), req.qp_num);
-        let mut fds = vec![memory.raw(), bells[0], bells[1]];
-        fds.extend(self.channel_fd());
+        let mut fds;
+        (req.channel, fds) = link::introduction(self.channel_fd());
+        fds.insert(0, memory.raw());
         connection.send(&req, &fds);
         inner.connection = Some(connection);
         drop(inner);
@@ -525,7 +529,7 @@ impl CmId {
         // SAFETY: set by rdma_create_qp, cleared before the queue pair goes.
         (!qp.is_null()).then(|| unsafe { handle::share::<Qp, _>(qp) })
     }
-    fn channel_fd(&self) -> Option<RawFd> {
+    fn channel_fd(&self) -> Option<(u64, RawFd)> {
         self.qp_object().and_then(|qp| qp.channel_fd())
     }
     fn qp_number(&self, param: Option<&rdma_conn_param>) -> u32 {
