@@ -32,8 +32,9 @@ main() {
     build_environment=$("$repo/scripts/setup.sh" env)
     eval "$build_environment"
     say "Building"
-    step "cargo: the module and the benchmark" \
-        cargo build --locked --release --package valkey-rdma --package bench
+    # As scripts/test.sh builds it, for the module to be the same file, byte by byte.
+    step "cargo: the module, the fabric and the benchmark" \
+        cargo build --locked --release --workspace --examples --bins --lib
     step "the software fabric" "$repo/scripts/softrdma.sh" true
     bench=${CARGO_TARGET_DIR:-$repo/target}/release/bench
     kept=$cache/bench

@@ -5,6 +5,7 @@
 //! It asserts nothing about speed. A run that did not serve all that it was asked is a
 //! failure: it is shown, counted, kept for the report, and does not stop the rest.
 
+mod aims;
 mod contender;
 mod idle;
 mod load;
@@ -17,6 +18,7 @@ mod stats;
 mod table;
 mod trace;
 mod usage;
+mod words;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

@@ -11,21 +11,14 @@ use clap::ValueEnum;
 
 use crate::contender::Contender::{self, Ours, Tcp, Upstream};
 use crate::load::Figures;
-use crate::plot;
-use crate::results::{Measured, Results};
-use crate::stats::{Estimate, geometric_mean};
+use crate::results::{Kind, Measured, Results};
+use crate::stats::{BEHIND, Estimate, geometric_mean};
 use crate::table::{self, Cell};
+use crate::words::{awake, bound, first_line, interval, rounded, show};
+use crate::{aims, plot};
 
 /// Why cells fall behind: by fabric, by cell.
 pub type Reasons = BTreeMap<String, BTreeMap<String, String>>;
-
-/// One of a run's figures.
-type Kind = fn(&Figures) -> f64;
-
-/// A cell of which the interval lies wholly below this ratio to upstream's falls behind.
-const BEHIND: f64 = 0.95;
-/// A thread that is awake for so much of the time is what limits.
-const SATURATED: f64 = 0.9;
 
 const INTRODUCTION: &str = "\
 # Performance
@@ -82,6 +75,7 @@ impl Page<'_> {
     fn text(&self) -> Result<String> {
         let mut text = String::new();
         self.heading(&mut text)?;
+        text += &aims::table(self.results, &self.cells)?;
         self.throughput(&mut text)?;
         self.behind(&mut text)?;
         self.failures(&mut text)?;
@@ -152,7 +146,7 @@ impl Page<'_> {
                 rate(Tcp),
                 awake(measured, Ours),
                 awake(measured, Upstream),
-                bound(measured)
+                bound(measured, Ours)
             )?;
         }
         Ok(())
@@ -299,57 +293,4 @@ impl Page<'_> {
         }
         Ok(())
     }
-}
-
-/// The median of a figure, or that the contender fails.
-fn show(measured: &Measured, who: Contender, what: Kind, format: impl Fn(f64) -> String) -> String {
-    match measured.of(who, what) {
-        Some(estimate) => format(estimate.median),
-        None if measured.failure(who).is_some() => "fails".to_owned(),
-        None => "–".to_owned(),
-    }
-}
-
-fn interval(ratio: Option<Estimate>) -> String {
-    let Some(Estimate { median, low, high, level }) = ratio else { return "–".to_owned() };
-    match level {
-        level if level >= 0.95 => format!("{median:.2} [{low:.2}, {high:.2}]"),
-        // Few turns promise less, and one promises nothing.
-        level if level > 0.0 => {
-            format!("{median:.2} [{low:.2}, {high:.2} at {:.0} %]", level * 100.0)
-        }
-        _ => format!("{median:.2}"),
-    }
-}
-
-/// Three digits that count, or all before the point.
-fn rounded(value: f64) -> String {
-    match value {
-        value if value >= 100.0 => format!("{value:.0}"),
-        value if value >= 10.0 => format!("{value:.1}"),
-        value => format!("{value:.2}"),
-    }
-}
-
-fn awake(measured: &Measured, who: Contender) -> String {
-    let server = measured.of(who, |figures| figures.server);
-    let client = measured.of(who, |figures| figures.client);
-    server.zip(client).map_or("–".to_owned(), |(server, client)| {
-        format!("{:.0} %, {:.0} %", server.median * 100.0, client.median * 100.0)
-    })
-}
-
-/// What limits ours.
-fn bound(measured: &Measured) -> &'static str {
-    let saturated = |what| measured.of(Ours, what).is_some_and(|part| part.median >= SATURATED);
-    match (saturated(|figures| figures.server), saturated(|figures| figures.client)) {
-        (true, false) => "server",
-        (false, true) => "client",
-        (true, true) => "both",
-        (false, false) => "neither",
-    }
-}
-
-fn first_line(text: &str) -> &str {
-    text.lines().next().unwrap_or_default()
 }

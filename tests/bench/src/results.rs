@@ -17,6 +17,9 @@ use crate::stats::{Estimate, estimate};
 use crate::table::Cell;
 use crate::trace::Calls;
 
+/// One of a run's figures.
+pub type Kind = fn(&Figures) -> f64;
+
 /// What something came to: its figures, or how it failed.
 pub type Outcome<T> = Result<T, String>;
 
@@ -54,17 +57,12 @@ pub struct Measured {
 
 impl Measured {
     /// One figure of a contender over all turns.
-    pub fn of(&self, who: Contender, what: fn(&Figures) -> f64) -> Option<Estimate> {
+    pub fn of(&self, who: Contender, what: Kind) -> Option<Estimate> {
         estimate(self.turns.values().filter_map(|turn| Some(what(turn.get(&who)?.as_ref().ok()?))))
     }
 
     /// The ratio of a figure of two contenders, turn by turn.
-    pub fn ratio(
-        &self,
-        who: Contender,
-        to: Contender,
-        what: fn(&Figures) -> f64,
-    ) -> Option<Estimate> {
+    pub fn ratio(&self, who: Contender, to: Contender, what: Kind) -> Option<Estimate> {
         let pairs = self.turns.values().filter_map(|turn| {
             let (a, b) = (turn.get(&who)?.as_ref().ok()?, turn.get(&to)?.as_ref().ok()?);
             let (a, b) = (what(a), what(b));

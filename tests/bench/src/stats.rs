@@ -8,6 +8,9 @@
 /// The least probability that an interval is chosen for.
 const LEVEL: f64 = 0.95;
 
+/// A cell of which the interval lies wholly below this ratio to upstream's falls behind.
+pub const BEHIND: f64 = 0.95;
+
 /// A median and where it may be.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Estimate {
