@@ -141,7 +141,7 @@ commands() {
 serves() { timeout "${patience:-60}" valkey-benchmark --rdma -h 192.0.2.10 -p "${1:-6379}" -c 20 -n 100 -t set -q; }
 
 shows_itself() {
-    local version
+    local version try
     version=$(dpkg-query -W -f '${Version}' valkey-rdma)
     valkey-cli info rdma | tr -d '\r' >/tmp/info
     cat /tmp/info
@@ -149,9 +149,13 @@ shows_itself() {
     grep '^rdma_device.*rxe0' /tmp/info
     (($(sed -n 's/^rdma_connections_accepted://p' /tmp/info) >= 20))
     valkey-cli module list | grep -x rdma
-    # One client, which has what an idle one has.
-    sleep 2
-    valkey-cli --rdma -h 192.0.2.10 info rdma | tr -d '\r' | grep -x rdma_registered_bytes:49152
+    # Once those before are gone, one client, which has what an idle one has.
+    for ((try = 0; ; try++)); do
+        valkey-cli --rdma -h 192.0.2.10 info rdma | tr -d '\r' >/tmp/info
+        ! grep -x rdma_registered_bytes:49152 /tmp/info || break
+        ((try < 10))
+        sleep 1
+    done
 }
 
 # The commands of docs/troubleshooting.md, for a client that asks for more than it reads.
