@@ -4,7 +4,7 @@
 # scripts/test.sh [quick|full] [SELECTOR…] — all tests, with all that they need:
 # unit tests, models, fuzzing, others' programs on the software fabric, then the
 # cells of tests/matrix.toml on that fabric and in a virtual machine with Soft-RoCE,
-# and last the Debian package in use. quick is the default. full runs every cell, picks
+# the benchmark in a few short runs, and last the Debian package in use. quick is the default. full runs every cell, picks
 # up where it was interrupted (until the module changes), and writes
 # docs/test-report.md.
 #
