@@ -129,6 +129,10 @@ impl Board {
         }
     }
 
+    fn is_free(&self, slip: u32) -> bool {
+        self.slip(slip).is_none_or(|slip| slip.load(Ordering::SeqCst) == FREE)
+    }
+
     /// True if a slip hangs there.
     pub fn has_news(&self, hook: u32) -> bool {
         self.hook(hook).load(Ordering::SeqCst) as u32 != FREE
@@ -235,7 +239,17 @@ impl Own {
 
     /// A number for a queue pair, which stands for its slips.
     pub fn new_pair(&self) -> Option<u32> {
-        self.pairs.lock().unwrap().get(SLIPS / EACH)
+        let mut pairs = self.pairs.lock().unwrap();
+        // A slip that a late or killed process left hanging can't be hung again.
+        let usable = |pair| (0..EACH).all(|which| self.board.is_free(slip(pair, which)));
+        for _ in 0..SLIPS / EACH {
+            let pair = pairs.get(SLIPS / EACH)?;
+            if usable(pair) {
+                return Some(pair);
+            }
+            pairs.free.push_back(pair);
+        }
+        None
     }
     pub fn free_pair(&self, pair: u32) {
         self.pairs.lock().unwrap().free.push_back(pair);

@@ -19,4 +19,5 @@ mod number;
 mod patience;
 mod removal;
 mod sys;
+pub mod tally;
 mod verbs;

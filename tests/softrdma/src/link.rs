@@ -48,13 +48,21 @@ pub mod want {
 #[repr(C, align(64))]
 struct Line<T>(T);
 
+/// The producer's end of a ring.
+#[repr(C)]
+struct Produced {
+    head: AtomicU64,
+    /// The head at which the ring was last begun anew, from its first byte.
+    base: AtomicU64,
+}
+
 /// What one side tells the other. Written by its owner, except that the other
 /// side clears bits of `want` when it tells.
 #[repr(C)]
 pub struct Side {
-    request_head: Line<AtomicU64>,
+    requests: Line<Produced>,
     request_tail: Line<AtomicU64>,
-    response_head: Line<AtomicU64>,
+    responses: Line<Produced>,
     response_tail: Line<AtomicU64>,
     /// How many of the other side's requests this side has executed.
     acked: Line<AtomicU64>,
@@ -104,6 +112,7 @@ const _: () = assert!(2 * size_of::<Side>() <= HEADER);
 #[derive(Clone, Copy)]
 pub struct Ring<'a> {
     head: &'a AtomicU64,
+    base: &'a AtomicU64,
     tail: &'a AtomicU64,
     data: *mut u8,
 }
@@ -121,8 +130,17 @@ impl Ring<'_> {
         (RING - n.min(RING)) as usize
     }
 
+    /// The producer begins anew at the first byte if all is consumed: a wire that
+    /// carries little touches little memory. The consumer learns of it by the head.
+    pub fn rewind(&self) {
+        let head = self.head.load(Ordering::Relaxed);
+        if self.tail.load(Ordering::Acquire) == head {
+            self.base.store(head, Ordering::Relaxed);
+        }
+    }
+
     fn pieces(&self, pos: u64, len: usize) -> [(*mut u8, usize); 2] {
-        let at = (pos % RING) as usize;
+        let at = (pos.wrapping_sub(self.base.load(Ordering::Relaxed)) % RING) as usize;
         let first = len.min(RING as usize - at);
         // SAFETY: `at` is below the ring's size.
         [(unsafe { self.data.add(at) }, first), (self.data, len - first)]
@@ -253,6 +271,11 @@ impl Link {
         address.call.store(call, Ordering::SeqCst);
     }
 
+    /// News for this side concern nobody any more.
+    pub fn clear_address(&self) {
+        self.set_address(Place::default(), Place::default(), 0, false);
+    }
+
     fn side(&self, who: usize) -> &Side {
         // SAFETY: the mapping begins with two Sides; zeroes are a valid Side.
         unsafe { &*self.map.cast::<Side>().add(who) }
@@ -266,7 +289,8 @@ impl Link {
 
     fn request_ring(&self, from: usize) -> Ring<'_> {
         Ring {
-            head: &self.side(from).request_head.0,
+            head: &self.side(from).requests.0.head,
+            base: &self.side(from).requests.0.base,
             tail: &self.side(1 - from).request_tail.0,
             // SAFETY: within the mapping.
             data: unsafe { self.map.add(HEADER + 2 * from * RING as usize) },
@@ -274,7 +298,8 @@ impl Link {
     }
     fn response_ring(&self, from: usize) -> Ring<'_> {
         Ring {
-            head: &self.side(from).response_head.0,
+            head: &self.side(from).responses.0.head,
+            base: &self.side(from).responses.0.base,
             tail: &self.side(1 - from).response_tail.0,
             // SAFETY: within the mapping.
             data: unsafe { self.map.add(HEADER + (2 * from + 1) * RING as usize) },
@@ -463,5 +488,41 @@ impl Link {
         }
         self.watched_to.store(head, Ordering::Relaxed);
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sends `len` bytes `times` times and takes them at the other end.
+    fn carry(here: &Link, there: &Link, len: usize, times: usize) {
+        let (from, to) = (here.requests_out(), there.requests_in());
+        for i in 0..times {
+            let sent: Vec<u8> = (0..len).map(|n| (n * 7 + i) as u8).collect();
+            let mut got = vec![0; len];
+            from.rewind();
+            assert!(from.room() >= len && to.filled() == 0);
+            // SAFETY: the vectors are that long, and so is the room.
+            unsafe { from.put(0, sent.as_ptr(), len) };
+            from.publish(len);
+            assert_eq!(to.filled(), len);
+            // SAFETY: as above.
+            unsafe { to.get(0, got.as_mut_ptr(), len) };
+            to.consume(len);
+            assert_eq!(got, sent);
+        }
+    }
+
+    #[test]
+    fn a_wire_that_carries_little_touches_little_memory() {
+        let (here, memory) = Link::create().expect("a wire");
+        let kept = memory.raw();
+        // SAFETY: a descriptor of our own, duplicated for the other end.
+        let there = Link::attach(Fd::visible(unsafe { libc::dup(kept) })).expect("its other end");
+        carry(&here, &there, 100, 10_000);
+        assert!(sys::resident(&memory) <= HEADER + 4096, "{}", sys::resident(&memory));
+        carry(&here, &there, RING as usize, 3);
+        carry(&here, &there, 100, 10);
     }
 }

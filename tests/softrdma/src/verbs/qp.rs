@@ -17,6 +17,7 @@ use crate::keys;
 use crate::link::{Link, want};
 use crate::number;
 use crate::patience;
+use crate::tally;
 use rdma_sys::*;
 use std::cell::UnsafeCell;
 use std::collections::{HashMap, VecDeque};
@@ -125,6 +126,7 @@ pub fn by_slip(slip: u32) -> Option<Arc<Qp>> {
 /// On the progress thread: the other side has called for a queue pair.
 pub fn called(slip: u32) {
     if let Some(qp) = by_slip(slip) {
+        tally::CALLS.count();
         let mut inner = qp.lock();
         if let Some(link) = qp.link.get() {
             link.ask(want::REQUEST);
@@ -256,6 +258,7 @@ impl Qp {
             let mut inner = self.inner.lock().unwrap();
             if let Some(link) = self.link.get() {
                 link.close();
+                link.clear_address();
             }
             self.set_state(&mut inner, RESET);
             inner.sq.clear();
@@ -640,6 +643,7 @@ impl Qp {
 
     /// Does all that can be done now, under the lock.
     pub fn run(&self, inner: &mut Inner) -> bool {
+        tally::LOOKS.count();
         let Some(link) = self.link.get() else { return false };
         let mut any = false;
         loop {

@@ -68,6 +68,7 @@ impl Inner {
         let len = if header.kind == kind::READ { 0 } else { header.len as usize };
         let ring = link.requests_out();
         if self.sending.is_none() {
+            ring.rewind();
             if ring.room() < HEADER {
                 return Step::Blocked;
             }

@@ -284,6 +284,9 @@ impl Inner {
     ) -> Result<(), Stop> {
         let ring = link.responses_out();
         let len = header.len as usize;
+        if offset == 0 {
+            ring.rewind();
+        }
         while offset < len {
             let n = ring.room().min(len - offset).min(CHUNK);
             if n == 0 {
