@@ -4,9 +4,9 @@
 # scripts/test.sh [quick|full] [SELECTOR…] — all tests, with all that they need:
 # unit tests, models, fuzzing, others' programs on the software fabric, then the
 # cells of tests/matrix.toml on that fabric and in a virtual machine with Soft-RoCE,
-# the benchmark in a few short runs, and last the Debian package in use. quick is the default. full runs every cell, picks
-# up where it was interrupted (until the module changes), and writes
-# docs/test-report.md.
+# the benchmark in a few short runs, and last the Debian package in use. quick is the
+# default. full runs every cell, picks up where it was interrupted (until the module
+# changes), and writes docs/test-report.md.
 #
 # A SELECTOR runs those cells alone: CASE, or CASE/SERVER/FABRIC/IO-THREADS with
 # any of them left out, such as deadlock-10mb, 8.0/soft or 'sizes-*/vm/4'.

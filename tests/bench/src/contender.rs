@@ -87,9 +87,15 @@ impl fmt::Display for Contender {
     }
 }
 
+/// Fails if the server has gone: a better explanation than what its clients say.
+pub fn alive(server: &mut Server) -> Result<()> {
+    ensure!(server.is_running()?, "the server died; its log ends: {}", tail(&server.log()?));
+    Ok(())
+}
+
 /// Ends a server that has to be alive and well still.
 pub fn end(mut server: Server) -> Result<()> {
-    ensure!(server.is_running()?, "the server has ended; its log ends: {}", tail(&server.log()?));
+    alive(&mut server)?;
     if let Some(report) = server.crash_report()? {
         anyhow::bail!("the server crashed: {report}");
     }

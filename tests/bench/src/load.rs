@@ -17,7 +17,7 @@ use cells::process::{Process, run, tail};
 use cells::server::Server;
 use serde::{Deserialize, Serialize};
 
-use crate::contender::{Contender, end};
+use crate::contender::{Contender, alive, end};
 use crate::table::{Cell, Pace};
 use crate::usage::Usage;
 
@@ -89,15 +89,18 @@ impl<'a> Stage<'a> {
             let text = std::fs::read_to_string(&stdout)? + &std::fs::read_to_string(&stderr)?;
             Ok(tail(&text))
         };
-        let seen = meanwhile(self, &mut benchmark).with_context(|| said().unwrap_or_default());
-        // Whatever was seen, a server that has gone is the better explanation.
-        ensure!(
-            self.server.is_running()?,
-            "the server died; its log ends: {}",
-            tail(&self.server.log()?)
-        );
+        let seen = meanwhile(self, &mut benchmark).with_context(|| {
+            let said = said().unwrap_or_default();
+            format!("while valkey-benchmark said '{said}'")
+        });
+        let status = if seen.is_ok() { benchmark.wait(self.limit)? } else { None };
+        if !status.is_some_and(|status| status.success()) {
+            // A process that ends closes its connections a little earlier.
+            std::thread::sleep(MARGIN);
+        }
+        alive(&mut self.server)?;
         let seen = seen?;
-        let status = benchmark.wait(self.limit)?.with_context(|| {
+        let status = status.with_context(|| {
             let said = said().unwrap_or_default();
             format!("valkey-benchmark did not end within {} s: {said}", self.limit.as_secs())
         })?;

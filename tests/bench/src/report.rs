@@ -14,7 +14,7 @@ use crate::load::Figures;
 use crate::results::{Kind, Measured, Results};
 use crate::stats::{BEHIND, Estimate, geometric_mean};
 use crate::table::{self, Cell};
-use crate::words::{awake, bound, first_line, interval, rounded, show};
+use crate::words::{awake, bound, interval, one_line, rounded, show};
 use crate::{aims, plot};
 
 /// Why cells fall behind: by fabric, by cell.
@@ -175,18 +175,14 @@ impl Page<'_> {
         for (cell, measured) in self.measured() {
             for who in Contender::ALL {
                 if let Some(why) = measured.and_then(|measured| measured.failure(who)) {
-                    writeln!(lines, "- {cell}, {who}: {}", first_line(why))?;
+                    writeln!(lines, "- {cell}, {who}: {}", one_line(why))?;
                 }
             }
         }
         for (connections, outcomes) in &self.results.idle {
             for (who, outcome) in outcomes {
                 if let Err(why) = outcome {
-                    writeln!(
-                        lines,
-                        "- {connections} idle connections, {who}: {}",
-                        first_line(why)
-                    )?;
+                    writeln!(lines, "- {connections} idle connections, {who}: {}", one_line(why))?;
                 }
             }
         }

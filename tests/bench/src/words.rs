@@ -64,7 +64,7 @@ pub fn bound(measured: &Measured, who: Contender) -> &'static str {
     }
 }
 
-/// The first line of a text.
-pub fn first_line(text: &str) -> &str {
-    text.lines().next().unwrap_or_default()
+/// A text without its line breaks, as a list has room for.
+pub fn one_line(text: &str) -> String {
+    text.lines().map(str::trim).collect::<Vec<_>>().join(" / ")
 }
