@@ -45,8 +45,21 @@ impl Contender {
     }
 
     /// Starts a server in `folder` that serves by this, with I/O threads as they are out of
-    /// the box.
+    /// the box. A port that is free for TCP may be taken on the fabric: then it takes others.
     pub fn start(self, lab: &Lab, io_threads: u32, folder: &Path) -> Result<Server> {
+        let mut tries = 0;
+        loop {
+            let settings = self.settings(lab, io_threads)?;
+            let folder = folder.join(format!("server{tries}"));
+            tries += 1;
+            match Server::start(lab, BUILT, &folder, &settings) {
+                Err(error) if tries < 3 && format!("{error:#}").contains("Failed listening") => {}
+                result => return result.context("the server"),
+            }
+        }
+    }
+
+    fn settings(self, lab: &Lab, io_threads: u32) -> Result<Settings> {
         let mut settings = Settings::new(lab, BUILT, io_threads)?;
         settings.io_threads_as_they_are();
         match self {
@@ -59,7 +72,7 @@ impl Contender {
             }
             Tcp => settings.module = None,
         }
-        Server::start(lab, BUILT, folder, &settings).context("the server")
+        Ok(settings)
     }
 
     /// `valkey-benchmark`, pointed at the server by this way.

@@ -110,12 +110,6 @@ impl<'a> Stage<'a> {
         Ok((figures, seen))
     }
 
-    /// Calls of the cell's command that the server has executed.
-    fn calls(&self) -> Result<u64> {
-        let reply = self.server.tcp(self.limit)?.words("INFO commandstats")?;
-        calls(&reply.text(), &self.cell.command)
-    }
-
     /// Ends the server, which must be well and must have served nothing but hits.
     pub fn strike(self) -> Result<()> {
         let info = self.server.info(self.limit)?;
@@ -149,9 +143,12 @@ pub fn measure(
 /// what counts: the server's processor time for each request in microseconds, and the time that
 /// server and client were awake.
 fn watch(stage: &Stage, benchmark: &mut Process, pace: &Pace) -> Result<(f64, f64, f64)> {
-    let before = stage.calls()?;
+    let mut observer = stage.server.tcp(stage.limit)?;
+    let mut calls = || calls(&observer.words("INFO commandstats")?.text(), &stage.cell.command);
+    // Nothing but the load sends the command; the value was there before.
+    let before = calls()?;
     let deadline = Instant::now() + stage.limit;
-    while stage.calls()? == before {
+    while calls()? == before {
         ensure!(benchmark.status()?.is_none(), "valkey-benchmark ended before its first request");
         ensure!(
             Instant::now() < deadline,
@@ -160,13 +157,17 @@ fn watch(stage: &Stage, benchmark: &mut Process, pace: &Pace) -> Result<(f64, f6
         );
         std::thread::sleep(Duration::from_millis(20));
     }
-    let read = || -> Result<(u64, Usage, Usage)> {
-        Ok((stage.calls()?, Usage::of(stage.server.pid())?, Usage::of(benchmark.id())?))
+    let mut read = || -> Result<(u64, Usage, Usage)> {
+        Ok((calls()?, Usage::of(stage.server.pid())?, Usage::of(benchmark.id())?))
     };
     std::thread::sleep(Duration::from_secs(pace.warm_up.into()) + MARGIN);
     let first = read()?;
     std::thread::sleep(Duration::from_secs(pace.seconds.into()) - 2 * MARGIN);
     let last = read()?;
+    ensure!(
+        benchmark.status()?.is_none(),
+        "the load was over before it could be read off: the machine is too busy for figures"
+    );
     let requests = last.0 - first.0;
     ensure!(requests > 0, "no request was served within {} s", pace.seconds);
     Ok((
@@ -193,11 +194,12 @@ fn table(text: &str) -> Result<[f64; 3]> {
         .filter(|line| line.starts_with('"'))
         .map(|line| line.trim_matches('"').split("\",\"").collect::<Vec<_>>());
     let (heading, row) = (lines.next().context("no table")?, lines.next().context("no figures")?);
-    let mut figures = [0.0; 3];
+    let mut figures = [0.0_f64; 3];
     for (figure, name) in figures.iter_mut().zip(["rps", "p50_latency_ms", "p99_latency_ms"]) {
         let at = heading.iter().position(|field| *field == name);
         let field = at.and_then(|at| row.get(at)).with_context(|| format!("no column {name}"))?;
         *figure = field.parse().with_context(|| format!("{name} is '{field}'"))?;
+        ensure!(figure.is_finite(), "{name} is '{field}'");
     }
     Ok(figures)
 }

@@ -88,6 +88,7 @@ impl<'a> Session<'a> {
     }
 
     fn cell(&mut self, cell: &Cell) -> Result<()> {
+        let pace = self.table.pace.of(cell);
         let mut failures = Vec::new();
         for turn in 0..self.turns {
             for who in Contender::order(turn) {
@@ -97,7 +98,7 @@ impl<'a> Session<'a> {
                     continue;
                 }
                 let folder = self.step(&format!("{cell}, turn {}, {who}", turn + 1))?;
-                let figures = load::measure(self.lab, &self.table.pace, cell, who, &folder);
+                let figures = load::measure(self.lab, &pace, cell, who, &folder);
                 let outcome = figures.map_err(|error| format!("{error:#}"));
                 if let Err(why) = &outcome {
                     failures.push(format!("{who}, turn {}: {why}", turn + 1));
@@ -115,7 +116,7 @@ impl<'a> Session<'a> {
                 continue;
             };
             let folder = self.step(&format!("{cell}, system calls, {who}"))?;
-            let calls = trace::count(self.lab, &self.table.pace, cell, who, rate.median, &folder);
+            let calls = trace::count(self.lab, &pace, cell, who, rate.median, &folder);
             let outcome = calls.map_err(|error| format!("{error:#}"));
             if let Err(why) = &outcome {
                 failures.push(format!("{who}, system calls: {why}"));

@@ -26,11 +26,13 @@ pub struct Cell {
     pub pipeline: u32,
     /// The server's `io-threads`.
     pub io_threads: u32,
+    /// How long its load lasts, if not as long as the fabric's others.
+    pub seconds: Option<u32>,
 }
 
 impl fmt::Display for Cell {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { command, size, clients, pipeline, io_threads } = self;
+        let Self { command, size, clients, pipeline, io_threads, .. } = self;
         write!(out, "{command}/{size}/c{clients}/p{pipeline}/io{io_threads}")
     }
 }
@@ -104,6 +106,11 @@ pub struct Pace {
 }
 
 impl Pace {
+    /// The pace of one cell.
+    pub fn of(self, cell: &Cell) -> Self {
+        Self { seconds: cell.seconds.unwrap_or(self.seconds), ..self }
+    }
+
     /// Any single step of a run that takes longer hangs.
     pub fn limit(&self) -> Duration {
         Duration::from_secs(self.limit + u64::from(self.warm_up + self.seconds))
@@ -119,6 +126,8 @@ struct Entry {
     pipeline: Vec<u32>,
     io_threads: Vec<u32>,
     fabrics: Vec<Fabric>,
+    /// Seconds of load that is measured, instead of the fabric's.
+    seconds: Option<u32>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -193,7 +202,8 @@ fn expand(entry: &Entry, into: &mut Vec<Cell>) -> Result<()> {
                             "there is no command '{command}', only get and set"
                         );
                         let command = command.clone();
-                        let cell = Cell { command, size, clients, pipeline, io_threads };
+                        let seconds = entry.seconds;
+                        let cell = Cell { command, size, clients, pipeline, io_threads, seconds };
                         ensure!(
                             cell.under_way() * size.0 <= UNDER_WAY,
                             "{cell} has more than 1 GiB under way"

@@ -34,7 +34,7 @@ pub fn count(
     let mut stage = Stage::set(lab, pace, cell, contender, folder)?;
     let few = cell.under_way();
     // About a second's worth when traced; whole rounds of all connections.
-    let rounds = (rate * 0.2 / few as f64).clamp(2.0, 20_000.0).min(20_000.0 / few as f64).max(1.0);
+    let rounds = (rate * 0.2 / few as f64).min(20_000.0 / few as f64).max(1.0);
     let more = few * rounds.ceil() as u64;
     let before = traced(&mut stage, few)?;
     let after = traced(&mut stage, few + more)?;
