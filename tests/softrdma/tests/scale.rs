@@ -11,16 +11,18 @@ use softrdma::tally::{CALLS, LOOKS};
 use std::collections::HashMap;
 use std::ptr::null_mut;
 use std::sync::Mutex;
+use std::time::Instant;
 
 /// The counts are the process's: one test at a time.
 static ALONE: Mutex<()> = Mutex::new(());
 
 /// A server whose connections share one completion queue, and its clients, each with
-/// a queue of its own.
+/// a queue of its own, or with one for all as well.
 struct Farm {
     clients: Vec<Side>,
     servers: Vec<Side>,
     queue: Queue,
+    clients_queue: Option<Queue>,
     pd: *mut ibv_pd,
     listener: *mut rdma_cm_id,
     client_cm: Cm,
@@ -31,20 +33,33 @@ const SIZE: usize = 64;
 
 impl Farm {
     fn new(count: usize) -> Farm {
+        Farm::with(count, false)
+    }
+
+    fn with(count: usize, one_queue: bool) -> Farm {
         let (client_cm, server_cm) = (Cm::new(), Cm::new());
         let (listener, port) = server_cm.listen("127.0.0.1:0");
         let at = format!("127.0.0.1:{port}");
         let first = client_cm.resolve(&at);
         // SAFETY: a live identifier, and its context.
         let (context, pd) = unsafe { ((*first).verbs, ibv_alloc_pd((*first).verbs)) };
-        let queue = Queue::new(context, 4 * count as i32 + 16);
+        let large = || Queue::new(context, 4 * count as i32 + 16);
+        let (queue, clients_queue) = (large(), one_queue.then(large));
         let small =
             Options { send_wr: 4, recv_wr: 4, cqe: 8, buffer: 2 * SIZE, ..Options::default() };
-        let mut farm =
-            Farm { clients: vec![], servers: vec![], queue, pd, listener, client_cm, server_cm };
+        let mut farm = Farm {
+            clients: vec![],
+            servers: vec![],
+            queue,
+            clients_queue,
+            pd,
+            listener,
+            client_cm,
+            server_cm,
+        };
         for i in 0..count {
             let id = if i == 0 { first } else { farm.client_cm.resolve(&at) };
-            let client = Side::new(id, small.clone());
+            let client = Side::new(id, Options { queue: clients_queue, pd, ..small.clone() });
             assert_eq!(connect(client.id, &client.options), 0);
             let request = farm.server_cm.expect(RDMA_CM_EVENT_CONNECT_REQUEST);
             let shared = Options { queue: Some(queue), pd, ..small.clone() };
@@ -96,8 +111,10 @@ impl Farm {
                 client.arm(false);
                 assert_eq!(client.post(Wr::send(2, &[client.sge(0, SIZE)])), 0);
             }
-            for client in &self.clients[..active] {
-                let mut left = 2;
+            let (queues, each) =
+                if self.clients_queue.is_some() { (1, 2 * active) } else { (active, 2) };
+            for client in &self.clients[..queues] {
+                let mut left = each;
                 while left > 0 {
                     if client.try_poll().is_some() {
                         left -= 1;
@@ -140,6 +157,9 @@ impl Drop for Farm {
         self.clients.clear();
         self.servers.clear();
         self.queue.destroy();
+        if let Some(queue) = self.clients_queue {
+            queue.destroy();
+        }
         // SAFETY: live objects, no longer in use.
         unsafe {
             assert_eq!(ibv_dealloc_pd(self.pd), 0);
@@ -189,4 +209,32 @@ fn queue_pairs_that_went_leave_nothing_in_the_way() {
         let (_, calls) = Farm::new(count).cost(count, 5);
         assert!(calls < 0.25, "{calls} calls for a message among {count}");
     }
+}
+
+/// Both ends are in this process, so that it takes nearly 20,000 descriptors.
+#[test]
+#[ignore = "ulimit -n 20000; prints what many connections take, with --ignored --nocapture"]
+fn nearly_ten_thousand_connections() {
+    let _alone = ALONE.lock();
+    let memory = || {
+        let status = std::fs::read_to_string("/proc/self/status").expect("procfs");
+        let of = |name: &str| {
+            let line = status.lines().find(|line| line.starts_with(name)).expect("a line of it");
+            line.split_whitespace().nth(1).expect("kB").parse::<u64>().expect("a number")
+        };
+        ["RssAnon", "RssShmem", "VmPTE"].map(|name| (name, of(name)))
+    };
+    let (alone, _) = Farm::with(100, true).cost(100, 20);
+    println!("100: {:?} kB", memory());
+    let start = Instant::now();
+    let farm = Farm::with(9_900, true);
+    println!("9,900 in {:?}: {} descriptors, {:?} kB", start.elapsed(), descriptors(), memory());
+    let (among, _) = farm.cost(100, 20);
+    println!("{alone} looks for a message from 100, {among} among 9,900");
+    assert!(among < 2.0 * alone);
+    farm.cost_once(9_900, 2);
+    println!("after two messages from each: {:?} kB", memory());
+    let start = Instant::now();
+    drop(farm);
+    println!("ended in {:?}", start.elapsed());
 }

@@ -225,7 +225,7 @@ impl CmId {
                 return Err(libc::EINVAL);
             }
             check_device(to.ip())?;
-            inner.bind(to)?;
+            inner.bind(to, false)?;
             inner.state = State::Bound;
         }
         self.publish_addresses();
@@ -239,7 +239,7 @@ impl CmId {
         }
         if let (State::Idle, Some(from)) = (inner.state, from) {
             check_device(from.ip())?;
-            inner.bind(from)?;
+            inner.bind(from, false)?;
             inner.state = State::Bound;
         }
         // An unspecified target means this machine, as with TCP.
@@ -267,7 +267,7 @@ impl CmId {
                     }
                     0
                 }
-                None => inner.bind(SocketAddr::new(source, 0)).err().unwrap_or(0),
+                None => inner.bind(SocketAddr::new(source, 0), true).err().unwrap_or(0),
             },
             Err(code) => code,
         };
@@ -297,7 +297,7 @@ impl CmId {
         {
             let mut inner = self.inner.lock().unwrap();
             if inner.state == State::Idle {
-                inner.bind(SocketAddr::new([0, 0, 0, 0].into(), 0))?;
+                inner.bind(SocketAddr::new([0, 0, 0, 0].into(), 0), false)?;
                 inner.state = State::Bound;
             }
             if inner.state != State::Bound {
@@ -820,9 +820,9 @@ fn done(code: i32) -> Result<(), i32> {
 }
 
 impl Inner {
-    fn bind(&mut self, to: SocketAddr) -> Result<(), i32> {
+    fn bind(&mut self, to: SocketAddr, to_call: bool) -> Result<(), i32> {
         let socket = sys::packet_socket().map_err(|e| e.raw_os_error().unwrap_or(libc::EMFILE))?;
-        self.local = Some(address::bind(&socket, to, self.v6_only)?);
+        self.local = Some(address::bind(&socket, to, self.v6_only, to_call)?);
         self.socket = Some(socket);
         Ok(())
     }

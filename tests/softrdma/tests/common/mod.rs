@@ -35,6 +35,8 @@ pub struct Options {
     pub pd: *mut ibv_pd,
     pub srq: *mut ibv_srq,
     pub queue: Option<Queue>,
+    /// Sends complete here instead.
+    pub send_queue: Option<Queue>,
 }
 
 /// A completion queue with its channel.
@@ -83,6 +85,7 @@ impl Default for Options {
             pd: null_mut(),
             srq: null_mut(),
             queue: None,
+            send_queue: None,
         }
     }
 }
@@ -281,7 +284,7 @@ impl Side {
             let queue = options.queue.unwrap_or_else(|| Queue::new(context, options.cqe));
             let Queue { channel, cq } = queue;
             let mut init: ibv_qp_init_attr = zeroed();
-            init.send_cq = cq;
+            init.send_cq = options.send_queue.map_or(cq, |queue| queue.cq);
             init.recv_cq = cq;
             init.srq = options.srq;
             init.qp_type = ibv_qp_type::IBV_QPT_RC;
