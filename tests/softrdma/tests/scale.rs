@@ -213,7 +213,7 @@ fn queue_pairs_that_went_leave_nothing_in_the_way() {
 
 /// Both ends are in this process, so that it takes nearly 20,000 descriptors.
 #[test]
-#[ignore = "ulimit -n 20000; prints what many connections take, with --ignored --nocapture"]
+#[ignore = "wants ulimit -n 20000; prints what many connections take, with --ignored --nocapture"]
 fn nearly_ten_thousand_connections() {
     let _alone = ALONE.lock();
     let memory = || {
