@@ -7,19 +7,27 @@
 //! at once, which the door to C turns into the end of one connection.
 
 use std::cell::{RefCell, RefMut};
-use std::sync::OnceLock;
-use std::thread::{self, ThreadId};
+use std::sync::atomic::{AtomicU64, Ordering};
 
-static MAIN: OnceLock<ThreadId> = OnceLock::new();
+/// The main thread's `pthread_self`, or 0. The thread lives as long as the process, so
+/// no other ever has its number; std's own thread ids cost several times as much to ask
+/// for, and every access to a [`MainCell`] asks.
+static MAIN: AtomicU64 = AtomicU64::new(0);
 
 /// Declares the calling thread the main one. Later calls change nothing.
 pub fn declare_main_thread() {
-    let _ = MAIN.set(thread::current().id());
+    let _ = MAIN.compare_exchange(0, this_thread(), Ordering::Relaxed, Ordering::Relaxed);
 }
 
 /// Whether the caller is the main thread. Before the declaration every thread is.
 pub fn is_main_thread() -> bool {
-    MAIN.get().is_none_or(|main| *main == thread::current().id())
+    let main = MAIN.load(Ordering::Relaxed);
+    main == 0 || main == this_thread()
+}
+
+fn this_thread() -> u64 {
+    // SAFETY: no arguments, and it can't fail.
+    unsafe { libc::pthread_self() }
 }
 
 /// See the module's text.

@@ -55,6 +55,8 @@ const STAGING_AT: usize = CONTROL_SLOTS_AT + CONTROL_SLOTS as usize * MESSAGE_LE
 const SMALL_STAGING: usize = CONTROL_BYTES - STAGING_AT;
 /// Staging memory of an endpoint that had a larger reply to send.
 const LARGE_STAGING: usize = 1024 * 1024;
+/// Most bytes of one work request: the device sends one piece while the next is copied.
+const PIECE: usize = 256 * 1024;
 
 /// What a read came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -479,7 +481,7 @@ impl Endpoint {
             let room = (writer.window.length - writer.used) as usize;
             let wanted = (total - done).min(room);
             self.enlarge_staging(&mut writer, wanted);
-            let Some(chunk) = writer.chunk(wanted) else { break };
+            let Some(chunk) = writer.chunk(wanted.min(PIECE)) else { break };
             let staging = self.staging(&writer);
             // SAFETY: the chunk lies in the staging memory and is nobody else's
             // until its completion; the pieces are readable by the caller's promise.
