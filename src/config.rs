@@ -28,6 +28,9 @@ pub struct Settings {
     pub max_registered: u64,
     /// A connection that is stuck for so long is nudged, in milliseconds; 0 means never.
     pub watchdog_timeout: Millis,
+    /// For how long completions may be waited for before the event loop sleeps, in
+    /// microseconds; 0 means not at all.
+    pub busy_poll: u64,
     /// Durations of sessions.
     pub timing: Timing,
 }
@@ -42,6 +45,7 @@ impl Default for Settings {
             max_handshakes: 1024,
             max_registered: u64::MAX,
             watchdog_timeout: 5_000,
+            busy_poll: 10,
             timing: Timing { handshake: 10_000, liveness: 5_000, linger: 500, delivery: 10_000 },
         }
     }
@@ -64,7 +68,7 @@ impl std::error::Error for ArgumentError {}
 
 const NAMES: &str = "one of bind=ADDRESS, port=NUMBER, rx-size=BYTES, comp-vector=NUMBER, \
      max-handshakes=NUMBER, max-registered=BYTES, handshake-timeout=MS, liveness-interval=MS, \
-     linger-time=MS, watchdog-timeout=MS";
+     linger-time=MS, watchdog-timeout=MS, busy-poll=US";
 
 impl Settings {
     /// Reads the arguments of `loadmodule`, each `name=value`; `bind` may be repeated
@@ -131,6 +135,7 @@ impl Settings {
                         .filter(|ms| *ms == 0 || *ms >= 1000)
                         .ok_or_else(|| error("0, or a number from 1000 to 86400000"))?;
                 }
+                "busy-poll" => settings.busy_poll = number(0, 1000)?,
                 "linger-time" => settings.timing.linger = number(0, 60_000)?,
                 _ => return Err(error(NAMES)),
             }
@@ -194,6 +199,7 @@ mod tests {
             ("rx-size=1x", "64k to 16m bytes"),
             ("comp-vector=-2", "a number from -1 to 1024"),
             ("bind=", "an address"),
+            ("busy-poll=1001", "a number from 0 to 1000"),
             ("watchdog-timeout=999", "0, or a number from 1000"),
             ("max-registered=99999999999g", "a number of bytes"),
         ] {

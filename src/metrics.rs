@@ -147,6 +147,10 @@ metrics! {
     violations_feature,
     /// Completions that no operation of the protocol leads to.
     violations_operation,
+    /// Passes that found completions although the device's event was left in its channel.
+    waits_fruitful,
+    /// Passes that did not, so that the event was taken.
+    waits_fruitless,
     /// Work completions with an error, flushes not counted.
     error_completions,
     /// Of these: the client posted no receives (RNR) for longer than it asked us to try.

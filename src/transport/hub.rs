@@ -8,11 +8,12 @@
 //! seen empty after the queue pair was destroyed, so that a completion which
 //! lingers still has its place.
 
+use super::pace::{Nanos, Pace};
 use crate::host::MainCell;
 use crate::host::reply::Reply;
 use crate::verbs::Error;
 use crate::verbs::cm::{Device, Limits};
-use crate::verbs::completion::{Completion, CompletionChannel, CompletionQueue};
+use crate::verbs::completion::{Batch, Completion, CompletionChannel, CompletionQueue};
 
 /// Entries of the first queue of a device; each further one has twice as many as
 /// the one before, up to [`MOST_ENTRIES`] or the device's limit.
@@ -33,6 +34,7 @@ pub struct Hub {
     limits: Limits,
     name: String,
     vector: u32,
+    pace: MainCell<Pace>,
 }
 
 #[derive(Debug)]
@@ -42,6 +44,17 @@ struct Shared {
     reserved: u32,
     /// Part of `reserved` whose queue pairs are gone.
     stale: u32,
+    /// Whether it may hold completions that nothing will tell of: its event was taken, or
+    /// a pass left some.
+    fired: bool,
+}
+
+/// Queues to look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// Those that fired.
+    Fired,
+    All,
 }
 
 /// Whether a device has more completions than one pass took.
@@ -52,11 +65,12 @@ pub enum Progress {
 }
 
 impl Hub {
-    /// Opens a device for connections.
+    /// Opens a device for connections, whose completions may be waited for as long as
+    /// `patience`.
     ///
     /// # Errors
     /// If the device does not answer or a descriptor can't be had.
-    pub fn new(device: Device, completion_vector: i32) -> Result<Self, Error> {
+    pub fn new(device: Device, completion_vector: i32, patience: Nanos) -> Result<Self, Error> {
         let limits = device.limits()?;
         let vector = match u32::try_from(completion_vector) {
             Ok(vector) => vector % limits.vectors,
@@ -70,7 +84,13 @@ impl Hub {
             limits,
             name: device.name(),
             vector,
+            pace: MainCell::new(Pace::new(patience)),
         })
+    }
+
+    /// When the next completions are expected.
+    pub fn pace(&self) -> std::cell::RefMut<'_, Pace> {
+        self.pace.open()
     }
 
     /// The device.
@@ -128,10 +148,11 @@ impl Hub {
                 let wish = FIRST_ENTRIES << queues.len().min(4);
                 let limit = self.limits.completion_entries.min(MOST_ENTRIES);
                 let capacity = wish.max(entries).min(limit);
+                let (channel, number) = (&self.channel, queues.len());
                 let queue =
-                    CompletionQueue::new(self.device, &self.channel, capacity, self.vector)?;
+                    CompletionQueue::new(self.device, channel, capacity, self.vector, number)?;
                 queue.arm()?;
-                queues.push(Shared { queue, capacity, reserved: 0, stale: 0 });
+                queues.push(Shared { queue, capacity, reserved: 0, stale: 0, fired: false });
                 queues.len() - 1
             }
         };
@@ -145,42 +166,55 @@ impl Hub {
         self.queues.open()[index].stale += entries;
     }
 
-    /// Takes the events off the channel. Returns whether there were any.
-    pub fn take_events(&self) -> bool {
+    /// Takes the events off the channel: their queues fired.
+    pub fn take_events(&self) {
+        let mut queues = self.queues.open();
         // One-shot arming: there is at most one event for each queue.
-        let most = self.queues.open().len();
-        (0..most).take_while(|_| self.channel.take_event()).count() > 0
+        for _ in 0..queues.len() {
+            let Some(number) = self.channel.take_event() else { break };
+            queues[number].fired = true;
+        }
     }
 
-    /// Asks for an event at the next completion of any queue.
+    /// Takes every queue for fired, in case that an event was lost.
+    pub fn doubt(&self) {
+        self.queues.open().iter_mut().for_each(|shared| shared.fired = true);
+    }
+
+    /// Asks for an event at the next completion of each queue that fired.
     ///
     /// # Errors
     /// If the device is gone.
     pub fn arm(&self) -> Result<(), Error> {
-        self.queues.open().iter().try_for_each(|shared| shared.queue.arm())
+        let queues = self.queues.open();
+        queues.iter().filter(|shared| shared.fired).try_for_each(|shared| shared.queue.arm())
     }
 
     /// Takes all completions that are there, up to the bound of a pass, and hands
-    /// them to `each`.
+    /// them to `each`. A queue from which all were taken did not fire any more.
     ///
     /// # Errors
     /// If a queue can't be polled: its connections are lost.
-    pub fn poll(&self, mut each: impl FnMut(Completion)) -> Result<Progress, Error> {
+    pub fn poll(&self, which: Which, mut each: impl FnMut(Completion)) -> Result<Progress, Error> {
         let mut progress = Progress::Empty;
         let count = self.queues.open().len();
-        let mut batch = Vec::with_capacity(crate::verbs::completion::BATCH);
+        let mut batch = Batch::default();
         for index in 0..count {
+            if which == Which::Fired && !self.queues.open()[index].fired {
+                continue;
+            }
             for round in 0.. {
                 // The cell is closed again before `each` runs.
-                self.queues.open()[index].queue.poll(|completion| batch.push(completion))?;
-                let found = batch.len();
-                batch.drain(..).for_each(&mut each);
-                if found < crate::verbs::completion::BATCH {
+                self.queues.open()[index].queue.poll(&mut batch)?;
+                batch.iter().for_each(&mut each);
+                if !batch.is_full() {
                     let shared = &mut self.queues.open()[index];
                     shared.reserved -= std::mem::take(&mut shared.stale);
+                    shared.fired = false;
                     break;
                 }
                 if round == BATCHES_PER_PASS {
+                    self.queues.open()[index].fired = true;
                     progress = Progress::More;
                     break;
                 }

@@ -29,6 +29,7 @@ pub mod hub;
 pub mod key;
 pub mod listener;
 pub mod outgoing;
+pub mod pace;
 #[cfg(feature = "test-panics")]
 pub mod panics;
 pub mod poller;

@@ -23,8 +23,9 @@ use super::connection::{RdmaConnection, call_handler, has_write_barrier};
 use super::echoes::Echoes;
 use super::endpoint::{Endpoint, Fate, Plan, Reason, Stage};
 use super::guard::{guard, guard_endpoint};
-use super::hub::{Hub, Progress};
+use super::hub::{Hub, Progress, Which};
 use super::key::{Key, MAX_ENDPOINTS, Work};
+use super::pace::Nanos;
 use super::valve::Valve;
 use super::{clock, listener, outgoing};
 use crate::host::connection::State;
@@ -150,8 +151,11 @@ impl Poller {
         if let Some(hub) = hubs.iter().find(|hub| hub.device() == device) {
             return Ok(Rc::clone(hub));
         }
-        let vector = Transport::get().settings.open().completion_vector;
-        let hub = Rc::new(Hub::new(device, vector)?);
+        let (vector, patience) = {
+            let settings = Transport::get().settings.open();
+            (settings.completion_vector, settings.busy_poll)
+        };
+        let hub = Rc::new(Hub::new(device, vector, patience * 1000)?);
         if !api::watch(hub.fd(), on_completions, hubs.len()) {
             return Err(Error { action: "watch the device's completions", errno: libc::ERANGE });
         }
@@ -334,7 +338,9 @@ impl Poller {
         let _pass = self.pass();
         if std::mem::take(&mut *self.unfinished.open()) {
             let hubs = self.hubs.open().clone();
-            hubs.iter().for_each(|hub| self.take_completions(hub));
+            for hub in &hubs {
+                self.take_completions(hub, Which::Fired);
+            }
         }
         self.serve_ready()
     }
@@ -342,15 +348,40 @@ impl Poller {
     /// A pass for the completions of one hub.
     fn run_completions(&self, hub: &Rc<Hub>) {
         let _pass = self.pass();
-        self.look_at(hub);
+        let patience = hub.pace().patience(clock::nanos());
+        let left = patience.is_some_and(|deadline| {
+            let found = self.wait_for_completions(hub, deadline);
+            hub.pace().looked(found, clock::nanos())
+        });
+        if !left {
+            self.look_at(hub);
+        }
         let busy = self.ready.open().len();
         self.echoes.open().grow(hub.fd(), busy);
         self.serve_ready();
+        hub.pace().passed(clock::nanos());
     }
 
-    fn take_completions(&self, hub: &Hub) {
+    /// Takes what completed on a hub, and looks until `deadline` if that is nothing. Returns
+    /// whether there was something.
+    fn wait_for_completions(&self, hub: &Hub, deadline: Nanos) -> bool {
+        loop {
+            if self.take_completions(hub, Which::All) > 0 {
+                METRICS.waits_fruitful.add(1);
+                return true;
+            }
+            if clock::nanos() >= deadline {
+                METRICS.waits_fruitless.add(1);
+                return false;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Returns how many there were.
+    fn take_completions(&self, hub: &Hub, which: Which) -> u64 {
         let count = Cell::new(0);
-        let progress = hub.poll(|completion| {
+        let progress = hub.poll(which, |completion| {
             count.set(count.get() + 1);
             self.complete(completion);
         });
@@ -369,6 +400,7 @@ impl Poller {
                 }
             }
         }
+        count.get()
     }
 
     /// One completion.
@@ -705,7 +737,9 @@ impl Poller {
             EventKind::Disconnected | EventKind::TimewaitExit => {
                 // What it sent before it left is still to be read.
                 let hubs = self.hubs.open().clone();
-                hubs.iter().for_each(|hub| self.take_completions(hub));
+                for hub in &hubs {
+                    self.take_completions(hub, Which::All);
+                }
                 endpoint.own().reason.get_or_insert(Reason::Client);
                 self.lose(&endpoint, Fate::Gone, Reason::Client);
             }
@@ -767,19 +801,22 @@ impl Poller {
             self.connection_event(event);
         }
         let hubs = self.hubs.open().clone();
-        hubs.iter().for_each(|hub| self.look_at(hub));
+        for hub in hubs {
+            hub.doubt();
+            self.look_at(&hub);
+        }
     }
 
-    /// Takes what completed on a hub, without calling any handler.
+    /// Takes what completed on the queues of a hub that fired, without calling any handler.
     fn look_at(&self, hub: &Hub) {
         hub.take_events();
-        self.take_completions(hub);
+        hub.pace().taken();
         // What completes from here on fires the descriptor again; what completed
         // before it was armed is taken now.
         if let Err(error) = hub.arm() {
             self.say_trouble(Level::Error, &format!("device {}: {error}", hub.name()));
         }
-        self.take_completions(hub);
+        self.take_completions(hub, Which::Fired);
     }
 
     /// The descriptors that become readable when [`run_quietly`](Self::run_quietly)

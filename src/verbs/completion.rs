@@ -5,7 +5,7 @@ use super::cm::{Device, set_nonblocking};
 use super::{Error, library};
 use rdma_sys::*;
 use std::ffi::CStr;
-use std::mem;
+use std::mem::MaybeUninit;
 use std::os::fd::RawFd;
 use std::ptr;
 
@@ -37,19 +37,20 @@ impl CompletionChannel {
         unsafe { (*self.raw).fd }
     }
 
-    /// Takes one event off the channel and acknowledges it. Returns whether there was one.
-    pub fn take_event(&self) -> bool {
+    /// Takes one event off the channel and acknowledges it. Returns the number of the queue
+    /// that it was of, if there was one.
+    pub fn take_event(&self) -> Option<usize> {
         let mut cq = ptr::null_mut();
         let mut context = ptr::null_mut();
         // SAFETY: a live channel and places for the answer; the queue is live,
         // since destroying one takes its events off the channel.
         unsafe {
             if library::ibv_get_cq_event(self.raw, &mut cq, &mut context) != 0 {
-                return false;
+                return None;
             }
             library::ibv_ack_cq_events(cq, 1);
         }
-        true
+        Some(context.addr())
     }
 }
 
@@ -147,11 +148,11 @@ pub enum Failure {
     Local,
 }
 
-/// Completions taken by one call of [`CompletionQueue::poll`].
-pub const BATCH: usize = 32;
+/// Most completions that one call of [`CompletionQueue::poll`] takes.
+const BATCH: usize = 32;
 
 impl CompletionQueue {
-    /// A queue of at least `entries`, whose events go to `channel`.
+    /// A queue of at least `entries`, whose events go to `channel` and bear `number`.
     ///
     /// # Errors
     /// If the device can't.
@@ -160,13 +161,14 @@ impl CompletionQueue {
         channel: &CompletionChannel,
         entries: u32,
         vector: u32,
+        number: usize,
     ) -> Result<Self, Error> {
         // SAFETY: a live context and channel.
         let raw = unsafe {
             library::ibv_create_cq(
                 device.0,
                 entries as i32,
-                ptr::null_mut(),
+                ptr::without_provenance_mut(number),
                 channel.raw,
                 vector as i32,
             )
@@ -190,22 +192,45 @@ impl CompletionQueue {
         Error::check_number("arm a completion queue", unsafe { ibv_req_notify_cq(self.raw, 0) })
     }
 
-    /// Takes up to [`BATCH`] completions and hands each to `each`. Returns how many.
+    /// Takes up to [`BATCH`] completions into `batch`, in place of what it held.
     ///
     /// # Errors
     /// If the queue can't be polled, which means that it overran or its device is gone.
-    pub fn poll(&self, mut each: impl FnMut(Completion)) -> Result<usize, Error> {
-        // SAFETY: completions are plain numbers; the call fills as many as it returns.
-        let mut raw: [ibv_wc; BATCH] = unsafe { mem::zeroed() };
+    pub fn poll(&self, batch: &mut Batch) -> Result<(), Error> {
         // SAFETY: a live queue and room for BATCH completions.
-        let count = unsafe { ibv_poll_cq(self.raw, BATCH as i32, raw.as_mut_ptr()) };
-        if count < 0 {
-            return Err(Error::last("poll a completion queue"));
-        }
-        for wc in &raw[..count as usize] {
-            each(Completion { work_request: wc.wr_id, outcome: outcome(wc) });
-        }
-        Ok(count as usize)
+        let count = unsafe { ibv_poll_cq(self.raw, BATCH as i32, batch.raw.as_mut_ptr().cast()) };
+        batch.count = usize::try_from(count).unwrap_or(0);
+        if count < 0 { Err(Error::last("poll a completion queue")) } else { Ok(()) }
+    }
+}
+
+/// Completions that were taken together.
+pub struct Batch {
+    /// The first `count` are filled in. The rest is not even cleared: a queue is looked at
+    /// far more often than it has completions.
+    raw: [MaybeUninit<ibv_wc>; BATCH],
+    count: usize,
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self { raw: [const { MaybeUninit::uninit() }; BATCH], count: 0 }
+    }
+}
+
+impl Batch {
+    /// Whether it holds as many as it can, so that there may be more.
+    pub fn is_full(&self) -> bool {
+        self.count == BATCH
+    }
+
+    /// Each of them, in their order.
+    pub fn iter(&self) -> impl Iterator<Item = Completion> {
+        self.raw[..self.count].iter().map(|wc| {
+            // SAFETY: `poll` filled the first `count`; they are plain numbers.
+            let wc = unsafe { wc.assume_init_ref() };
+            Completion { work_request: wc.wr_id, outcome: outcome(wc) }
+        })
     }
 }
 

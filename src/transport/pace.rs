@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! Whether the next completions are worth waiting for.
+//!
+//! To sleep costs three system calls and a wake-up: the event is read from the channel, the
+//! queues are armed, and the event loop is woken again. So where completions follow each other
+//! closely the event is *left* in the channel: the descriptor stays readable, the event loop
+//! comes back at once, and the queues are looked at, for a limited time if they are empty.
+//!
+//! It can't become a spin. One look lasts at most the limit, counted from the end of the pass
+//! before; a look that found nothing ends it, and the next tries are given up for ever longer,
+//! until completions are close to each other again. Nothing is left in the channel before a
+//! completion came, so who is idle is not looked for.
+
+/// Nanoseconds on a clock that never goes back.
+pub type Nanos = u64;
+
+/// Passes after which it is tried again at the latest, as a power of 2.
+const LONGEST_PAUSE: u32 = 10;
+
+/// See the module's text. One for each device; it has no clock of its own.
+#[derive(Debug, Default)]
+pub struct Pace {
+    /// How long after a pass one look may last; 0 means that no event is ever left.
+    limit: Nanos,
+    /// End of the last pass.
+    passed: Nanos,
+    /// Mean time from the end of a pass to the completions of the next.
+    gap: Nanos,
+    /// Whether an event was left in the channel.
+    left: bool,
+    /// Looks in a row that found nothing.
+    fruitless: u32,
+    /// Passes to come in which no event is left.
+    pause: u32,
+}
+
+impl Pace {
+    /// A pace that waits for at most `limit`.
+    pub fn new(limit: Nanos) -> Self {
+        Self { limit, gap: Nanos::MAX, ..Self::default() }
+    }
+
+    /// The descriptor is readable. Until when may be looked for completions, once at least,
+    /// before its event is taken? `None`: the event is to be taken now.
+    pub fn patience(&mut self, now: Nanos) -> Option<Nanos> {
+        if self.left {
+            return Some(self.passed.saturating_add(self.limit));
+        }
+        if self.limit == 0 {
+            return None;
+        }
+        self.observe(now);
+        if self.pause > 0 {
+            self.pause -= 1;
+            return None;
+        }
+        // A gap that was slept through holds the wake-up as well.
+        self.left = self.gap <= 2 * self.limit;
+        // The completions that fired are there already.
+        self.left.then_some(0)
+    }
+
+    /// A look that [`patience`](Self::patience) allowed is over. Whether the event stays in
+    /// the channel; otherwise it is to be taken now.
+    pub fn looked(&mut self, found: bool, now: Nanos) -> bool {
+        if found {
+            self.observe(now);
+            self.fruitless = 0;
+        } else {
+            self.fruitless += 1;
+            self.pause = 1 << self.fruitless.min(LONGEST_PAUSE);
+            self.left = false;
+        }
+        self.left
+    }
+
+    /// The event was taken, whoever decided so.
+    pub fn taken(&mut self) {
+        self.left = false;
+    }
+
+    /// A pass is over.
+    pub fn passed(&mut self, now: Nanos) {
+        self.passed = now;
+    }
+
+    fn observe(&mut self, now: Nanos) {
+        let gap = now.saturating_sub(self.passed);
+        // A gap of minutes must not be felt for minutes: none counts for more than ten limits.
+        let most = 10 * self.limit;
+        self.gap = (3 * self.gap.min(most) + gap.min(most)) / 4;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A pass at `now`, whose completions came `gap` after the one before.
+    fn pass(pace: &mut Pace, now: &mut Nanos, gap: Nanos) -> bool {
+        *now += gap;
+        let Some(deadline) = pace.patience(*now) else {
+            pace.passed(*now);
+            return false;
+        };
+        let found = deadline == 0 || *now <= deadline;
+        let left = pace.looked(found, *now);
+        pace.passed(*now);
+        left
+    }
+
+    #[test]
+    fn events_are_left_where_completions_follow_closely() {
+        let (mut pace, mut now) = (Pace::new(10), 1_000_000);
+        assert!(!pass(&mut pace, &mut now, 5), "the first gap is since ever");
+        let first = (0..20).find(|_| pass(&mut pace, &mut now, 5)).unwrap();
+        assert!(first < 10);
+        assert!((0..1000).all(|_| pass(&mut pace, &mut now, 5)));
+        assert!(!pass(&mut pace, &mut now, 500), "it waited and nothing came");
+    }
+
+    #[test]
+    fn nothing_is_waited_for_where_they_do_not() {
+        let (mut pace, mut now) = (Pace::new(10), 0);
+        assert!((0..1000).all(|_| !pass(&mut pace, &mut now, 50)));
+        let mut off = Pace::new(0);
+        assert!((0..1000).all(|_| !pass(&mut off, &mut now, 1)));
+    }
+
+    #[test]
+    fn waits_in_vain_become_rare() {
+        let (mut pace, mut now) = (Pace::new(10), 0);
+        let mut in_vain = 0;
+        // Each second gap is a long one: the mean stays small, half of the waits are in vain.
+        for round in 0..100_000_u64 {
+            let before = pace.left;
+            pass(&mut pace, &mut now, if round % 2 == 0 { 1 } else { 35 });
+            in_vain += u32::from(before && !pace.left);
+        }
+        assert!(in_vain > 0);
+        assert!(in_vain < 100_000 / 8, "{in_vain}");
+    }
+
+    #[test]
+    fn a_taken_event_is_not_waited_for() {
+        let (mut pace, mut now) = (Pace::new(10), 0);
+        while !pass(&mut pace, &mut now, 1) {}
+        pace.taken();
+        now += 1;
+        assert_eq!(pace.patience(now), Some(0), "a new event, whose completions are there");
+    }
+}
