@@ -31,6 +31,8 @@ pub struct Settings {
     /// For how long completions may be waited for before the event loop sleeps, in
     /// microseconds; 0 means not at all.
     pub busy_poll: u64,
+    /// Liveness intervals in which a probe may stay without an answer; 0 means any number.
+    pub liveness_failures: u64,
     /// Durations of sessions.
     pub timing: Timing,
 }
@@ -46,7 +48,14 @@ impl Default for Settings {
             max_registered: u64::MAX,
             watchdog_timeout: 5_000,
             busy_poll: 10,
-            timing: Timing { handshake: 10_000, liveness: 5_000, linger: 500, delivery: 10_000 },
+            liveness_failures: 12,
+            timing: Timing {
+                handshake: 10_000,
+                liveness: 5_000,
+                answer: 12 * 5_000,
+                linger: 500,
+                delivery: 10_000,
+            },
         }
     }
 }
@@ -68,7 +77,7 @@ impl std::error::Error for ArgumentError {}
 
 const NAMES: &str = "one of bind=ADDRESS, port=NUMBER, rx-size=BYTES, comp-vector=NUMBER, \
      max-handshakes=NUMBER, max-registered=BYTES, handshake-timeout=MS, liveness-interval=MS, \
-     linger-time=MS, watchdog-timeout=MS, busy-poll=US";
+     liveness-failures=NUMBER, linger-time=MS, watchdog-timeout=MS, busy-poll=US";
 
 impl Settings {
     /// Reads the arguments of `loadmodule`, each `name=value`; `bind` may be repeated
@@ -129,6 +138,7 @@ impl Settings {
                 }
                 "handshake-timeout" => settings.timing.handshake = number(100, 600_000)?,
                 "liveness-interval" => settings.timing.liveness = number(100, 86_400_000)?,
+                "liveness-failures" => settings.liveness_failures = number(0, 1000)?,
                 "watchdog-timeout" => {
                     settings.watchdog_timeout = number(0, 86_400_000)
                         .ok()
@@ -140,6 +150,10 @@ impl Settings {
                 _ => return Err(error(NAMES)),
             }
         }
+        settings.timing.answer = match settings.liveness_failures {
+            0 => Millis::MAX,
+            failures => failures * settings.timing.liveness,
+        };
         Ok(settings)
     }
 }
@@ -177,12 +191,16 @@ mod tests {
             "max-registered=1g",
             "linger-time=0",
             "watchdog-timeout=0",
+            "liveness-failures=3",
+            "liveness-interval=200",
         ])
         .unwrap();
         assert_eq!(settings.bind, ["10.0.0.1", "-::1", "*"]);
         assert_eq!((settings.port, settings.rx_size), (6380, 131_072));
         assert_eq!((settings.completion_vector, settings.max_registered), (3, 1 << 30));
         assert_eq!((settings.timing.linger, settings.watchdog_timeout), (0, 0));
+        assert_eq!((settings.timing.liveness, settings.timing.answer), (200, 600));
+        assert_eq!(parse(&["liveness-failures=0"]).unwrap().timing.answer, Millis::MAX);
         assert_eq!(parse(&[]).unwrap(), Settings::default());
     }
 

@@ -32,6 +32,8 @@ pub struct Timing {
     pub handshake: Millis,
     /// After so long without anything from the peer it is probed.
     pub liveness: Millis,
+    /// A peer that has not answered its probe for so long is given up.
+    pub answer: Millis,
     /// Time that a peer has to read what was delivered before we disconnect.
     pub linger: Millis,
     /// Time for delivering it, after which we disconnect all the same.
@@ -96,6 +98,8 @@ pub enum Duty {
     End,
     /// Disconnect and free; the handshake took too long.
     TimedOut,
+    /// Disconnect and free; the peer does not answer.
+    Unanswered,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -244,7 +248,14 @@ impl Session {
             Phase::Handshake { deadline } if now >= *deadline => Duty::TimedOut,
             Phase::Handshake { .. } => Duty::Wait,
             Phase::Open => {
-                if self.probing || now < self.last_heard + self.timing.liveness {
+                let silent_since = self.last_heard + self.timing.liveness;
+                if self.probing {
+                    // The device gives up at some time, but not Soft-RoCE: it takes the seven
+                    // tries that clients choose for tries without end.
+                    let over = now >= silent_since.saturating_add(self.timing.answer);
+                    return if over { Duty::Unanswered } else { Duty::Wait };
+                }
+                if now < silent_since {
                     return Duty::Wait;
                 }
                 self.probing = true;
@@ -299,7 +310,8 @@ impl Session {
 mod tests {
     use super::*;
 
-    const TIMING: Timing = Timing { handshake: 100, liveness: 50, linger: 20, delivery: 200 };
+    const TIMING: Timing =
+        Timing { handshake: 100, liveness: 50, answer: 500, linger: 20, delivery: 200 };
 
     fn announcement(length: u32) -> [u8; 32] {
         Message::RegisterXferMemory(Memory { address: 0x1000, length, rkey: 1 }).encode()
@@ -383,6 +395,19 @@ mod tests {
         session.message(&Message::Keepalive.encode(), 0, &send, 540).unwrap();
         assert_eq!(session.duty(589, true), Duty::Wait, "heard of it since");
         assert_eq!(session.duty(590, true), Duty::Probe);
+    }
+
+    #[test]
+    fn a_peer_that_does_not_answer_is_given_up() {
+        let (mut session, send, _) = open();
+        assert_eq!(session.duty(50, true), Duty::Probe);
+        assert_eq!(session.duty(549, true), Duty::Wait);
+        assert_eq!(session.duty(550, true), Duty::Unanswered);
+        session.message(&Message::Keepalive.encode(), 0, &send, 551).unwrap();
+        assert_eq!(session.duty(1100, true), Duty::Wait, "it spoke, whatever became of the probe");
+        assert_eq!(session.duty(1101, true), Duty::Unanswered);
+        let mut patient = Session { timing: Timing { answer: Millis::MAX, ..TIMING }, ..session };
+        assert_eq!(patient.duty(Millis::MAX - 1, true), Duty::Wait);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use protocol::window::{Announcement, ReceiveWindow, SendLedger, SendWindow};
 use protocol::wire::{Memory, Message};
 use std::collections::VecDeque;
 
-const TIMING: Timing = Timing { handshake: 1_000, liveness: 500, linger: 100, delivery: 2_000 };
+const TIMING: Timing = Timing { handshake: 1_000, liveness: 500, answer: 3_000, linger: 100, delivery: 2_000 };
 const BUFFER: u32 = 1 << 16;
 /// Where it stands.
 const ADDRESS: u64 = 0x7000_0000;
@@ -149,7 +149,7 @@ fuzz_target!(|steps: Vec<Step>| {
                 now += u64::from(time);
                 match session.duty(now, ledger.is_idle()) {
                     Duty::Wait | Duty::Probe => {}
-                    Duty::End | Duty::TimedOut => return,
+                    Duty::End | Duty::TimedOut | Duty::Unanswered => return,
                 }
                 None
             }

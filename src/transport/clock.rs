@@ -79,12 +79,18 @@ fn step(endpoint: &Arc<Endpoint>) {
             }
         },
         Duty::End => poller.remove(Arc::clone(endpoint), Reason::Server),
-        // Once: its removal may be a pass away.
-        Duty::TimedOut if endpoint.fate() == Fate::Alive => {
-            poller.say_lost(endpoint, "its handshake was not completed in time");
-            poller.lose(endpoint, Fate::Gone, Reason::Timeout);
-        }
-        Duty::Wait | Duty::TimedOut => {}
+        Duty::TimedOut => time_out(endpoint, "its handshake was not completed in time"),
+        Duty::Unanswered => time_out(endpoint, "it did not answer in time"),
+        Duty::Wait => {}
+    }
+}
+
+fn time_out(endpoint: &Arc<Endpoint>, why: &str) {
+    // Once: its removal may be a pass away.
+    if endpoint.fate() == Fate::Alive {
+        let poller = &Transport::get().poller;
+        poller.say_lost(endpoint, why);
+        poller.lose(endpoint, Fate::Gone, Reason::Timeout);
     }
 }
 

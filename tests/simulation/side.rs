@@ -30,7 +30,7 @@ pub struct Plan {
 }
 
 const TIMING: Timing =
-    Timing { handshake: 600_000, liveness: 5_000, linger: 100, delivery: 600_000 };
+    Timing { handshake: 600_000, liveness: 5_000, answer: 600_000, linger: 100, delivery: 600_000 };
 
 #[derive(Debug, Default)]
 struct Outgoing {
@@ -400,6 +400,7 @@ impl Side {
             }
             Duty::End => self.end(fabric),
             Duty::TimedOut => panic!("no handshake, although nothing stood in its way"),
+            Duty::Unanswered => panic!("no answer, although nothing stood in its way"),
         }
     }
 

@@ -1007,7 +1007,24 @@ fn liveness(cell: &mut Cell) -> Result<()> {
         vanished.stream().vanish();
         before.wait_back(cell).context("a client that vanished without a word")?;
         let after = Holdings::of(cell)?;
-        ensure!(after.by_error == before.by_error + 1, "the vanished client is not counted");
+        // Its device gives up, or we do: Soft-RoCE tries for ever.
+        let (error, timeout) =
+            (after.by_error - before.by_error, after.by_timeout - before.by_timeout);
+        ensure!(error + timeout == 1, "the vanished client is not counted once");
+
+        // One that has no receive for its reply, so that nothing behind that arrives either.
+        let options = Options { receives: 2, repost: false, ..Options::default() };
+        let mut deaf = target.open_with(&options)?;
+        deaf.send(&deaf.window().announcement())?;
+        let mut inbox = target.inbox(&mut deaf)?;
+        let who = deaf.local_address().context("a client without an address")?;
+        inbox.say(&mut deaf, PING)?;
+        deaf.wait_announced(PONG.len() as u64, target.soon())?;
+        inbox.say(&mut deaf, PING)?;
+        before.wait_back(cell).context("a client that answers no probe")?;
+        ensure!(Holdings::of(cell)?.by_timeout == after.by_timeout + 1, "not counted as timed out");
+        let lines = lines_about(cell, who)?;
+        ensure!(lines.len() == 1 && lines[0].contains("did not answer"), "the log says: {lines:?}");
         Ok(())
     })
 }
