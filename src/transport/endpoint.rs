@@ -23,7 +23,7 @@ use crate::metrics::{Counter, METRICS};
 use crate::session::{Millis, Session, Timing};
 use crate::verbs::Error;
 use crate::verbs::cm::{Device, Id, IdKey};
-use crate::verbs::memory::{Access, ProtectionDomain, Region};
+use crate::verbs::memory::{self, Access, ProtectionDomain, Region};
 use crate::verbs::pair::{QueuePair, Slice, Target};
 pub use crate::window::Fate;
 use crate::window::{Announcement, ReceiveWindow, SendLedger, SendWindow, SharedFate, Writer};
@@ -208,7 +208,8 @@ impl Endpoint {
     pub fn try_memory(receive_bytes: u32) -> Result<(), String> {
         let mut result = Ok(());
         Device::for_each(|device| {
-            let tried = ProtectionDomain::new(device).and_then(|domain| {
+            let tried = memory::uncounted(|| {
+                let domain = ProtectionDomain::new(device)?;
                 let _control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
                 Region::new(&domain, receive_bytes as usize, Access::RemoteWrite).map(drop)
             });

@@ -187,6 +187,8 @@ fn clients(cell: &mut Cell) -> Result<()> {
 fn stats(cell: &mut Cell) -> Result<()> {
     let soon = || Instant::now() + cell.lab.patience();
     let open = || Raw::open(cell.server().rdma_address(), &Options::default(), soon());
+    let peak = cell.info()?.number("rdma_registered_peak_bytes")?;
+    ensure!(peak == 0, "{peak} bytes were registered before the first client");
 
     // A message that is none.
     let mut bad = open()?;
