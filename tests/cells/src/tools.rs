@@ -86,6 +86,15 @@ impl Cell<'_> {
         Ok(Traffic(Process::spawn(&mut command)?))
     }
 
+    /// Starts `valkey-benchmark --rdma` with so many clients that do nothing until it is dropped.
+    pub fn idle_clients(&self, count: usize) -> Result<Traffic> {
+        let mut command = self.tool("valkey-benchmark");
+        command.args(["-I", "-c", &count.to_string()]);
+        let output = std::fs::File::create(self.folder().join("idle-clients"))?;
+        command.stdin(std::process::Stdio::null()).stdout(output.try_clone()?).stderr(output);
+        Ok(Traffic(Process::spawn(&mut command)?))
+    }
+
     fn benchmark_command(&self, load: &Load) -> Command {
         let mut command = self.tool("valkey-benchmark");
         command.args(["-t", &load.tests.join(","), "--csv"]);

@@ -6,6 +6,7 @@ use crate::cell::Case;
 mod basics;
 mod churn;
 mod config;
+mod crowd;
 mod deadlock;
 mod hostile;
 mod lifecycle;
@@ -29,6 +30,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         hostile::CASES,
         soak::CASES,
         churn::CASES,
+        crowd::CASES,
         lifecycle::CASES,
         operators::CASES,
         outgoing::CASES,
