@@ -236,6 +236,11 @@ impl Session {
         self.phase = Phase::Lingering { deadline, delivered: None };
     }
 
+    /// The peer's device acknowledged something, so it lives.
+    pub fn heard(&mut self, now: Millis) {
+        self.last_heard = now;
+    }
+
     /// A probe completed: everything posted before it has arrived, and the peer lives.
     pub fn probe_completed(&mut self, now: Millis) {
         self.probing = false;

@@ -325,6 +325,11 @@ impl Poller {
         }
     }
 
+    /// Whether completions wait that the last pass did not take.
+    pub fn is_behind(&self) -> bool {
+        *self.unfinished.open()
+    }
+
     /// Whether the event loop must not sleep.
     pub fn is_pending(&self) -> bool {
         *self.unfinished.open() || !self.ready.open().is_empty()
@@ -451,6 +456,7 @@ impl Poller {
             Outcome::Sent => match work {
                 Work::Payload(sequence) => {
                     endpoint.payload_completed((sequence + 1) & 0x00ff_ffff);
+                    endpoint.own().session.heard(clock::now());
                     self.mark_if_ready(endpoint);
                 }
                 Work::Probe(sequence) => {
