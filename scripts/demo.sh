@@ -156,7 +156,6 @@ demonstrate() {
     load set $((port + 1))
     load get $((port + 1))
     table "$idle_before" "$(idle)"
-    ask SHUTDOWN NOSAVE 2>/dev/null || true
 }
 
 # Main-thread CPU of a server that nobody asks anything, in percent.

@@ -59,6 +59,9 @@ main() {
     run_cells soft "$log/soft" "$@"
     run_cells vm "$log/vm" "$@"
     if ((!$#)); then
+        say "The benchmark, in a few short runs"
+        "$repo/scripts/bench.sh" smoke </dev/null >"$log/bench" || true
+        add_sum "$log/bench" 3
         package "$level" "$log/package"
         demo "$log/demo"
     fi
