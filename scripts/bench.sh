@@ -17,7 +17,7 @@
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 main() {
-    local what=all start=$SECONDS options=() status=0
+    local what=all start=$SECONDS options=()
     case ${1:-} in
     soft | vm | all | smoke) what=$1; shift ;;
     -h | --help) sed -n '4,16s/^# \{0,1\}//p' "$0"; return ;;
@@ -40,7 +40,7 @@ main() {
     kept=$cache/bench
     mkdir -p "$kept"
 
-    passed=0 failed=0
+    passed=0 failed=0 skipped=0
     case $what in
     smoke) smoke ;;
     *)
@@ -51,7 +51,7 @@ main() {
         ;;
     esac
     say "Done in $((SECONDS - start)) s"
-    printf '%d passed, %d failed, 0 skipped\n' "$passed" "$failed"
+    printf '%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
     ((!failed && passed))
 }
 
@@ -81,13 +81,10 @@ on_vm() {
 # run FOLDER COMMAND… — runs it, shows what it prints, and adds up its last line; without one
 # something failed.
 run() {
-    local log=$1/log sum p f
+    local log=$1/log
     shift
     "$@" </dev/null | tee "$log" >&2 || true
-    sum=$(grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$' "$log" | tail -n 1) ||
-        sum="0 passed, 1 failed, 0 skipped"
-    read -r p _ f _ <<<"$sum"
-    ((passed += p, failed += f)) || true
+    add_sum "$log" 1
 }
 
 main "$@"

@@ -184,3 +184,13 @@ unused_imports = "allow"
 [workspace]
 TOML
 }
+
+# add_sum LOG COUNT — adds the sum that a log ends with to $passed, $failed and $skipped;
+# without one, all COUNT failed.
+add_sum() {
+    local sum p f s
+    sum=$(grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$' "$1" | tail -n 1) ||
+        sum="0 passed, $2 failed, 0 skipped"
+    read -r p _ f _ s _ <<<"$sum"
+    ((passed += p, failed += f, skipped += s)) || true
+}

@@ -136,8 +136,6 @@ commands() {
     timeout 600 bash -ex <<<"$commands"
 }
 
-# Twenty clients at a time: more than fit into the memory that a service may lock
-# by default.
 # serves [PORT] — each of $clients, or 20, is served.
 serves() {
     local count=${clients:-20}

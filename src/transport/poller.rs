@@ -332,7 +332,7 @@ impl Poller {
 
     /// Whether the event loop must not sleep.
     pub fn is_pending(&self) -> bool {
-        *self.unfinished.open() || !self.ready.open().is_empty()
+        self.is_behind() || !self.ready.open().is_empty()
     }
 
     /// A pass over what is pending. Returns how many endpoints were served.
