@@ -175,9 +175,12 @@ impl Board {
         Mood::of(old.unwrap_or_else(|word| word))
     }
 
-    /// The owner was told and has not come for too long.
+    /// The owner was told and has not come for too long, or has come and found nothing:
+    /// its progress thread has to see to it that it is told again.
     pub fn give_up(&self, hook: u32) {
-        let change = |word: u64| (Mood::of(word) == Mood::Told).then(|| word & !Mood::Told.bits());
+        // Told has one bit of Indirect's two.
+        let change =
+            |word: u64| (Mood::of(word) == Mood::Told).then(|| word | Mood::Indirect.bits());
         let _ = self.hook(hook).fetch_update(Ordering::SeqCst, Ordering::SeqCst, change);
     }
 }

@@ -504,6 +504,29 @@ fn an_application_that_does_not_look_delays_nobody() {
     }
 }
 
+/// A message that finds no receive wakes its target for nothing, which then sleeps on
+/// and is not known to be on its way any more.
+#[test]
+fn who_was_woken_in_vain_hears_of_its_own_sends() {
+    let p = Pair::default();
+    let (client, server) = (&p.client, &p.server);
+    nonblocking(server.channel_fd());
+    server.arm(false);
+    client.recv(0, &[]);
+    // Tried again after 655 ms, which is when everything would be looked at anyway.
+    client.post(Wr::send(1, &[]));
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(server.cq_event(), Err(libc::EAGAIN));
+    server.post(Wr::send(2, &[]));
+    assert!(readable(server.channel_fd(), Duration::from_millis(400)), "not told");
+    assert_eq!(server.cq_event(), Ok(()));
+    server.done(2);
+    client.done(0);
+    server.recv(3, &[]);
+    server.done(3);
+    client.done(1);
+}
+
 /// A stream of writes of every size, each announced by an immediate, in both
 /// directions at once and by event loops: what the module under test does all day.
 #[test]
