@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -76,6 +76,29 @@ impl Drop for Process {
     }
 }
 
+/// What each thread of process `pid` is at, as the kernel has it: name, state, where in the
+/// kernel it sleeps, and the number and arguments of its system call. For whoever finds a
+/// message about a program that hung, and nothing else of it.
+pub fn threads(pid: u32) -> String {
+    let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+        return "gone".to_owned();
+    };
+    let mut text = String::new();
+    for task in tasks.flatten().map(|task| task.path()) {
+        let status = read(task.join("status"));
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
+        text += &format!(
+            "  {}: {}, in {}, system call {}\n",
+            field("Name:").unwrap_or_default().trim(),
+            field("State:").unwrap_or_default().trim(),
+            read(task.join("wchan")),
+            read(task.join("syscall")).trim(),
+        );
+    }
+    text
+}
+
 /// What a finished program printed.
 pub struct Output {
     /// Its standard output.
@@ -100,6 +123,18 @@ pub fn run(
     input: &[u8],
     folder: &Path,
     timeout: Duration,
+) -> Result<Output> {
+    run_beside(command, input, folder, timeout, String::new)
+}
+
+/// The same; if it does not finish, `scene` adds to the message what it finds while the
+/// program is still there.
+pub fn run_beside(
+    command: &mut Command,
+    input: &[u8],
+    folder: &Path,
+    timeout: Duration,
+    scene: impl FnOnce() -> String,
 ) -> Result<Output> {
     let file = |name: &str| -> Result<File> {
         let path = folder.join(format!("{name}.{}", unique()));
@@ -127,11 +162,13 @@ pub fn run(
     match status {
         Some(status) => Ok(Output { stdout: output, stderr: errors, status }),
         None => bail!(
-            "{:?} did not finish in {} s; it printed: {} {}",
+            "{:?} did not finish in {} s; it printed: {} {}\nits threads:\n{}{}",
             command.get_program(),
             timeout.as_secs(),
             tail(&String::from_utf8_lossy(&output)),
-            tail(&errors)
+            tail(&errors),
+            threads(process.id()),
+            scene()
         ),
     }
 }
@@ -146,4 +183,22 @@ fn unique() -> u64 {
 pub fn tail(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(12)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_hangs_is_described_before_it_is_ended() {
+        let folder = std::env::temp_dir();
+        let mut command = Command::new("sleep");
+        command.arg("60");
+        let limit = Duration::from_millis(200);
+        let result = run_beside(&mut command, b"", &folder, limit, || "the scene".to_owned());
+        let message = result.err().expect("it did not finish").to_string();
+        for part in ["did not finish", "sleep: S (sleeping)", "system call", "the scene"] {
+            assert!(message.contains(part), "no '{part}' in {message}");
+        }
+    }
 }

@@ -12,7 +12,7 @@ use client::{Client, tcp};
 
 use crate::info::Info;
 use crate::lab::{LOOPBACK, Lab};
-use crate::process::{Process, tail};
+use crate::process::{Process, tail, threads};
 
 /// How long a server may take until it answers.
 const START: Duration = Duration::from_secs(60);
@@ -208,6 +208,21 @@ impl Server {
         let reply = self.tcp(timeout)?.words("INFO everything")?;
         ensure!(!reply.is_error(), "INFO: {reply}");
         Ok(Info::parse(&reply.text()))
+    }
+
+    /// What it is at, for a message about a client that hung: its threads, and what it says of
+    /// its RDMA connections if it answers.
+    pub fn scene(&self) -> String {
+        let ask = |words: &str| -> Result<String> {
+            Ok(self.tcp(Duration::from_secs(2))?.words(words)?.to_string())
+        };
+        let answer = |words| ask(words).unwrap_or_else(|error| format!("{error:#}"));
+        format!(
+            "the server's threads:\n{}RDMA.CLIENTS: {}\n{}",
+            threads(self.process.id()),
+            answer("RDMA.CLIENTS"),
+            answer("INFO rdma")
+        )
     }
 
     /// Everything that it has said: its log, and what went to its output before there was one.

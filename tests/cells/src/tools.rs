@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use crate::cell::Cell;
-use crate::process::{Output, Process, run, tail};
+use crate::process::{Output, Process, run_beside, tail};
 use crate::server::host;
 
 impl Cell<'_> {
@@ -20,11 +20,15 @@ impl Cell<'_> {
         command
     }
 
+    fn run_tool(&self, command: &mut Command, input: &[u8], limit: Duration) -> Result<Output> {
+        run_beside(command, input, self.folder(), limit, || self.server().scene())
+    }
+
     /// Runs `valkey-cli --rdma` with `arguments`, and `input` to its standard input.
     pub fn cli(&self, arguments: &[&str], input: &[u8]) -> Result<Output> {
         let mut command = self.tool("valkey-cli");
         command.args(arguments);
-        run(&mut command, input, self.folder(), self.lab.patience())
+        self.run_tool(&mut command, input, self.lab.patience())
     }
 
     /// The same, where nothing but success will do; its output without the last newline.
@@ -43,7 +47,7 @@ impl Cell<'_> {
     /// Runs `valkey-benchmark --rdma` to its end and returns a line for each test.
     pub fn benchmark(&mut self, load: &Load, limit: Duration) -> Result<Vec<Row>> {
         let mut command = self.benchmark_command(load);
-        let output = run(&mut command, b"", self.folder(), limit)?;
+        let output = self.run_tool(&mut command, b"", limit)?;
         ensure!(
             output.status.success(),
             "valkey-benchmark: {} {} {}",
