@@ -13,7 +13,10 @@ use crate::cell::{Case, Cell, no_crash};
 use crate::tools::Pinger;
 
 pub const CASES: &[Case] = &[
-    Case::new("save", save).with(|settings| settings.directive("appendonly yes")),
+    Case::new("save", save).with(|settings| {
+        settings.directive("appendonly yes");
+        settings.directive("auto-aof-rewrite-percentage 0");
+    }),
     Case::new("pause", pause),
     Case::new("kill", kill),
     Case::new("maxclients", maxclients).with(|settings| settings.directive("maxclients 5")),
@@ -190,7 +193,8 @@ fn output_limit(cell: &mut Cell) -> Result<()> {
     let mut client = cell.rdma()?;
     client.stream().hold(true)?;
     for _ in 0..20 {
-        client.request(&[b"GET", b"big"])?;
+        // Not GET: 9.1 may put off its copies, and counts one value for all of them then.
+        client.request(&[b"GETRANGE", b"big", b"0", b"-1"])?;
     }
     cell.wait_info("the client closed", |info| {
         Ok(info.number("rdma_connections_established")? == 0)
