@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Completion queues and completion channels.
 
-use super::context::{About, Context, limit, unique};
-use super::qp::{self, Qp};
-use crate::board::{self, Mood, Place};
+use super::context::{About, Context, limit};
+use super::qp::Qp;
 use crate::engine::engine;
 use crate::fault::{self, Point};
-use crate::fork;
 use crate::handle::Acks;
+use crate::link::Link;
 use crate::notice::Notices;
 use rdma_sys::*;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::mem::zeroed;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak};
@@ -25,8 +24,6 @@ pub struct Channel {
     pub c: ibv_comp_channel,
     pub notices: Notices<Arc<Cq>>,
     pub users: AtomicUsize,
-    /// Tells it from the process's other channels.
-    pub number: u64,
     pub context: Arc<Context>,
     cqs: Mutex<Vec<Weak<Cq>>>,
 }
@@ -41,8 +38,7 @@ impl Channel {
         let notices = Notices::new().ok()?;
         let c = ibv_comp_channel { context: context.as_c(), fd: notices.fd(), refcnt: 0 };
         let cqs = Mutex::new(Vec::new());
-        let (users, number) = (AtomicUsize::new(0), unique());
-        Some(Arc::new(Channel { c, notices, users, number, context, cqs }))
+        Some(Arc::new(Channel { c, notices, users: AtomicUsize::new(0), context, cqs }))
     }
 
     /// The next event; the error is an errno.
@@ -88,6 +84,8 @@ struct Inner {
     queue: VecDeque<Completion>,
     armed: Armed,
     overrun: bool,
+    /// The wire whose other side may raise the event itself.
+    offered: Option<Arc<Link>>,
     /// Completions that a planned fault holds back.
     held: VecDeque<Completion>,
 }
@@ -99,10 +97,8 @@ pub struct Cq {
     inner: Mutex<Inner>,
     pub channel: Option<Arc<Channel>>,
     pub context: Arc<Context>,
-    /// The queue pairs that complete here, by number.
-    qps: RwLock<HashMap<u32, Arc<Qp>>>,
-    /// Where on the process's notice board their other sides leave news.
-    pub hook: u32,
+    /// The queue pairs that complete here.
+    qps: RwLock<Vec<Arc<Qp>>>,
     pub acks: Acks,
     pub async_acks: Acks,
     armed: AtomicBool,
@@ -131,11 +127,11 @@ impl Cq {
             channel.as_ref().map_or(std::ptr::null_mut(), |ch| (&raw const ch.c).cast_mut());
         c.cq_context = user;
         c.cqe = cqe;
-        let hook = board::own().new_hook().ok_or(libc::ENOMEM)?;
         let inner = Inner {
             queue: VecDeque::new(),
             armed: Armed::No,
             overrun: false,
+            offered: None,
             held: VecDeque::new(),
         };
         let cq = Arc::new_cyclic(|weak| Cq {
@@ -143,8 +139,7 @@ impl Cq {
             inner: Mutex::new(inner),
             channel,
             context,
-            qps: RwLock::new(HashMap::new()),
-            hook,
+            qps: RwLock::new(Vec::new()),
             acks: Acks::default(),
             async_acks: Acks::default(),
             armed: AtomicBool::new(false),
@@ -158,18 +153,21 @@ impl Cq {
     }
 
     pub fn attach(&self, qp: &Arc<Qp>) {
-        self.qps.write().unwrap().insert(qp.num, qp.clone());
+        let mut qps = self.qps.write().unwrap();
+        if !qps.iter().any(|q| Arc::ptr_eq(q, qp)) {
+            qps.push(qp.clone());
+        }
     }
     pub fn detach(&self, qp: &Qp) {
-        self.qps.write().unwrap().remove(&qp.num);
+        self.qps.write().unwrap().retain(|q| !std::ptr::eq(Arc::as_ptr(q), qp));
     }
     pub fn in_use(&self) -> bool {
         !self.qps.read().unwrap().is_empty()
     }
 
-    /// Its channel's number, or 0.
-    pub fn channel_number(&self) -> u64 {
-        self.channel.as_ref().map_or(0, |channel| channel.number)
+    /// True while a completion would raise an event.
+    pub fn is_armed(&self) -> bool {
+        self.armed.load(Ordering::SeqCst)
     }
 
     /// Adds a completion. A full queue is an overrun (11.6.3.1 "CQ Error"): the queue is
@@ -236,10 +234,9 @@ impl Cq {
         inner.armed = Armed::No;
         self.armed.store(false, Ordering::SeqCst);
         if fault::strikes(Point::EventLost).is_some() {
-            board::own().board.set_mood(self.hook, Mood::Away);
             return;
         }
-        let signalled = board::own().board.set_mood(self.hook, Mood::Told) == Mood::Told;
+        let signalled = inner.offered.take().is_some_and(|link| !link.revoke());
         if let (Some(channel), Some(cq)) = (&self.channel, self.weak.upgrade()) {
             if signalled {
                 channel.notices.push_signalled(cq);
@@ -249,56 +246,45 @@ impl Cq {
         }
     }
 
-    /// True if another process has raised the event, and nobody here has noticed yet.
-    fn is_raised(&self) -> bool {
-        self.armed.load(Ordering::SeqCst) && board::own().board.mood(self.hook) == Mood::Told
-    }
-
-    /// A process that was connected here died. If it had just taken it upon itself to
-    /// raise the event, its signal may be missing.
-    pub fn make_sure(&self) {
-        if let Some(channel) = &self.channel
-            && (self.is_raised() || channel.notices.waiting())
-        {
-            channel.notices.signal();
+    /// Lets the other side of `link`, the only one that completes here, raise the
+    /// event of an armed queue itself: that saves the way through the progress
+    /// thread. The caller knows that its next message will complete a receive.
+    pub fn offer(&self, link: &Arc<Link>) {
+        let mut inner = self.inner.lock().unwrap();
+        if inner.armed == Armed::Any && inner.offered.is_none() {
+            inner.offered = Some(link.clone());
+            link.offer();
         }
     }
 
-    /// If another process has raised the event, places what was sent and queues the
+    /// Takes an offer back, if the other side has not used it; if it has and is
+    /// gone, its signal may be missing.
+    pub fn withdraw(&self) {
+        if let Some(link) = self.inner.lock().unwrap().offered.take() {
+            link.revoke();
+        }
+    }
+
+    /// If the other side has raised the event, places what it sent and queues the
     /// event; false if there is nothing of the kind.
     fn pull(&self) -> bool {
-        let raised = self.is_raised();
-        if raised {
-            self.look(true);
+        let used = self.inner.lock().unwrap().offered.as_ref().is_some_and(|l| l.offer_used());
+        if used {
+            for qp in self.qps.read().unwrap().iter() {
+                qp.progress();
+            }
             let mut inner = self.inner.lock().unwrap();
             // It was raised, so it is delivered, whatever became of its reason.
-            if self.is_raised() {
+            if inner.offered.as_ref().is_some_and(|l| l.offer_used()) {
                 self.fire(&mut inner);
             }
         }
-        raised
-    }
-
-    /// Makes progress on the queue pairs for which there is news; true if there was any.
-    /// Without `patient`, what another thread is at is left for the next time.
-    fn look(&self, patient: bool) -> bool {
-        let board = &board::own().board;
-        let mut any = false;
-        board.take(self.hook, |slip| {
-            let Some(qp) = qp::by_slip(slip) else { return };
-            any = true;
-            if patient {
-                qp.progress();
-            } else if !qp.progress_inline() {
-                board.hang(Place { slip, hook: self.hook }, false);
-            }
-        });
-        any
+        used
     }
 
     fn fail(self: Arc<Self>) {
         self.context.notify(ibv_event_type::IBV_EVENT_CQ_ERR, About::Cq(self.clone()));
-        for qp in self.qps.read().unwrap().values() {
+        for qp in self.qps.read().unwrap().iter() {
             qp.fatal();
         }
     }
@@ -314,8 +300,12 @@ impl Cq {
         if taken != 0 {
             return taken;
         }
+        let mut progress = false;
+        for qp in self.qps.read().unwrap().iter() {
+            progress |= qp.progress_inline();
+        }
         // SAFETY: as above.
-        if self.look(false) { unsafe { self.take(n, out) } } else { 0 }
+        if progress { unsafe { self.take(n, out) } } else { 0 }
     }
 
     unsafe fn take(&self, n: i32, out: *mut ibv_wc) -> i32 {
@@ -346,24 +336,12 @@ impl Cq {
                 inner.armed = if solicited_only { Armed::Solicited } else { Armed::Any };
             }
             self.armed.store(true, Ordering::SeqCst);
-            if self.channel.is_none() {
-                return;
-            }
-            // Another process can't know what a planned fault or a request for
-            // solicited completions makes of its message.
-            let direct = inner.armed == Armed::Any && !fault::planned();
-            let mood = if direct { Mood::Armed } else { Mood::Indirect };
-            board::own().board.set_mood(self.hook, mood);
         }
-        // What came before is completed now, and raises the event.
-        self.look(true);
-    }
-}
-
-impl Drop for Cq {
-    fn drop(&mut self) {
-        if !fork::in_child() {
-            board::own().free_hook(self.hook);
+        if self.channel.is_some() {
+            let qps = self.qps.read().unwrap();
+            for qp in qps.iter() {
+                qp.completion_wanted(qps.len() == 1);
+            }
         }
     }
 }

@@ -207,7 +207,7 @@ impl Inner {
             ring.consume(n);
             offset += n;
             if ring.room() >= ring.filled() {
-                link.tell(want::ROOM, false);
+                link.ring_for(want::ROOM);
             }
         }
         self.end(qp, link, rang, header, recv)
@@ -271,7 +271,7 @@ impl Inner {
         }
         self.executed += 1;
         link.acknowledge(self.executed);
-        *rang |= want::ACK | want::COMPLETION | want::ROOM;
+        *rang |= want::ACK | want::ROOM;
     }
 
     fn answer(
@@ -284,9 +284,6 @@ impl Inner {
     ) -> Result<(), Stop> {
         let ring = link.responses_out();
         let len = header.len as usize;
-        if offset == 0 {
-            ring.rewind();
-        }
         while offset < len {
             let n = ring.room().min(len - offset).min(CHUNK);
             if n == 0 {
@@ -303,7 +300,7 @@ impl Inner {
             unsafe { ring.put(0, from, n) };
             ring.publish(n);
             offset += n;
-            link.tell(want::RESPONSE, false);
+            link.ring_for(want::RESPONSE);
         }
         self.acknowledge(link, rang);
         Ok(())
