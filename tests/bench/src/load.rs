@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use cells::info::Info;
 use cells::lab::Lab;
-use cells::process::{Process, run, tail};
+use cells::process::{Process, run, tail, threads};
 use cells::server::Server;
 use serde::{Deserialize, Serialize};
 
@@ -102,7 +102,12 @@ impl<'a> Stage<'a> {
         let seen = seen?;
         let status = status.with_context(|| {
             let said = said().unwrap_or_default();
-            format!("valkey-benchmark did not end within {} s: {said}", self.limit.as_secs())
+            format!(
+                "valkey-benchmark did not end within {} s: {said}\nits threads:\n{}{}",
+                self.limit.as_secs(),
+                threads(benchmark.id()),
+                self.server.scene()
+            )
         })?;
         ensure!(status.success(), "valkey-benchmark: {status}: {}", said()?);
         let figures = table(&std::fs::read_to_string(&stdout)?)
