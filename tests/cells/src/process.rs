@@ -82,7 +82,7 @@ impl Drop for Process {
 pub fn threads(pid: u32) -> String {
     let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
     let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
-        return "gone".to_owned();
+        return "  gone\n".to_owned();
     };
     let mut text = String::new();
     for task in tasks.flatten().map(|task| task.path()) {

@@ -210,18 +210,28 @@ impl Server {
         Ok(Info::parse(&reply.text()))
     }
 
-    /// What it is at, for a message about a client that hung: its threads, and what it says of
-    /// its RDMA connections if it answers.
+    /// What it is at, for the message of a failure: its threads, what it says of its RDMA
+    /// connections if it answers, and its descriptors.
     pub fn scene(&self) -> String {
-        let ask = |words: &str| -> Result<String> {
-            Ok(self.tcp(Duration::from_secs(2))?.words(words)?.to_string())
+        let answer = |words: &str| -> String {
+            let asked = self.tcp(Duration::from_secs(2)).and_then(|mut tcp| Ok(tcp.words(words)?));
+            asked.map_or_else(|error| format!("{error:#}"), |reply| reply.to_string())
         };
-        let answer = |words| ask(words).unwrap_or_else(|error| format!("{error:#}"));
+        let said = answer("INFO rdma");
+        let said: Vec<_> = said.lines().filter(|line| !line.ends_with(":0")).collect();
+        let mut links: Vec<_> = std::fs::read_dir(format!("/proc/{}/fd", self.pid()))
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
+            .map(|link| link.display().to_string())
+            .collect();
+        links.sort();
         format!(
-            "the server's threads:\n{}RDMA.CLIENTS: {}\n{}",
-            threads(self.process.id()),
+            "the server's threads:\n{}RDMA.CLIENTS: {}\n{}\nits descriptors: {}",
+            threads(self.pid()),
             answer("RDMA.CLIENTS"),
-            answer("INFO rdma")
+            said.join(" "),
+            links.join(" ")
         )
     }
 

@@ -114,7 +114,7 @@ fn serve(cell: &mut Cell, rng: &mut Rng, seen: &mut Seen) -> Result<()> {
             "resident memory grows from wave to wave, in bytes: {resident:?}"
         );
         wave(cell, rng, seen)?;
-        before.wait_back(cell).with_context(|| state(cell))?;
+        before.wait_back(cell).with_context(|| cell.server().scene())?;
         expect(&mut cell.tcp()?, "FLUSHALL", "OK")?;
         expect(&mut cell.tcp()?, "MEMORY PURGE", "OK")?;
         resident.push(cell.server().resident()?);
@@ -143,7 +143,8 @@ fn wave(cell: &Cell, rng: &mut Rng, seen: &mut Seen) -> Result<()> {
         })
         .collect();
     for crew in crews {
-        let done = crew.join().expect("a crew does not panic").with_context(|| state(cell))?;
+        let done =
+            crew.join().expect("a crew does not panic").with_context(|| cell.server().scene())?;
         seen.crews.iter_mut().zip(done).for_each(|(sum, count)| *sum += count);
     }
     Ok(())
@@ -183,23 +184,6 @@ fn crew(soaker: &Path, folder: &Path, address: SocketAddr, rng: &mut Rng) -> Res
     let text = output.text();
     let counts: Vec<u64> = text.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
     counts.try_into().ok().with_context(|| format!("a crew printed '{text}'"))
-}
-
-/// What the server says of itself, and its descriptors, for the message of a failure.
-fn state(cell: &Cell) -> String {
-    let asked = cell.tcp().and_then(|mut client| Ok(client.words("INFO rdma")?.text()));
-    let said = match asked {
-        Ok(text) => text.lines().filter(|line| !line.ends_with(":0")).collect::<Vec<_>>().join(" "),
-        Err(error) => format!("the server does not say how it is: {error:#}"),
-    };
-    let mut links: Vec<_> = std::fs::read_dir(format!("/proc/{}/fd", cell.server().pid()))
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
-        .map(|link| link.display().to_string())
-        .collect();
-    links.sort();
-    format!("{said}\nits descriptors: {}", links.join(" "))
 }
 
 /// A kind of fault as a plan may have it.
