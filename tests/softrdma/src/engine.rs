@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! The progress thread: one for each process, asleep in epoll unless a doorbell,
+//! The progress thread: one for each process, asleep in epoll unless its bell,
 //! a socket or a timer calls. It plays the part of the adapter, which moves data
 //! and runs the connection protocol while the application does something else.
 
+use crate::board::{self, Mood, PROGRESS};
 use crate::fork;
 use crate::sys::{self, Fd};
+use crate::verbs::qp;
 use std::cmp::Ordering as Order;
 use std::collections::{BinaryHeap, HashMap};
 use std::os::fd::RawFd;
@@ -48,7 +50,8 @@ impl Ord for Timer {
 /// See the module's documentation.
 pub struct Engine {
     epoll: Fd,
-    wake: Fd,
+    /// Rung by other threads and, for what hangs on the notice board, by other processes.
+    bell: Fd,
     next: AtomicU64,
     sources: Mutex<HashMap<u64, Arc<dyn Source>>>,
     timers: Mutex<Timers>,
@@ -65,7 +68,7 @@ struct Timers {
 #[derive(Clone, Copy, Debug)]
 pub struct Watch(u64);
 
-const WAKE: u64 = 0;
+const BELL: u64 = 0;
 
 /// The process's engine; started at the first call.
 pub fn engine() -> &'static Engine {
@@ -76,16 +79,16 @@ pub fn engine() -> &'static Engine {
         // SAFETY: no pointers.
         let epoll = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
         assert!(epoll >= 0, "softrdma: no epoll descriptor");
-        let wake = sys::doorbell().expect("softrdma: no event descriptor");
+        let bell = sys::doorbell().expect("softrdma: no event descriptor");
         let engine = Engine {
             epoll: Fd::private(epoll),
-            wake,
+            bell,
             next: AtomicU64::new(1),
             sources: Mutex::new(HashMap::new()),
             timers: Mutex::new(Timers::default()),
         };
         let events = libc::EPOLLIN | libc::EPOLLET;
-        engine.control(libc::EPOLL_CTL_ADD, engine.wake.raw(), events, WAKE);
+        engine.control(libc::EPOLL_CTL_ADD, engine.bell.raw(), events, BELL);
         engine
     });
     THREAD.get_or_init(|| spawn(engine));
@@ -115,6 +118,17 @@ fn spawn(engine: &'static Engine) {
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const old, std::ptr::null_mut()) };
 }
 
+/// Serves the queue pairs that the thread was called for; false if there are calls
+/// again. Looked after at each turn: who called may have been killed before it rang.
+fn answer_calls() -> bool {
+    let board = &board::own().board;
+    board.take(PROGRESS, qp::called);
+    if board.mood(PROGRESS) != Mood::Armed {
+        board.set_mood(PROGRESS, Mood::Armed);
+    }
+    !board.has_news(PROGRESS)
+}
+
 impl Engine {
     fn control(&self, op: i32, fd: RawFd, events: i32, token: u64) {
         let mut e = libc::epoll_event { events: events as u32, u64: token };
@@ -122,12 +136,16 @@ impl Engine {
         unsafe { libc::epoll_ctl(self.epoll.raw(), op, fd, &raw mut e) };
     }
 
-    /// Watches a descriptor for input; `edge` for doorbells, which are never read.
-    pub fn watch(&self, fd: RawFd, edge: bool, source: Arc<dyn Source>) -> Watch {
+    /// The descriptor by which other processes call the progress thread.
+    pub fn bell(&self) -> RawFd {
+        self.bell.raw()
+    }
+
+    /// Watches a descriptor for input.
+    pub fn watch(&self, fd: RawFd, source: Arc<dyn Source>) -> Watch {
         let token = self.next.fetch_add(1, Ordering::Relaxed);
         self.sources.lock().unwrap().insert(token, source);
-        let events = libc::EPOLLIN | if edge { libc::EPOLLET } else { 0 };
-        self.control(libc::EPOLL_CTL_ADD, fd, events, token);
+        self.control(libc::EPOLL_CTL_ADD, fd, libc::EPOLLIN, token);
         Watch(token)
     }
 
@@ -150,7 +168,7 @@ impl Engine {
         timers.heap.push(timer);
         drop(timers);
         if early {
-            sys::signal(&self.wake);
+            sys::signal(&self.bell);
         }
     }
 
@@ -165,6 +183,7 @@ impl Engine {
         let mut events: [libc::epoll_event; 64] = unsafe { std::mem::zeroed() };
         loop {
             let timeout = self.run_timers();
+            let timeout = if answer_calls() { timeout } else { 0 };
             // SAFETY: the array has room for 64 events.
             let n = unsafe { libc::epoll_wait(self.epoll.raw(), events.as_mut_ptr(), 64, timeout) };
             for e in &events[..n.max(0) as usize] {

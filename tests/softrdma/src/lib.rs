@@ -6,6 +6,7 @@
 //! loaded unless `scripts/softrdma.sh` puts it on the library path, and its
 //! speed says nothing about RDMA. README.md tells how it works and what it leaves out.
 
+mod board;
 mod cm;
 mod engine;
 mod fault;
@@ -15,6 +16,8 @@ mod keys;
 mod link;
 mod notice;
 mod number;
+mod patience;
 mod removal;
 mod sys;
+pub mod tally;
 mod verbs;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! The wire between two queue pairs: one piece of shared memory and a doorbell each way.
+//! The wire between two queue pairs: one piece of shared memory.
 //!
 //! Each side has a request ring (its SENDs, WRITEs and READ requests) and a
 //! response ring (the data of the READs that it answers). Rings are byte streams
@@ -7,15 +7,19 @@
 //! counters in the owner's half: how many requests it has executed, which
 //! negative acknowledgement stopped it, how often its receive queue was empty.
 //!
-//! A side that wants to be woken says for what in `want`; the other side rings
-//! its doorbell only then, so that a busy connection makes few system calls.
+//! What concerns the other side's application is hung up on its process's
+//! [notice board](crate::board), and wakes it if it sleeps. A side that wants its
+//! progress thread called says for what in `want`; the other side calls only then,
+//! so that a busy connection makes few system calls.
 
+use crate::board::{self, Mood, Peer, Place};
+use crate::engine::engine;
 use crate::sys::{self, Fd};
 use std::io::Result;
 use std::os::fd::RawFd;
 use std::ptr;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::{Arc, OnceLock};
 
 /// Bytes in each ring: enough that producer and consumer overlap on large
 /// messages, small enough to stay in a core's second-level cache.
@@ -23,11 +27,11 @@ const RING: u64 = 256 * 1024;
 const HEADER: usize = 4096;
 const SIZE: usize = HEADER + 4 * RING as usize;
 
-/// What a side may want to be woken for.
+/// What a side may want to be told of.
 pub mod want {
     /// New requests from the other side.
     pub const REQUEST: u32 = 1;
-    /// The acknowledgement of request number `ack_at`.
+    /// The acknowledgement of request number `ack_at`, for which it stands still.
     pub const ACK: u32 = 2;
     /// Room in its own request ring.
     pub const ROOM: u32 = 4;
@@ -35,6 +39,8 @@ pub mod want {
     pub const RESPONSE: u32 = 8;
     /// Room in its own response ring.
     pub const RESPONSE_ROOM: u32 = 16;
+    /// The acknowledgement of request number `ack_at`, which only completes something.
+    pub const COMPLETION: u32 = 32;
     /// Everything; also what nobody may stay asleep over.
     pub const ALL: u32 = !0;
 }
@@ -42,13 +48,21 @@ pub mod want {
 #[repr(C, align(64))]
 struct Line<T>(T);
 
+/// The producer's end of a ring.
+#[repr(C)]
+struct Produced {
+    head: AtomicU64,
+    /// The head at which the ring was last begun anew, from its first byte.
+    base: AtomicU64,
+}
+
 /// What one side tells the other. Written by its owner, except that the other
-/// side clears bits of `want` when it rings.
+/// side clears bits of `want` when it tells.
 #[repr(C)]
 pub struct Side {
-    request_head: Line<AtomicU64>,
+    requests: Line<Produced>,
     request_tail: Line<AtomicU64>,
-    response_head: Line<AtomicU64>,
+    responses: Line<Produced>,
     response_tail: Line<AtomicU64>,
     /// How many of the other side's requests this side has executed.
     acked: Line<AtomicU64>,
@@ -62,9 +76,34 @@ pub struct Side {
     closed: AtomicBool,
     want: Line<AtomicU32>,
     ack_at: AtomicU64,
-    /// The next message that takes a receive may raise the completion event by
-    /// the descriptor that this side has handed over.
-    direct: Line<AtomicBool>,
+    address: Line<Address>,
+}
+
+/// Where on its process's board a side wants its news; zeroes until it is connected.
+struct Address {
+    /// The other side's requests.
+    requests: Where,
+    /// What became of its own requests.
+    answers: Where,
+    /// Its progress thread.
+    call: AtomicU32,
+    /// The completion channel that was handed over is also that of `answers`.
+    one_channel: AtomicBool,
+}
+
+struct Where {
+    slip: AtomicU32,
+    hook: AtomicU32,
+}
+
+impl Where {
+    fn place(&self) -> Place {
+        Place { slip: self.slip.load(Ordering::SeqCst), hook: self.hook.load(Ordering::Relaxed) }
+    }
+    fn set(&self, place: Place) {
+        self.hook.store(place.hook, Ordering::Relaxed);
+        self.slip.store(place.slip, Ordering::SeqCst);
+    }
 }
 
 const _: () = assert!(2 * size_of::<Side>() <= HEADER);
@@ -73,6 +112,7 @@ const _: () = assert!(2 * size_of::<Side>() <= HEADER);
 #[derive(Clone, Copy)]
 pub struct Ring<'a> {
     head: &'a AtomicU64,
+    base: &'a AtomicU64,
     tail: &'a AtomicU64,
     data: *mut u8,
 }
@@ -90,8 +130,17 @@ impl Ring<'_> {
         (RING - n.min(RING)) as usize
     }
 
+    /// The producer begins anew at the first byte if all is consumed: a wire that
+    /// carries little touches little memory. The consumer learns of it by the head.
+    pub fn rewind(&self) {
+        let head = self.head.load(Ordering::Relaxed);
+        if self.tail.load(Ordering::Acquire) == head {
+            self.base.store(head, Ordering::Relaxed);
+        }
+    }
+
     fn pieces(&self, pos: u64, len: usize) -> [(*mut u8, usize); 2] {
-        let at = (pos % RING) as usize;
+        let at = (pos.wrapping_sub(self.base.load(Ordering::Relaxed)) % RING) as usize;
         let first = len.min(RING as usize - at);
         // SAFETY: `at` is below the ring's size.
         [(unsafe { self.data.add(at) }, first), (self.data, len - first)]
@@ -136,23 +185,29 @@ impl Ring<'_> {
     }
 }
 
+/// The descriptors by which the other side gets to know this process, and which may
+/// wake the owner of a completion channel, given by its number and descriptor.
+pub fn introduction(channel: Option<(u64, RawFd)>) -> (u64, Vec<RawFd>) {
+    let mut fds = vec![board::own().memory(), engine().bell()];
+    fds.extend(channel.map(|(_, fd)| fd));
+    (channel.map_or(0, |(number, _)| number), fds)
+}
+
 type Cut = Box<dyn Fn() + Send + Sync>;
 
 /// One side's hold on the wire.
 pub struct Link {
     map: *mut u8,
     me: usize,
-    bell: Fd,
-    peer_bell: Fd,
     /// The other process is gone.
     dead: AtomicBool,
-    seen: AtomicU64,
-    /// The other side's completion channel, if it has handed it over.
-    peer_channel: OnceLock<Fd>,
+    /// Whom to tell, and its completion channel if it has handed that over.
+    peer: OnceLock<(Arc<Peer>, Option<Arc<Fd>>)>,
     cut: OnceLock<Cut>,
     severed: AtomicBool,
-    /// A look after the other side's progress is due.
-    pub watching: AtomicBool,
+    /// The other side is on its way to take what was sent up to `watched_to`.
+    watched: AtomicBool,
+    watched_to: AtomicU64,
 }
 
 // SAFETY: the mapping lives as long as the link, and everything in it is atomic
@@ -171,52 +226,54 @@ impl Drop for Link {
 }
 
 impl Link {
-    /// Makes a wire. The descriptors are for the other side's [`Link::attach`].
-    pub fn create() -> Result<(Link, [Fd; 1])> {
-        let memory = sys::shared_memory(SIZE)?;
-        let map = sys::map_shared(&memory, SIZE)?;
-        let link = Link {
+    fn over(map: *mut u8, me: usize) -> Link {
+        Link {
             map,
-            me: 0,
-            bell: sys::doorbell()?,
-            peer_bell: sys::doorbell()?,
+            me,
             dead: AtomicBool::new(false),
-            seen: AtomicU64::new(0),
-            peer_channel: OnceLock::new(),
+            peer: OnceLock::new(),
             cut: OnceLock::new(),
             severed: AtomicBool::new(false),
-            watching: AtomicBool::new(false),
-        };
-        Ok((link, [memory]))
+            watched: AtomicBool::new(false),
+            watched_to: AtomicU64::new(0),
+        }
     }
 
-    /// The descriptors that go with the shared memory's, in order.
-    pub fn bells(&self) -> [RawFd; 2] {
-        [self.bell.raw(), self.peer_bell.raw()]
+    /// Makes a wire. The memory is for the other side's [`Link::attach`].
+    pub fn create() -> Result<(Link, Fd)> {
+        let memory = sys::shared_memory(SIZE)?;
+        Ok((Link::over(sys::map_shared(&memory, SIZE)?, 0), memory))
     }
 
     /// Takes the other end of a wire that another process made.
-    pub fn attach(memory: Fd, maker_bell: Fd, my_bell: Fd) -> Result<Link> {
+    pub fn attach(memory: Fd) -> Result<Link> {
         if !sys::lasting_size(&memory, SIZE) {
             return Err(std::io::ErrorKind::InvalidData.into());
         }
-        let map = sys::map_shared(&memory, SIZE)?;
-        Ok(Link {
-            map,
-            me: 1,
-            bell: my_bell,
-            peer_bell: maker_bell,
-            dead: AtomicBool::new(false),
-            seen: AtomicU64::new(0),
-            peer_channel: OnceLock::new(),
-            cut: OnceLock::new(),
-            severed: AtomicBool::new(false),
-            watching: AtomicBool::new(false),
-        })
+        Ok(Link::over(sys::map_shared(&memory, SIZE)?, 1))
     }
 
-    pub fn bell(&self) -> RawFd {
-        self.bell.raw()
+    /// Learns of the other side from its [`introduction`]; false if that is none.
+    pub fn meet(&self, channel: u64, fds: Vec<Fd>) -> bool {
+        let mut fds = fds.into_iter();
+        let (Some(board), Some(bell)) = (fds.next(), fds.next()) else { return false };
+        let Ok(peer) = Peer::meet(board, bell) else { return false };
+        let channel = fds.next().map(|fd| peer.channel(channel, fd));
+        self.peer.set((peer, channel)).is_ok()
+    }
+
+    /// Says where news for this side go: of requests, of answers, and calls.
+    pub fn set_address(&self, requests: Place, answers: Place, call: u32, one_channel: bool) {
+        let address = &self.mine().address.0;
+        address.one_channel.store(one_channel, Ordering::Relaxed);
+        address.requests.set(requests);
+        address.answers.set(answers);
+        address.call.store(call, Ordering::SeqCst);
+    }
+
+    /// News for this side concern nobody any more.
+    pub fn clear_address(&self) {
+        self.set_address(Place::default(), Place::default(), 0, false);
     }
 
     fn side(&self, who: usize) -> &Side {
@@ -232,7 +289,8 @@ impl Link {
 
     fn request_ring(&self, from: usize) -> Ring<'_> {
         Ring {
-            head: &self.side(from).request_head.0,
+            head: &self.side(from).requests.0.head,
+            base: &self.side(from).requests.0.base,
             tail: &self.side(1 - from).request_tail.0,
             // SAFETY: within the mapping.
             data: unsafe { self.map.add(HEADER + 2 * from * RING as usize) },
@@ -240,7 +298,8 @@ impl Link {
     }
     fn response_ring(&self, from: usize) -> Ring<'_> {
         Ring {
-            head: &self.side(from).response_head.0,
+            head: &self.side(from).responses.0.head,
+            base: &self.side(from).responses.0.base,
             tail: &self.side(1 - from).response_tail.0,
             // SAFETY: within the mapping.
             data: unsafe { self.map.add(HEADER + (2 * from + 1) * RING as usize) },
@@ -303,7 +362,7 @@ impl Link {
     /// Says that our queue pair takes and sends nothing any more.
     pub fn close(&self) {
         self.mine().closed.store(true, Ordering::Release);
-        self.ring_for(want::ALL);
+        self.tell(want::ALL, false);
     }
     /// True when nobody will answer any more.
     pub fn peer_gone(&self) -> bool {
@@ -328,84 +387,142 @@ impl Link {
         self.dead.store(true, Ordering::Release);
     }
 
-    /// True if a glance finds nothing new from the other side.
-    pub fn quiet(&self) -> bool {
-        self.glance() == self.seen.load(Ordering::Relaxed)
-    }
-
-    /// Notes how far we look now; called before looking, under the queue pair's lock.
-    pub fn look(&self) {
-        self.seen.store(self.glance(), Ordering::Relaxed);
-    }
-
-    /// A sum over all that the other side may change: it only ever grows.
-    fn glance(&self) -> u64 {
-        let t = self.theirs();
-        t.request_head
-            .0
-            .load(Ordering::Acquire)
-            .wrapping_add(t.acked.0.load(Ordering::Acquire))
-            .wrapping_add(t.response_head.0.load(Ordering::Acquire))
-    }
-
-    /// Asks to be woken. The caller must look again afterwards.
+    /// Asks to be told. The caller must look again afterwards.
     pub fn ask(&self, what: u32) {
-        self.mine().want.0.fetch_or(what, Ordering::SeqCst);
+        let want = &self.mine().want.0;
+        if want.load(Ordering::SeqCst) & what != what {
+            want.fetch_or(what, Ordering::SeqCst);
+        }
         fence(Ordering::SeqCst);
     }
-    /// Asks to be woken when request number `n` is acknowledged.
-    pub fn ask_ack(&self, n: u64) {
+    /// Asks to be told when request number `n` is acknowledged, in one of two ways.
+    pub fn ask_ack(&self, n: u64, how: u32) {
         self.mine().ack_at.store(n, Ordering::SeqCst);
-        self.ask(want::ACK);
-    }
-    /// Hands over the other side's completion channel.
-    pub fn set_peer_channel(&self, fd: Fd) {
-        let _ = self.peer_channel.set(fd);
-    }
-    /// Permits the other side to raise our completion event, once.
-    pub fn offer(&self) {
-        self.mine().direct.0.store(true, Ordering::SeqCst);
-    }
-    /// Takes the permission back; false if it was used.
-    pub fn revoke(&self) -> bool {
-        self.mine().direct.0.swap(false, Ordering::SeqCst)
-    }
-    /// True if the permission given was used.
-    pub fn offer_used(&self) -> bool {
-        !self.mine().direct.0.load(Ordering::SeqCst)
-    }
-    /// Raises the other side's completion event if it permits that.
-    pub fn raise(&self) -> bool {
-        let Some(channel) = self.peer_channel.get() else { return false };
-        fence(Ordering::SeqCst);
-        let direct = &self.theirs().direct.0;
-        let may = direct.load(Ordering::Relaxed) && direct.swap(false, Ordering::SeqCst);
-        if may {
-            sys::signal(channel);
-        }
-        may
-    }
-    /// Rings if the other side has not taken all that was sent.
-    pub fn ring_if_waiting(&self) {
-        if self.requests_out().room() < RING as usize {
-            sys::signal(&self.peer_bell);
-        }
+        self.ask(how);
     }
 
-    /// Wakes the other side if it wants one of `what`.
-    pub fn ring_for(&self, what: u32) {
+    /// Tells the other side of news, after they were published: as far as it wants
+    /// them, and of requests always. `completes` says that a request takes a receive
+    /// there, which is reason enough to wake the application itself. True if it is
+    /// on its way for that, so that its progress thread was not called.
+    pub fn tell(&self, news: u32, completes: bool) -> bool {
+        let Some((peer, channel)) = self.peer.get() else { return false };
         fence(Ordering::SeqCst);
         let theirs = self.theirs();
-        let mut hit = theirs.want.0.load(Ordering::SeqCst) & what;
-        if hit == want::ACK && what != want::ALL {
-            let acked = self.mine().acked.0.load(Ordering::Relaxed);
-            if acked < theirs.ack_at.load(Ordering::SeqCst) {
-                hit = 0;
+        let address = &theirs.address.0;
+        let mut hit = theirs.want.0.load(Ordering::SeqCst) & news;
+        if hit & (want::ACK | want::COMPLETION) != 0
+            && news != want::ALL
+            && self.mine().acked.0.load(Ordering::Relaxed) < theirs.ack_at.load(Ordering::SeqCst)
+        {
+            hit &= !(want::ACK | want::COMPLETION);
+        }
+        let mut expected = false;
+        if news & want::REQUEST != 0 {
+            let channel = channel.as_ref().filter(|_| completes && !self.peer_gone());
+            let mood = peer.board.hang(address.requests.place(), channel.is_some());
+            if let Some(channel) = channel
+                && matches!(mood, Mood::Armed | Mood::Told)
+            {
+                if mood == Mood::Armed {
+                    sys::signal(channel);
+                }
+                expected = true;
+                hit &= !want::REQUEST;
             }
         }
-        if hit != 0 || what == want::ALL {
+        if hit != 0 {
+            // Before it is told: it may want the next at once.
             theirs.want.0.fetch_and(!hit, Ordering::SeqCst);
-            sys::signal(&self.peer_bell);
         }
+        let mut call = news == want::ALL || hit & !want::COMPLETION != 0;
+        if hit & !want::REQUEST != 0 {
+            let wake = hit & want::COMPLETION != 0 && news != want::ALL;
+            let one = address.one_channel.load(Ordering::Relaxed);
+            let channel = channel.as_ref().filter(|_| wake && one);
+            match (peer.board.hang(address.answers.place(), channel.is_some()), channel) {
+                (Mood::Armed, Some(channel)) => sys::signal(channel),
+                (Mood::Armed | Mood::Indirect, _) => call = true,
+                _ => {}
+            }
+        }
+        if call {
+            peer.call(address.call.load(Ordering::SeqCst));
+        }
+        expected
+    }
+
+    /// How far our requests have been sent, and taken.
+    fn ends(&self) -> (u64, u64) {
+        let ring = self.requests_out();
+        (ring.head.load(Ordering::Relaxed), ring.tail.load(Ordering::Acquire))
+    }
+
+    /// Notes what is to be taken in time; false if the wire is watched already.
+    pub fn begin_watch(&self) -> bool {
+        let new = !self.watched.swap(true, Ordering::SeqCst);
+        if new {
+            self.watched_to.store(self.ends().0, Ordering::Relaxed);
+        }
+        new
+    }
+
+    /// A while later: calls the other side's progress thread if what was watched is
+    /// not taken; false if nothing has to be watched any more.
+    pub fn keep_watch(&self) -> bool {
+        let (head, tail) = self.ends();
+        if (tail.wrapping_sub(self.watched_to.load(Ordering::Relaxed)) as i64) < 0 {
+            self.watched.store(false, Ordering::SeqCst);
+            if let Some((peer, _)) = self.peer.get() {
+                peer.board.give_up(self.theirs().address.0.requests.place().hook);
+            }
+            self.tell(want::ALL, false);
+            return false;
+        }
+        if head == tail {
+            self.watched.store(false, Ordering::SeqCst);
+            let (head, tail) = self.ends();
+            if head == tail || self.watched.swap(true, Ordering::SeqCst) {
+                return false;
+            }
+        }
+        self.watched_to.store(head, Ordering::Relaxed);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sends `len` bytes `times` times and takes them at the other end.
+    fn carry(here: &Link, there: &Link, len: usize, times: usize) {
+        let (from, to) = (here.requests_out(), there.requests_in());
+        for i in 0..times {
+            let sent: Vec<u8> = (0..len).map(|n| (n * 7 + i) as u8).collect();
+            let mut got = vec![0; len];
+            from.rewind();
+            assert!(from.room() >= len && to.filled() == 0);
+            // SAFETY: the vectors are that long, and so is the room.
+            unsafe { from.put(0, sent.as_ptr(), len) };
+            from.publish(len);
+            assert_eq!(to.filled(), len);
+            // SAFETY: as above.
+            unsafe { to.get(0, got.as_mut_ptr(), len) };
+            to.consume(len);
+            assert_eq!(got, sent);
+        }
+    }
+
+    #[test]
+    fn a_wire_that_carries_little_touches_little_memory() {
+        let (here, memory) = Link::create().expect("a wire");
+        let kept = memory.raw();
+        // SAFETY: a descriptor of our own, duplicated for the other end.
+        let there = Link::attach(Fd::visible(unsafe { libc::dup(kept) })).expect("its other end");
+        carry(&here, &there, 100, 10_000);
+        assert!(sys::resident(&memory) <= HEADER + 4096, "{}", sys::resident(&memory));
+        carry(&here, &there, RING as usize, 3);
+        carry(&here, &there, 100, 10);
     }
 }

@@ -38,6 +38,18 @@ impl<T> Notices<T> {
         self.queue.lock().unwrap().push_back(notice);
     }
 
+    /// True if a notice is queued.
+    pub fn waiting(&self) -> bool {
+        !self.queue.lock().unwrap().is_empty()
+    }
+
+    /// Makes the descriptor readable, in case it should be and is not.
+    pub fn signal(&self) {
+        if !sys::wait_readable(&self.fd, 0).unwrap_or(false) {
+            sys::signal(&self.fd);
+        }
+    }
+
     /// Takes the oldest notice if there is one.
     pub fn try_pop(&self) -> Option<T> {
         let mut queue = self.queue.lock().unwrap();

@@ -7,7 +7,7 @@
 //! themselves: this fabric has one subnet, the machine.
 
 use crate::engine::{Source, Watch, engine};
-use crate::link::Link;
+use crate::link::{self, Link};
 use crate::sys::{self, Fd};
 use crate::verbs::qp::{Qp, RTR, RTS, SQD};
 use std::sync::{Arc, Mutex, Weak};
@@ -27,6 +27,8 @@ struct Meeting {
 enum Stage {
     /// The lower number waits to be called.
     Listening,
+    /// The higher number has brought the wire, and waits for the answer.
+    Calling(Arc<Link>),
     /// Called; the wire has not come yet, or has.
     Called,
 }
@@ -61,11 +63,11 @@ fn call(qp: Weak<Qp>, name: String) {
             engine().after(RETRY, move || call(qp, name));
             return;
         }
-        let Ok((link, [memory])) = Link::create() else { return };
-        let bells = link.bells();
-        let _ = sys::send_packet(&socket, b"wire", &[memory.raw(), bells[0], bells[1]]);
-        Meeting::start(socket, &object, Stage::Called);
-        object.wire_up(Arc::new(link));
+        let Ok((link, memory)) = Link::create() else { return };
+        let (channel, mut fds) = link::introduction(object.channel_fd());
+        fds.insert(0, memory.raw());
+        let _ = sys::send_packet(&socket, &channel.to_ne_bytes(), &fds);
+        Meeting::start(socket, &object, Stage::Calling(Arc::new(link)));
     });
 }
 
@@ -81,7 +83,15 @@ impl Meeting {
             }
         });
         let mut watch = meeting.watch.lock().unwrap();
-        *watch = Some(engine().watch(meeting.socket.raw(), false, meeting.clone()));
+        *watch = Some(engine().watch(meeting.socket.raw(), meeting.clone()));
+    }
+
+    /// The wire has come: takes it, and introduces this side in return.
+    fn answer(&self, qp: &Qp, memory: Fd) -> Option<Arc<Link>> {
+        let link = Link::attach(memory).ok()?;
+        let (channel, fds) = link::introduction(qp.channel_fd());
+        let _ = sys::send_packet(&self.socket, &channel.to_ne_bytes(), &fds);
+        Some(Arc::new(link))
     }
 
     fn stop(&self) {
@@ -102,14 +112,21 @@ impl Source for Meeting {
                     Meeting::start(socket, &qp, Stage::Called);
                 }
             }
-            (Stage::Called, Some(qp)) => {
+            (stage, Some(qp)) => {
                 let (mut bytes, mut fds) = ([0; 8], Vec::new());
                 match sys::recv_packet(&self.socket, &mut bytes, &mut fds) {
                     Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
                     Ok(1..) => {
-                        let Ok([memory, theirs, mine]) = <[Fd; 3]>::try_from(fds) else { return };
-                        if let Ok(link) = Link::attach(memory, theirs, mine) {
-                            qp.wire_up(Arc::new(link));
+                        let channel = u64::from_ne_bytes(bytes);
+                        let link = match stage {
+                            Stage::Calling(link) => Some(link.clone()),
+                            _ if fds.is_empty() => None,
+                            _ => self.answer(&qp, fds.remove(0)),
+                        };
+                        if let Some(link) = link
+                            && link.meet(channel, fds)
+                        {
+                            qp.wire_up(link);
                         }
                     }
                     Ok(0) | Err(_) => {

@@ -107,6 +107,27 @@ pub fn lasting_size(fd: &Fd, size: usize) -> bool {
     }
 }
 
+/// How much of shared memory exists.
+#[cfg(test)]
+pub fn resident(fd: &Fd) -> usize {
+    // SAFETY: zeroes are a valid stat, which the call fills.
+    unsafe {
+        let mut stat: libc::stat = zeroed();
+        libc::fstat(fd.raw, &raw mut stat);
+        stat.st_blocks as usize * 512
+    }
+}
+
+/// What tells one piece of shared memory from every other that exists.
+pub fn identity(fd: &Fd) -> Result<(u64, u64)> {
+    // SAFETY: zeroes are a valid stat, which the call fills.
+    unsafe {
+        let mut stat: libc::stat = zeroed();
+        check(libc::fstat(fd.raw, &raw mut stat))?;
+        Ok((stat.st_dev, stat.st_ino))
+    }
+}
+
 /// Maps shared memory; a forked child does not get the mapping.
 pub fn map_shared(fd: &Fd, size: usize) -> Result<*mut u8> {
     // SAFETY: a new mapping, nothing existing is replaced.

@@ -289,6 +289,53 @@ fn a_send_completion_raises_an_event_too() {
 
 /// Both sides sleep on their channels, as an event loop does: no wake-up may be lost.
 #[test]
+fn sends_may_complete_on_a_queue_and_a_channel_of_their_own() {
+    let (client_cm, server_cm) = (Cm::new(), Cm::new());
+    let (listener, port) = server_cm.listen("127.0.0.1:0");
+    let id = client_cm.resolve(&format!("127.0.0.1:{port}"));
+    // SAFETY: a live identifier.
+    let sends = Queue::new(unsafe { (*id).verbs }, 16);
+    let client = Side::new(id, Options { send_queue: Some(sends), ..Options::default() });
+    connect(client.id, &client.options);
+    let request = server_cm.expect(rdma_cm_event_type::RDMA_CM_EVENT_CONNECT_REQUEST);
+    let server = Side::new(request.id, Options::default());
+    accept(server.id, &server.options);
+    client_cm.expect(rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED);
+    server_cm.expect(rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED);
+    // SAFETY: a live channel; an event that is taken is acknowledged.
+    let sends_event = || unsafe {
+        assert!(readable((*sends.channel).fd, WAIT));
+        let (mut cq, mut user) = (null_mut(), null_mut());
+        assert_eq!(ibv_get_cq_event(sends.channel, &raw mut cq, &raw mut user), 0);
+        ibv_ack_cq_events(cq, 1);
+        assert_eq!(cq, sends.cq);
+    };
+    for _ in 0..200 {
+        client.recv(3, &[client.sge(0, 64)]);
+        server.recv(1, &[server.sge(0, 64)]);
+        client.arm(false);
+        // SAFETY: a live queue.
+        assert_eq!(unsafe { ibv_req_notify_cq(sends.cq, 0) }, 0);
+        client.post(Wr::send(2, &[client.sge(0, 64)]));
+        server.done(1);
+        sends_event();
+        assert_eq!(poll(sends.cq).map(|wc| wc.wr_id), Some(2));
+        assert!(!readable(client.channel_fd(), Duration::ZERO));
+        server.post(Wr::send(4, &[server.sge(0, 64)]));
+        assert!(readable(client.channel_fd(), WAIT));
+        client.cq_event().expect("an event is there");
+        client.done(3);
+        server.done(4);
+        // SAFETY: a live channel.
+        assert!(!readable(unsafe { (*sends.channel).fd }, Duration::ZERO));
+    }
+    drop((client, server));
+    sends.destroy();
+    // SAFETY: a live identifier.
+    unsafe { rdma_destroy_id(listener) };
+}
+
+#[test]
 fn ping_pong_by_events_never_stalls() {
     let p = Pair::default();
     let rounds = 5_000u64;
@@ -455,6 +502,29 @@ fn an_application_that_does_not_look_delays_nobody() {
         assert_eq!(p.server.cq_event(), Ok(()));
         p.server.done(i);
     }
+}
+
+/// A message that finds no receive wakes its target for nothing, which then sleeps on
+/// and is not known to be on its way any more.
+#[test]
+fn who_was_woken_in_vain_hears_of_its_own_sends() {
+    let p = Pair::default();
+    let (client, server) = (&p.client, &p.server);
+    nonblocking(server.channel_fd());
+    server.arm(false);
+    client.recv(0, &[]);
+    // Tried again after 655 ms, which is when everything would be looked at anyway.
+    client.post(Wr::send(1, &[]));
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(server.cq_event(), Err(libc::EAGAIN));
+    server.post(Wr::send(2, &[]));
+    assert!(readable(server.channel_fd(), Duration::from_millis(400)), "not told");
+    assert_eq!(server.cq_event(), Ok(()));
+    server.done(2);
+    client.done(0);
+    server.recv(3, &[]);
+    server.done(3);
+    client.done(1);
 }
 
 /// A stream of writes of every size, each announced by an immediate, in both

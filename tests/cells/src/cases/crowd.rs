@@ -17,12 +17,12 @@ pub const CASES: &[Case] = &[Case::new("idle-crowd", idle_crowd)];
 const MOST: f64 = 200.0 * 1024.0;
 
 /// Descriptors that a connection takes in one process, the software fabric's included.
-const DESCRIPTORS: u64 = 8;
+const DESCRIPTORS: u64 = 3;
 
 fn idle_crowd(cell: &mut Cell) -> Result<()> {
     let count = match cell.lab.fabric {
         // As many as the limit on descriptors leaves room for, and that is many.
-        Fabric::Soft => 500.min((limit_on_descriptors()? - 500) / DESCRIPTORS),
+        Fabric::Soft => 2000.min((limit_on_descriptors()? - 500) / DESCRIPTORS),
         Fabric::Vm | Fabric::Hw => 200,
     };
     ensure!(count >= 100, "the limit on open files leaves room for {count} connections");

@@ -103,7 +103,14 @@ pub fn listener_names(to: SocketAddr) -> Vec<String> {
 }
 
 /// Binds a socket to an address, choosing a port if it is 0; the error is an errno.
-pub fn bind(socket: &Fd, address: SocketAddr, v6_only: bool) -> Result<SocketAddr, i32> {
+/// One `to_call` takes no care of wildcards: nobody is called there, and who has many
+/// connections would read the long table of all of them for each.
+pub fn bind(
+    socket: &Fd,
+    address: SocketAddr,
+    v6_only: bool,
+    to_call: bool,
+) -> Result<SocketAddr, i32> {
     let both = address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) && !v6_only;
     let ip = if both { BOTH.to_string() } else { address.ip().to_string() };
     if address.port() != 0 {
@@ -119,7 +126,7 @@ pub fn bind(socket: &Fd, address: SocketAddr, v6_only: bool) -> Result<SocketAdd
         std::process::id().wrapping_mul(7919).wrapping_add(crate::verbs::context::unique() as u32);
     for i in 0..28_000u32 {
         let port = 32_768 + (start.wrapping_add(i) % 28_000) as u16;
-        if !taken(&ip, port) && sys::bind_abstract(socket, &name(&ip, port)).is_ok() {
+        if (to_call || !taken(&ip, port)) && sys::bind_abstract(socket, &name(&ip, port)).is_ok() {
             return Ok(SocketAddr::new(address.ip(), port));
         }
     }

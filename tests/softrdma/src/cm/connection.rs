@@ -30,7 +30,7 @@ impl Listener {
         sys::listen(&socket, backlog).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))?;
         let listener =
             Arc::new(Listener { socket, id: Arc::downgrade(id), watch: Mutex::new(None) });
-        let watch = engine().watch(listener.socket.raw(), false, listener.clone());
+        let watch = engine().watch(listener.socket.raw(), listener.clone());
         *listener.watch.lock().unwrap() = Some(watch);
         Ok(listener)
     }
@@ -75,7 +75,7 @@ impl Connection {
             watch: Mutex::new(None),
         });
         let mut watch = connection.watch.lock().unwrap();
-        *watch = Some(engine().watch(connection.socket.raw(), false, connection.clone()));
+        *watch = Some(engine().watch(connection.socket.raw(), connection.clone()));
         drop(watch);
         connection
     }
@@ -161,10 +161,10 @@ impl Connection {
             Owner::Id(id) => {
                 let id = id.upgrade();
                 drop(owner);
-                if let (message::kind::REP, Some(link), Some(channel)) =
-                    (message.kind, self.link(), fds.pop())
+                if let (message::kind::REP, Some(link)) = (message.kind, self.link())
+                    && !link.meet(message.channel, fds)
                 {
-                    link.set_peer_channel(channel);
+                    return;
                 }
                 if let Some(id) = id {
                     id.message(message);
@@ -172,11 +172,12 @@ impl Connection {
             }
             Owner::Listener(listener) if message.kind == message::kind::REQ => {
                 let Some(listener) = listener.upgrade() else { return };
-                let channel = (fds.len() > 3).then(|| fds.pop()).flatten();
-                let Ok([memory, maker_bell, my_bell]) = <[Fd; 3]>::try_from(fds) else { return };
-                let Ok(link) = Link::attach(memory, maker_bell, my_bell) else { return };
-                if let Some(channel) = channel {
-                    link.set_peer_channel(channel);
+                if fds.is_empty() {
+                    return;
+                }
+                let Ok(link) = Link::attach(fds.remove(0)) else { return };
+                if !link.meet(message.channel, fds) {
+                    return;
                 }
                 self.set_link(Arc::new(link), 0);
                 *owner = match listener.request(self.clone(), message) {

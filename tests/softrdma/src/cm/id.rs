@@ -7,7 +7,7 @@ use super::connection::{Connection, Listener};
 use super::message::{Message, kind, reason};
 use crate::engine::engine;
 use crate::handle::{self, Acks};
-use crate::link::Link;
+use crate::link::{self, Link};
 use crate::sys::{self, Fd};
 use crate::verbs::context::{cm_context, limit};
 use crate::verbs::memory::Pd;
@@ -142,7 +142,9 @@ impl CmId {
             weak: weak.clone(),
         });
         let mut ids = IDS.lock().unwrap();
-        ids.retain(|other| other.strong_count() > 0);
+        if ids.len() == ids.capacity() {
+            ids.retain(|other| other.strong_count() > 0);
+        }
         ids.push(Arc::downgrade(&id));
         drop(ids);
         id
@@ -223,7 +225,7 @@ impl CmId {
                 return Err(libc::EINVAL);
             }
             check_device(to.ip())?;
-            inner.bind(to)?;
+            inner.bind(to, false)?;
             inner.state = State::Bound;
         }
         self.publish_addresses();
@@ -237,7 +239,7 @@ impl CmId {
         }
         if let (State::Idle, Some(from)) = (inner.state, from) {
             check_device(from.ip())?;
-            inner.bind(from)?;
+            inner.bind(from, false)?;
             inner.state = State::Bound;
         }
         // An unspecified target means this machine, as with TCP.
@@ -265,7 +267,7 @@ impl CmId {
                     }
                     0
                 }
-                None => inner.bind(SocketAddr::new(source, 0)).err().unwrap_or(0),
+                None => inner.bind(SocketAddr::new(source, 0), true).err().unwrap_or(0),
             },
             Err(code) => code,
         };
@@ -295,7 +297,7 @@ impl CmId {
         {
             let mut inner = self.inner.lock().unwrap();
             if inner.state == State::Idle {
-                inner.bind(SocketAddr::new([0, 0, 0, 0].into(), 0))?;
+                inner.bind(SocketAddr::new([0, 0, 0, 0].into(), 0), false)?;
                 inner.state = State::Bound;
             }
             if inner.state != State::Bound {
@@ -386,7 +388,9 @@ impl CmId {
         let mut inner = self.inner.lock().unwrap();
         if inner.state == State::Requested {
             inner.state = State::Accepted;
-            connection.send(&rep, self.channel_fd().as_slice());
+            let fds;
+            (rep.channel, fds) = link::introduction(self.channel_fd());
+            connection.send(&rep, &fds);
         }
         Ok(())
     }
@@ -429,7 +433,7 @@ impl CmId {
         let (local, remote) = inner.local.zip(inner.remote).ok_or(libc::EINVAL)?;
         req.set_addresses(local, remote);
         let code = |e: std::io::Error| e.raw_os_error().unwrap_or(libc::EIO);
-        let (link, [memory]) = Link::create().map_err(code)?;
+        let (link, memory) = Link::create().map_err(code)?;
         let socket = inner.socket.take().ok_or(libc::EINVAL)?;
         inner.state = State::Connecting;
         let found = address::listener_names(remote)
@@ -445,10 +449,10 @@ impl CmId {
             return Ok(());
         }
         let connection = Connection::of(socket, &self.strong());
-        let bells = link.bells();
         connection.set_link(Arc::new(link), req.qp_num);
-        let mut fds = vec![memory.raw(), bells[0], bells[1]];
-        fds.extend(self.channel_fd());
+        let mut fds;
+        (req.channel, fds) = link::introduction(self.channel_fd());
+        fds.insert(0, memory.raw());
         connection.send(&req, &fds);
         inner.connection = Some(connection);
         drop(inner);
@@ -525,7 +529,7 @@ impl CmId {
         // SAFETY: set by rdma_create_qp, cleared before the queue pair goes.
         (!qp.is_null()).then(|| unsafe { handle::share::<Qp, _>(qp) })
     }
-    fn channel_fd(&self) -> Option<RawFd> {
+    fn channel_fd(&self) -> Option<(u64, RawFd)> {
         self.qp_object().and_then(|qp| qp.channel_fd())
     }
     fn qp_number(&self, param: Option<&rdma_conn_param>) -> u32 {
@@ -816,9 +820,9 @@ fn done(code: i32) -> Result<(), i32> {
 }
 
 impl Inner {
-    fn bind(&mut self, to: SocketAddr) -> Result<(), i32> {
+    fn bind(&mut self, to: SocketAddr, to_call: bool) -> Result<(), i32> {
         let socket = sys::packet_socket().map_err(|e| e.raw_os_error().unwrap_or(libc::EMFILE))?;
-        self.local = Some(address::bind(&socket, to, self.v6_only)?);
+        self.local = Some(address::bind(&socket, to, self.v6_only, to_call)?);
         self.socket = Some(socket);
         Ok(())
     }

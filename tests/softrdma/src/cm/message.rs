@@ -39,6 +39,8 @@ pub struct Message {
     pub kind: u32,
     pub qp_num: u32,
     pub reason: i32,
+    /// The number of the completion channel whose descriptor comes along, or 0.
+    pub channel: u64,
     pub responder_resources: u8,
     pub initiator_depth: u8,
     pub flow_control: u8,
@@ -54,7 +56,7 @@ pub struct Message {
     pub private: [u8; 196],
 }
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 pub const SIZE: usize = size_of::<Message>();
 
 impl Message {
@@ -64,6 +66,7 @@ impl Message {
             kind,
             qp_num: 0,
             reason: 0,
+            channel: 0,
             responder_resources: 0,
             initiator_depth: 0,
             flow_control: 0,

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Completion queues and completion channels.
 
-use super::context::{About, Context, limit};
-use super::qp::Qp;
+use super::context::{About, Context, limit, unique};
+use super::qp::{self, Qp};
+use crate::board::{self, Mood, Place};
 use crate::engine::engine;
 use crate::fault::{self, Point};
+use crate::fork;
 use crate::handle::Acks;
-use crate::link::Link;
 use crate::notice::Notices;
 use rdma_sys::*;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::mem::zeroed;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak};
@@ -24,6 +25,8 @@ pub struct Channel {
     pub c: ibv_comp_channel,
     pub notices: Notices<Arc<Cq>>,
     pub users: AtomicUsize,
+    /// Tells it from the process's other channels.
+    pub number: u64,
     pub context: Arc<Context>,
     cqs: Mutex<Vec<Weak<Cq>>>,
 }
@@ -38,7 +41,8 @@ impl Channel {
         let notices = Notices::new().ok()?;
         let c = ibv_comp_channel { context: context.as_c(), fd: notices.fd(), refcnt: 0 };
         let cqs = Mutex::new(Vec::new());
-        Some(Arc::new(Channel { c, notices, users: AtomicUsize::new(0), context, cqs }))
+        let (users, number) = (AtomicUsize::new(0), unique());
+        Some(Arc::new(Channel { c, notices, users, number, context, cqs }))
     }
 
     /// The next event; the error is an errno.
@@ -84,8 +88,6 @@ struct Inner {
     queue: VecDeque<Completion>,
     armed: Armed,
     overrun: bool,
-    /// The wire whose other side may raise the event itself.
-    offered: Option<Arc<Link>>,
     /// Completions that a planned fault holds back.
     held: VecDeque<Completion>,
 }
@@ -97,8 +99,10 @@ pub struct Cq {
     inner: Mutex<Inner>,
     pub channel: Option<Arc<Channel>>,
     pub context: Arc<Context>,
-    /// The queue pairs that complete here.
-    qps: RwLock<Vec<Arc<Qp>>>,
+    /// The queue pairs that complete here, by number.
+    qps: RwLock<HashMap<u32, Arc<Qp>>>,
+    /// Where on the process's notice board their other sides leave news.
+    pub hook: u32,
     pub acks: Acks,
     pub async_acks: Acks,
     armed: AtomicBool,
@@ -127,11 +131,11 @@ impl Cq {
             channel.as_ref().map_or(std::ptr::null_mut(), |ch| (&raw const ch.c).cast_mut());
         c.cq_context = user;
         c.cqe = cqe;
+        let hook = board::own().new_hook().ok_or(libc::ENOMEM)?;
         let inner = Inner {
             queue: VecDeque::new(),
             armed: Armed::No,
             overrun: false,
-            offered: None,
             held: VecDeque::new(),
         };
         let cq = Arc::new_cyclic(|weak| Cq {
@@ -139,7 +143,8 @@ impl Cq {
             inner: Mutex::new(inner),
             channel,
             context,
-            qps: RwLock::new(Vec::new()),
+            qps: RwLock::new(HashMap::new()),
+            hook,
             acks: Acks::default(),
             async_acks: Acks::default(),
             armed: AtomicBool::new(false),
@@ -153,21 +158,18 @@ impl Cq {
     }
 
     pub fn attach(&self, qp: &Arc<Qp>) {
-        let mut qps = self.qps.write().unwrap();
-        if !qps.iter().any(|q| Arc::ptr_eq(q, qp)) {
-            qps.push(qp.clone());
-        }
+        self.qps.write().unwrap().insert(qp.num, qp.clone());
     }
     pub fn detach(&self, qp: &Qp) {
-        self.qps.write().unwrap().retain(|q| !std::ptr::eq(Arc::as_ptr(q), qp));
+        self.qps.write().unwrap().remove(&qp.num);
     }
     pub fn in_use(&self) -> bool {
         !self.qps.read().unwrap().is_empty()
     }
 
-    /// True while a completion would raise an event.
-    pub fn is_armed(&self) -> bool {
-        self.armed.load(Ordering::SeqCst)
+    /// Its channel's number, or 0.
+    pub fn channel_number(&self) -> u64 {
+        self.channel.as_ref().map_or(0, |channel| channel.number)
     }
 
     /// Adds a completion. A full queue is an overrun (11.6.3.1 "CQ Error"): the queue is
@@ -234,9 +236,10 @@ impl Cq {
         inner.armed = Armed::No;
         self.armed.store(false, Ordering::SeqCst);
         if fault::strikes(Point::EventLost).is_some() {
+            board::own().board.set_mood(self.hook, Mood::Away);
             return;
         }
-        let signalled = inner.offered.take().is_some_and(|link| !link.revoke());
+        let signalled = board::own().board.set_mood(self.hook, Mood::Told) == Mood::Told;
         if let (Some(channel), Some(cq)) = (&self.channel, self.weak.upgrade()) {
             if signalled {
                 channel.notices.push_signalled(cq);
@@ -246,45 +249,56 @@ impl Cq {
         }
     }
 
-    /// Lets the other side of `link`, the only one that completes here, raise the
-    /// event of an armed queue itself: that saves the way through the progress
-    /// thread. The caller knows that its next message will complete a receive.
-    pub fn offer(&self, link: &Arc<Link>) {
-        let mut inner = self.inner.lock().unwrap();
-        if inner.armed == Armed::Any && inner.offered.is_none() {
-            inner.offered = Some(link.clone());
-            link.offer();
+    /// True if another process has raised the event, and nobody here has noticed yet.
+    fn is_raised(&self) -> bool {
+        self.armed.load(Ordering::SeqCst) && board::own().board.mood(self.hook) == Mood::Told
+    }
+
+    /// A process that was connected here died. If it had just taken it upon itself to
+    /// raise the event, its signal may be missing.
+    pub fn make_sure(&self) {
+        if let Some(channel) = &self.channel
+            && (self.is_raised() || channel.notices.waiting())
+        {
+            channel.notices.signal();
         }
     }
 
-    /// Takes an offer back, if the other side has not used it; if it has and is
-    /// gone, its signal may be missing.
-    pub fn withdraw(&self) {
-        if let Some(link) = self.inner.lock().unwrap().offered.take() {
-            link.revoke();
-        }
-    }
-
-    /// If the other side has raised the event, places what it sent and queues the
+    /// If another process has raised the event, places what was sent and queues the
     /// event; false if there is nothing of the kind.
     fn pull(&self) -> bool {
-        let used = self.inner.lock().unwrap().offered.as_ref().is_some_and(|l| l.offer_used());
-        if used {
-            for qp in self.qps.read().unwrap().iter() {
-                qp.progress();
-            }
+        let raised = self.is_raised();
+        if raised {
+            self.look(true);
             let mut inner = self.inner.lock().unwrap();
             // It was raised, so it is delivered, whatever became of its reason.
-            if inner.offered.as_ref().is_some_and(|l| l.offer_used()) {
+            if self.is_raised() {
                 self.fire(&mut inner);
             }
         }
-        used
+        raised
+    }
+
+    /// Makes progress on the queue pairs for which there is news; true if there was any.
+    /// Without `patient`, what another thread is at is left for the next time.
+    fn look(&self, patient: bool) -> bool {
+        let board = &board::own().board;
+        let mut any = false;
+        board.take(self.hook, |slip| {
+            let Some(qp) = qp::by_slip(slip) else { return };
+            any = true;
+            if patient {
+                qp.progress();
+            } else if !qp.progress_inline() {
+                board.hang(Place { slip, hook: self.hook }, false);
+            }
+        });
+        any
     }
 
     fn fail(self: Arc<Self>) {
         self.context.notify(ibv_event_type::IBV_EVENT_CQ_ERR, About::Cq(self.clone()));
-        for qp in self.qps.read().unwrap().iter() {
+        for qp in self.qps.read().unwrap().values() {
             qp.fatal();
         }
     }
@@ -300,12 +314,8 @@ impl Cq {
         if taken != 0 {
             return taken;
         }
-        let mut progress = false;
-        for qp in self.qps.read().unwrap().iter() {
-            progress |= qp.progress_inline();
-        }
         // SAFETY: as above.
-        if progress { unsafe { self.take(n, out) } } else { 0 }
+        if self.look(false) { unsafe { self.take(n, out) } } else { 0 }
     }
 
     unsafe fn take(&self, n: i32, out: *mut ibv_wc) -> i32 {
@@ -336,12 +346,24 @@ impl Cq {
                 inner.armed = if solicited_only { Armed::Solicited } else { Armed::Any };
             }
             self.armed.store(true, Ordering::SeqCst);
-        }
-        if self.channel.is_some() {
-            let qps = self.qps.read().unwrap();
-            for qp in qps.iter() {
-                qp.completion_wanted(qps.len() == 1);
+            if self.channel.is_none() {
+                return;
             }
+            // Another process can't know what a planned fault or a request for
+            // solicited completions makes of its message.
+            let direct = inner.armed == Armed::Any && !fault::planned();
+            let mood = if direct { Mood::Armed } else { Mood::Indirect };
+            board::own().board.set_mood(self.hook, mood);
+        }
+        // What came before is completed now, and raises the event.
+        self.look(true);
+    }
+}
+
+impl Drop for Cq {
+    fn drop(&mut self) {
+        if !fork::in_child() {
+            board::own().free_hook(self.hook);
         }
     }
 }

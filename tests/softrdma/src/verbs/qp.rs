@@ -11,29 +11,25 @@ use super::memory::{InPd, Mr, Mw, Pd};
 use super::responder::Inbound;
 use super::srq::Srq;
 use super::work::*;
-use crate::engine::{Source, Watch, engine};
-use crate::fault;
+use crate::board::{self, Place};
 use crate::handle::{self, Acks};
 use crate::keys;
 use crate::link::{Link, want};
 use crate::number;
+use crate::patience;
+use crate::tally;
 use rdma_sys::*;
 use std::cell::UnsafeCell;
 use std::collections::{HashMap, VecDeque};
 use std::mem::zeroed;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock, Weak};
 
 pub use ibv_qp_state::{
     IBV_QPS_ERR as ERR, IBV_QPS_INIT as INIT, IBV_QPS_RESET as RESET, IBV_QPS_RTR as RTR,
     IBV_QPS_RTS as RTS, IBV_QPS_SQD as SQD,
 };
-
-/// How long the other side's application may take before its progress thread is
-/// called for what it has not taken.
-const RAISED_GRACE: Duration = Duration::from_millis(2);
 
 /// What of a queue pair changes, under its lock.
 pub struct Inner {
@@ -66,8 +62,6 @@ pub struct Inner {
     pub inbound: Inbound,
     /// Requests of the other side that were executed.
     pub executed: u64,
-
-    watch: Option<Watch>,
 }
 
 type End = Box<dyn FnOnce() + Send>;
@@ -90,6 +84,8 @@ pub struct Qp {
     link: OnceLock<Arc<Link>>,
     ends: Mutex<Vec<End>>,
     inner: Mutex<Inner>,
+    /// Stands for it on the process's notice board.
+    pair: u32,
     weak: Weak<Qp>,
 }
 
@@ -99,6 +95,8 @@ unsafe impl Send for Qp {}
 // SAFETY: as above.
 unsafe impl Sync for Qp {}
 
+/// The process's queue pairs as they stand on its notice board.
+static PAIRS: RwLock<Vec<Weak<Qp>>> = RwLock::new(Vec::new());
 /// The process's queue pairs by number.
 static QPS: Mutex<Option<HashMap<u32, Weak<Qp>>>> = Mutex::new(None);
 /// Wires that the connection manager has laid for queue pairs not yet connected.
@@ -111,6 +109,30 @@ pub fn lay(num: u32, link: Arc<Link>) {
 /// Forgets a wire that was laid and not used.
 pub fn unlay(num: u32) {
     LAID.lock().unwrap().get_or_insert_default().remove(&num);
+}
+
+/// Slips of a queue pair.
+mod slip {
+    pub const REQUESTS: u32 = 0;
+    pub const ANSWERS: u32 = 1;
+    pub const CALL: u32 = 2;
+}
+
+/// The queue pair that a slip belongs to, if it still exists.
+pub fn by_slip(slip: u32) -> Option<Arc<Qp>> {
+    PAIRS.read().unwrap().get(board::pair(slip) as usize)?.upgrade()
+}
+
+/// On the progress thread: the other side has called for a queue pair.
+pub fn called(slip: u32) {
+    if let Some(qp) = by_slip(slip) {
+        tally::CALLS.count();
+        let mut inner = qp.lock();
+        if let Some(link) = qp.link.get() {
+            link.ask(want::REQUEST);
+        }
+        qp.run(&mut inner);
+    }
 }
 
 /// Every queue pair of the process.
@@ -162,6 +184,7 @@ impl Qp {
             let srq = (!init.srq.is_null()).then(|| handle::share::<Srq, _>(init.srq));
             (handle::share::<Cq, _>(init.send_cq), handle::share::<Cq, _>(init.recv_cq), srq)
         };
+        let pair = board::own().new_pair().ok_or(libc::ENOMEM)?;
         if let Some(srq) = &srq {
             srq.users.fetch_add(1, Ordering::Relaxed);
         }
@@ -198,7 +221,6 @@ impl Qp {
             rq: VecDeque::new(),
             inbound: Inbound::Idle,
             executed: 0,
-            watch: None,
         };
         let qp = Arc::new_cyclic(|weak| Qp {
             c: UnsafeCell::new(c),
@@ -215,8 +237,15 @@ impl Qp {
             link: OnceLock::new(),
             ends: Mutex::new(Vec::new()),
             inner: Mutex::new(inner),
+            pair,
             weak: weak.clone(),
         });
+        let mut pairs = PAIRS.write().unwrap();
+        if pairs.len() <= pair as usize {
+            pairs.resize(pair as usize + 1, Weak::new());
+        }
+        pairs[pair as usize] = Arc::downgrade(&qp);
+        drop(pairs);
         qp.send_cq.attach(&qp);
         qp.recv_cq.attach(&qp);
         QPS.lock().unwrap().get_or_insert_default().insert(num, Arc::downgrade(&qp));
@@ -229,9 +258,7 @@ impl Qp {
             let mut inner = self.inner.lock().unwrap();
             if let Some(link) = self.link.get() {
                 link.close();
-                if let Some(watch) = inner.watch.take() {
-                    engine().unwatch(watch, link.bell());
-                }
+                link.clear_address();
             }
             self.set_state(&mut inner, RESET);
             inner.sq.clear();
@@ -243,15 +270,14 @@ impl Qp {
         }
         self.send_cq.detach(self);
         self.recv_cq.detach(self);
-        if self.link.get().is_some() {
-            self.recv_cq.withdraw();
-        }
         if let Some(srq) = &self.srq {
             srq.users.fetch_sub(1, Ordering::Relaxed);
         }
         self.pd.release();
         QPS.lock().unwrap().get_or_insert_default().remove(&self.num);
         unlay(self.num);
+        PAIRS.write().unwrap()[self.pair as usize] = Weak::new();
+        board::own().free_pair(self.pair);
     }
 
     /// The queue pair with this number.
@@ -319,7 +345,7 @@ impl Qp {
         }
         if to == RTR && from == INIT {
             if self.link.get().is_some() {
-                self.watch_wire(&mut inner);
+                self.open_wire();
             } else if let Err(code) = number::connect(self, inner.attr.dest_qp_num) {
                 self.set_state(&mut inner, from);
                 return code;
@@ -338,15 +364,23 @@ impl Qp {
             link.close();
             return;
         }
-        self.watch_wire(&mut inner);
+        self.open_wire();
         self.run(&mut inner);
     }
 
-    fn watch_wire(&self, inner: &mut Inner) {
-        if let (Some(link), Some(qp)) = (self.link.get(), self.strong()) {
-            inner.watch = Some(engine().watch(link.bell(), true, qp));
-            link.ask(want::REQUEST);
-        }
+    /// From now on the other side knows where its news go.
+    fn open_wire(&self) {
+        let Some(link) = self.link.get() else { return };
+        let place = |which, cq: &Cq| Place { slip: board::slip(self.pair, which), hook: cq.hook };
+        let one_queue = Arc::ptr_eq(&self.send_cq, &self.recv_cq);
+        let answers = if one_queue { slip::REQUESTS } else { slip::ANSWERS };
+        link.set_address(
+            place(slip::REQUESTS, &self.recv_cq),
+            place(answers, &self.send_cq),
+            board::slip(self.pair, slip::CALL),
+            self.send_cq.channel_number() == self.recv_cq.channel_number(),
+        );
+        link.ask(want::REQUEST);
     }
 
     /// Has something done when the queue pair ends.
@@ -609,23 +643,20 @@ impl Qp {
 
     /// Does all that can be done now, under the lock.
     pub fn run(&self, inner: &mut Inner) -> bool {
+        tally::LOOKS.count();
         let Some(link) = self.link.get() else { return false };
         let mut any = false;
         loop {
             let mut rang = 0;
-            link.look();
             let served = inner.serve(self, link, &mut rang);
             let collected = inner.collect(self, link, &mut rang);
             let sent = inner.send(self, link, &mut rang);
-            if rang != want::ALL && std::mem::take(&mut inner.completes_there) && link.raise() {
-                rang &= !want::REQUEST;
-                self.watch_raised(link);
-            }
-            if rang != 0 {
-                link.ring_for(rang);
+            let completes = std::mem::take(&mut inner.completes_there) && rang != want::ALL;
+            if rang != 0 && link.tell(rang, completes) {
+                patience::watch(link);
             }
             if !(served || collected || sent) {
-                let wishes = inner.wishes(self, link);
+                let wishes = inner.wishes(link);
                 if !inner.unmet(link, wishes) {
                     return any;
                 }
@@ -634,27 +665,10 @@ impl Qp {
         }
     }
 
-    /// Progress on a polling thread: not if another thread is at it already.
+    /// Progress on a polling thread: false if another thread is at it already.
     pub fn progress_inline(&self) -> bool {
-        if self.link.get().is_none_or(|link| link.quiet()) {
-            return false;
-        }
-        self.inner.try_lock().is_ok_and(|mut inner| self.run(&mut inner))
-    }
-
-    /// The send queue's completions will raise an event: see that the
-    /// acknowledgement wakes us.
-    /// `alone` says that the queue is this queue pair's only.
-    pub fn completion_wanted(&self, alone: bool) {
-        if let Some(link) = self.link.get() {
-            let mut inner = self.inner.lock().unwrap();
-            if !inner.sq.is_empty() {
-                self.run(&mut inner);
-            }
-            if alone && inner.state == RTS && !inner.rq.is_empty() && !fault::planned() {
-                self.recv_cq.offer(link);
-            }
-        }
+        let free = self.inner.try_lock();
+        free.map(|mut inner| self.run(&mut inner)).is_ok()
     }
 
     /// Does all that can be done now.
@@ -663,43 +677,20 @@ impl Qp {
         self.run(&mut inner);
     }
 
-    /// The descriptor by which the other side may raise our completion events.
-    pub fn channel_fd(&self) -> Option<RawFd> {
-        self.recv_cq.channel.as_ref().map(|channel| channel.notices.fd())
-    }
-
-    /// The other side was woken by its channel and not by its doorbell: if its
-    /// application is busy elsewhere, its progress thread must know after all.
-    fn watch_raised(&self, link: &Link) {
-        if link.watching.swap(true, Ordering::Relaxed) {
-            return;
-        }
-        let weak = self.weak.clone();
-        engine().after(RAISED_GRACE, move || {
-            if let Some(link) = weak.upgrade().and_then(|qp| qp.link.get().cloned()) {
-                link.watching.store(false, Ordering::Relaxed);
-                link.ring_if_waiting();
-            }
-        });
+    /// The channel by which the other side may raise our completion events, and its
+    /// number.
+    pub fn channel_fd(&self) -> Option<(u64, RawFd)> {
+        let channel = self.recv_cq.channel.as_ref()?;
+        Some((channel.number, channel.notices.fd()))
     }
 
     /// The other process died.
     pub fn link_down(&self) {
         if self.link.get().is_some() {
-            self.recv_cq.withdraw();
-            let mut inner = self.inner.lock().unwrap();
-            self.run(&mut inner);
+            self.progress();
+            self.recv_cq.make_sure();
+            self.send_cq.make_sure();
         }
-    }
-}
-
-impl Source for Qp {
-    fn ready(self: Arc<Self>) {
-        let mut inner = self.inner.lock().unwrap();
-        if let Some(link) = self.link.get() {
-            link.ask(want::REQUEST);
-        }
-        self.run(&mut inner);
     }
 }
 

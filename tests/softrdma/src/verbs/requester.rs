@@ -68,6 +68,7 @@ impl Inner {
         let len = if header.kind == kind::READ { 0 } else { header.len as usize };
         let ring = link.requests_out();
         if self.sending.is_none() {
+            ring.rewind();
             if ring.room() < HEADER {
                 return Step::Blocked;
             }
@@ -118,7 +119,7 @@ impl Inner {
             offset += n;
             self.sending = Some(offset);
             if offset < len {
-                link.ring_for(want::REQUEST);
+                link.tell(want::REQUEST, false);
             }
         }
         *rang |= want::REQUEST;
@@ -245,7 +246,7 @@ impl Inner {
     }
 
     /// What must wake us when we sleep now; asks the other side for it.
-    pub fn wishes(&mut self, qp: &Qp, link: &Link) -> u32 {
+    pub fn wishes(&mut self, link: &Link) -> u32 {
         let mut wishes = 0;
         if matches!(self.state, RTS | SQD) && !self.sq.is_empty() {
             if self.state == RTS && self.sent < self.sq.len() {
@@ -253,13 +254,13 @@ impl Inner {
             }
             if self.reads > 0 {
                 wishes |= want::RESPONSE;
-                link.ask_ack(self.sq[0].request);
-            } else if qp.send_cq.is_armed() || self.sent < self.sq.len() {
-                let awaited =
-                    self.sq.range(..self.sent).find(|w| w.signaled || self.sent < self.sq.len());
-                if let Some(work) = awaited {
-                    link.ask_ack(work.request);
+                link.ask_ack(self.sq[0].request, want::ACK);
+            } else if self.sent < self.sq.len() {
+                if self.sent > 0 {
+                    link.ask_ack(self.sq[0].request, want::ACK);
                 }
+            } else if let Some(work) = self.sq.iter().find(|work| work.signaled) {
+                link.ask_ack(work.request, want::COMPLETION);
             }
         }
         if matches!(self.inbound, Inbound::Answer { .. }) {
@@ -302,7 +303,7 @@ impl Qp {
         let mut inner = self.lock();
         if let (RTS | SQD, Some(link)) = (inner.state, self.wire()) {
             link.retry(number);
-            link.ring_for(want::ALL);
+            link.tell(want::ALL, false);
             self.run(&mut inner);
         }
     }

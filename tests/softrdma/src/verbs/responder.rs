@@ -207,7 +207,7 @@ impl Inner {
             ring.consume(n);
             offset += n;
             if ring.room() >= ring.filled() {
-                link.ring_for(want::ROOM);
+                link.tell(want::ROOM, false);
             }
         }
         self.end(qp, link, rang, header, recv)
@@ -271,7 +271,7 @@ impl Inner {
         }
         self.executed += 1;
         link.acknowledge(self.executed);
-        *rang |= want::ACK | want::ROOM;
+        *rang |= want::ACK | want::COMPLETION | want::ROOM;
     }
 
     fn answer(
@@ -284,6 +284,9 @@ impl Inner {
     ) -> Result<(), Stop> {
         let ring = link.responses_out();
         let len = header.len as usize;
+        if offset == 0 {
+            ring.rewind();
+        }
         while offset < len {
             let n = ring.room().min(len - offset).min(CHUNK);
             if n == 0 {
@@ -300,7 +303,7 @@ impl Inner {
             unsafe { ring.put(0, from, n) };
             ring.publish(n);
             offset += n;
-            link.ring_for(want::RESPONSE);
+            link.tell(want::RESPONSE, false);
         }
         self.acknowledge(link, rang);
         Ok(())

@@ -34,6 +34,38 @@ pub struct Options {
     /// Share these instead of making own ones.
     pub pd: *mut ibv_pd,
     pub srq: *mut ibv_srq,
+    pub queue: Option<Queue>,
+    /// Sends complete here instead.
+    pub send_queue: Option<Queue>,
+}
+
+/// A completion queue with its channel.
+#[derive(Clone, Copy)]
+pub struct Queue {
+    pub channel: *mut ibv_comp_channel,
+    pub cq: *mut ibv_cq,
+}
+
+// The verbs may be called from any thread.
+unsafe impl Send for Queue {}
+unsafe impl Sync for Queue {}
+
+impl Queue {
+    pub fn new(context: *mut ibv_context, cqe: c_int) -> Queue {
+        unsafe {
+            let channel = ibv_create_comp_channel(context);
+            let cq = ibv_create_cq(context, cqe, null_mut(), channel, 0);
+            assert!(!channel.is_null() && !cq.is_null());
+            Queue { channel, cq }
+        }
+    }
+
+    pub fn destroy(self) {
+        unsafe {
+            assert_eq!(ibv_destroy_cq(self.cq), 0);
+            assert_eq!(ibv_destroy_comp_channel(self.channel), 0);
+        }
+    }
 }
 
 impl Default for Options {
@@ -52,6 +84,8 @@ impl Default for Options {
             reads: 8,
             pd: null_mut(),
             srq: null_mut(),
+            queue: None,
+            send_queue: None,
         }
     }
 }
@@ -246,11 +280,11 @@ impl Side {
             let context = (*id).verbs;
             let own_pd = options.pd.is_null();
             let pd = if own_pd { ibv_alloc_pd(context) } else { options.pd };
-            let channel = ibv_create_comp_channel(context);
-            let cq = ibv_create_cq(context, options.cqe, null_mut(), channel, 0);
-            assert!(!pd.is_null() && !channel.is_null() && !cq.is_null());
+            assert!(!pd.is_null());
+            let queue = options.queue.unwrap_or_else(|| Queue::new(context, options.cqe));
+            let Queue { channel, cq } = queue;
             let mut init: ibv_qp_init_attr = zeroed();
-            init.send_cq = cq;
+            init.send_cq = options.send_queue.map_or(cq, |queue| queue.cq);
             init.recv_cq = cq;
             init.srq = options.srq;
             init.qp_type = ibv_qp_type::IBV_QPT_RC;
@@ -410,8 +444,9 @@ impl Drop for Side {
         unsafe {
             rdma_destroy_qp(self.id);
             assert_eq!(ibv_dereg_mr(self.mr), 0);
-            assert_eq!(ibv_destroy_cq(self.cq), 0);
-            assert_eq!(ibv_destroy_comp_channel(self.channel), 0);
+            if self.options.queue.is_none() {
+                Queue { channel: self.channel, cq: self.cq }.destroy();
+            }
             if self.own_pd {
                 assert_eq!(ibv_dealloc_pd(self.pd), 0);
             }
