@@ -32,9 +32,16 @@ impl<T> Notices<T> {
         sys::signal(&self.fd);
     }
 
-    /// Queues a notice for which another process has made, or is just making,
-    /// the descriptor readable.
+    /// Queues a notice for which another process has made, or is just making, the
+    /// descriptor readable. Who waited may have taken that signal away in between, as
+    /// one that has no notice, and sleep again: so it is looked at after all.
     pub fn push_signalled(&self, notice: T) {
+        self.push_for_caller(notice);
+        self.signal();
+    }
+
+    /// Queues a notice that the caller, who is in [`Notices::pop`], takes itself.
+    pub fn push_for_caller(&self, notice: T) {
         self.queue.lock().unwrap().push_back(notice);
     }
 
@@ -60,6 +67,7 @@ impl<T> Notices<T> {
             let _ = sys::wait_readable(&self.fd, 1);
             sys::take(&self.fd);
         }
+        self.signal_for_rest(&queue);
         Some(notice)
     }
 
@@ -94,6 +102,54 @@ impl<T> Notices<T> {
         for _ in &out {
             sys::take(&self.fd);
         }
+        self.signal_for_rest(&queue);
         out
+    }
+
+    /// Not every notice has a signal of its own: the last one may have been taken for
+    /// another notice than its own.
+    fn signal_for_rest(&self, queue: &VecDeque<T>) {
+        if !queue.is_empty() {
+            self.signal();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_readable<T>(notices: &Notices<T>) -> bool {
+        sys::wait_readable(&notices.fd, 0).unwrap()
+    }
+
+    #[test]
+    fn a_notice_whose_signal_was_taken_away_is_told_all_the_same() {
+        let notices = Notices::new().unwrap();
+        // The other process's signal came, and a waiting thread took it for a stale one.
+        sys::signal(&notices.fd);
+        assert!(sys::take(&notices.fd));
+        notices.push_signalled(1);
+        assert!(is_readable(&notices));
+        assert_eq!(notices.try_pop(), Some(1));
+        assert!(!is_readable(&notices));
+    }
+
+    #[test]
+    fn what_is_left_is_told_when_one_took_the_other_s_signal() {
+        let notices = Notices::new().unwrap();
+        notices.push(1);
+        notices.push_signalled(2);
+        notices.push(3);
+        assert!(sys::take(&notices.fd));
+        for expected in 1..=3 {
+            assert!(is_readable(&notices));
+            assert_eq!(notices.try_pop(), Some(expected));
+        }
+        assert!(!is_readable(&notices));
+        notices.push(4);
+        notices.push_signalled(5);
+        assert_eq!(notices.remove(|notice| *notice == 4), [4]);
+        assert!(is_readable(&notices));
     }
 }

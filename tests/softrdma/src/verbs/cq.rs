@@ -228,24 +228,22 @@ impl Cq {
         };
         inner.queue.push_back(completion);
         if fire {
-            self.fire(inner);
+            self.fire(inner, Notices::push_signalled);
         }
     }
 
-    fn fire(&self, inner: &mut Inner) {
+    /// Queues the event; `signalled` is how to if another process has raised it already.
+    fn fire(&self, inner: &mut Inner, signalled: fn(&Notices<Arc<Cq>>, Arc<Cq>)) {
         inner.armed = Armed::No;
         self.armed.store(false, Ordering::SeqCst);
         if fault::strikes(Point::EventLost).is_some() {
             board::own().board.set_mood(self.hook, Mood::Away);
             return;
         }
-        let signalled = board::own().board.set_mood(self.hook, Mood::Told) == Mood::Told;
+        let told = board::own().board.set_mood(self.hook, Mood::Told) == Mood::Told;
         if let (Some(channel), Some(cq)) = (&self.channel, self.weak.upgrade()) {
-            if signalled {
-                channel.notices.push_signalled(cq);
-            } else {
-                channel.notices.push(cq);
-            }
+            let push = if told { signalled } else { Notices::push };
+            push(&channel.notices, cq);
         }
     }
 
@@ -273,7 +271,7 @@ impl Cq {
             let mut inner = self.inner.lock().unwrap();
             // It was raised, so it is delivered, whatever became of its reason.
             if self.is_raised() {
-                self.fire(&mut inner);
+                self.fire(&mut inner, Notices::push_for_caller);
             }
         }
         raised
