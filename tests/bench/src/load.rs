@@ -70,12 +70,12 @@ impl<'a> Stage<'a> {
     }
 
     /// Runs the cell's load with `bound`, options that say when it ends, and calls `meanwhile`
-    /// while it runs; what the benchmark says of it: rate, and latencies p50 and p99.
+    /// while it runs; what the benchmark printed, which [`table`] reads, and what that answered.
     pub fn load<T>(
         &mut self,
         bound: &[&str],
         meanwhile: impl FnOnce(&mut Self, &mut Process) -> Result<T>,
-    ) -> Result<([f64; 3], T)> {
+    ) -> Result<(String, T)> {
         let cell = self.cell;
         let (stdout, stderr) = (self.folder.join("benchmark"), self.folder.join("errors"));
         let mut command = self.contender.benchmark(self.lab, &self.server);
@@ -110,9 +110,7 @@ impl<'a> Stage<'a> {
             )
         })?;
         ensure!(status.success(), "valkey-benchmark: {status}: {}", said()?);
-        let figures = table(&std::fs::read_to_string(&stdout)?)
-            .with_context(|| format!("valkey-benchmark said: {}", said().unwrap_or_default()))?;
-        Ok((figures, seen))
+        Ok((std::fs::read_to_string(&stdout)?, seen))
     }
 
     /// Ends the server, which must be well and must have served nothing but hits.
@@ -137,9 +135,11 @@ pub fn measure(
     let mut stage = Stage::set(lab, pace, cell, contender, folder)?;
     let (warm_up, seconds) = (pace.warm_up.to_string(), pace.seconds.to_string());
     let bound = ["--warmup", &warm_up, "--duration", &seconds];
-    let ([rate, p50, p99], (cpu, server, client)) =
+    let (printed, (cpu, server, client)) =
         stage.load(&bound, |stage, benchmark| watch(stage, benchmark, pace))?;
     stage.strike()?;
+    let [rate, p50, p99] =
+        table(&printed).with_context(|| format!("valkey-benchmark said: {}", tail(&printed)))?;
     ensure!(rate > 0.0, "no request was finished");
     Ok(Figures { rate, p50, p99, cpu, server, client })
 }
