@@ -57,11 +57,12 @@ impl<T> Notices<T> {
         }
     }
 
-    /// Takes the oldest notice if there is one.
-    pub fn try_pop(&self) -> Option<T> {
+    /// Takes the oldest notice if there is one; `signalled` says that the caller has
+    /// taken a signal off already.
+    fn pop_front(&self, signalled: bool) -> Option<T> {
         let mut queue = self.queue.lock().unwrap();
         let notice = queue.pop_front()?;
-        if !sys::take(&self.fd) {
+        if !signalled && !sys::take(&self.fd) {
             // The other process is between its decision and its signal, or was
             // killed there: then the descriptor is readable once for nothing.
             let _ = sys::wait_readable(&self.fd, 1);
@@ -75,22 +76,19 @@ impl<T> Notices<T> {
     /// non-blocking; the error is an errno. `pull` looks for notices that
     /// another process has signalled, and says whether it queued one.
     pub fn pop(&self, pull: impl Fn() -> bool) -> std::result::Result<T, i32> {
+        let mut signalled = false;
         loop {
-            if let Some(notice) = self.try_pop() {
+            if let Some(notice) = self.pop_front(signalled) {
                 return Ok(notice);
             }
-            // A signal that has no notice is taken away, but only if there is
-            // still none to be pulled after it: a signal comes after its reason.
-            if pull() || sys::take(&self.fd) {
+            if pull() {
                 continue;
             }
-            // SAFETY: no pointers.
-            let flags = unsafe { libc::fcntl(self.fd.raw(), libc::F_GETFL) };
-            if flags < 0 || flags & libc::O_NONBLOCK != 0 {
-                return Err(libc::EAGAIN);
-            }
-            sys::wait_readable(&self.fd, -1)
-                .map_err(|e| e.raw_os_error().unwrap_or(libc::EINTR))?;
+            // A signal that has no notice is forgotten, but only if there was still none
+            // to be pulled after it: a signal comes after its reason. Whether this waits
+            // is the application's choice, by the descriptor's flags.
+            sys::await_signal(&self.fd).map_err(|e| e.raw_os_error().unwrap_or(libc::EINTR))?;
+            signalled = true;
         }
     }
 
@@ -131,7 +129,7 @@ mod tests {
         assert!(sys::take(&notices.fd));
         notices.push_signalled(1);
         assert!(is_readable(&notices));
-        assert_eq!(notices.try_pop(), Some(1));
+        assert_eq!(notices.pop_front(false), Some(1));
         assert!(!is_readable(&notices));
     }
 
@@ -144,7 +142,7 @@ mod tests {
         assert!(sys::take(&notices.fd));
         for expected in 1..=3 {
             assert!(is_readable(&notices));
-            assert_eq!(notices.try_pop(), Some(expected));
+            assert_eq!(notices.pop_front(false), Some(expected));
         }
         assert!(!is_readable(&notices));
         notices.push(4);

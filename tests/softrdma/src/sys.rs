@@ -76,6 +76,13 @@ pub fn take(fd: &Fd) -> bool {
     unsafe { libc::preadv2(fd.raw, &raw const iov, 1, -1, libc::RWF_NOWAIT) == 8 }
 }
 
+/// Takes one signal off, waiting for one unless the descriptor is non-blocking.
+pub fn await_signal(fd: &Fd) -> Result<()> {
+    let mut n = 0u64;
+    // SAFETY: eight valid bytes.
+    check(unsafe { libc::read(fd.raw, (&raw mut n).cast(), 8) } as i32).map(drop)
+}
+
 /// Waits until a descriptor is readable; a negative timeout is none.
 pub fn wait_readable(fd: &Fd, timeout_ms: i32) -> Result<bool> {
     let mut p = libc::pollfd { fd: fd.raw, events: libc::POLLIN, revents: 0 };

@@ -262,17 +262,18 @@ impl Cq {
         }
     }
 
-    /// If another process has raised the event, places what was sent and queues the
-    /// event; false if there is nothing of the kind.
+    /// If another process has raised the event, queues it for the caller and places what
+    /// was sent; false if there is nothing of the kind.
     fn pull(&self) -> bool {
         let raised = self.is_raised();
         if raised {
-            self.look(true);
             let mut inner = self.inner.lock().unwrap();
-            // It was raised, so it is delivered, whatever became of its reason.
+            // It was raised, so it is delivered, whatever becomes of its reason.
             if self.is_raised() {
                 self.fire(&mut inner, Notices::push_for_caller);
             }
+            drop(inner);
+            self.look(true);
         }
         raised
     }
