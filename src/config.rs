@@ -47,7 +47,7 @@ impl Default for Settings {
             max_handshakes: 1024,
             max_registered: u64::MAX,
             watchdog_timeout: 5_000,
-            busy_poll: 10,
+            busy_poll: 5,
             liveness_failures: 12,
             timing: Timing {
                 handshake: 10_000,

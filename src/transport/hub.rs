@@ -15,9 +15,10 @@ use crate::verbs::Error;
 use crate::verbs::cm::{Device, Limits};
 use crate::verbs::completion::{Batch, Completion, CompletionChannel, CompletionQueue};
 
-/// Entries of the first queue of a device; each further one has twice as many as
-/// the one before, up to [`MOST_ENTRIES`] or the device's limit.
-const FIRST_ENTRIES: u32 = 2048;
+/// Entries of the first queue of a device, enough for some 77 connections: each queue
+/// that fires costs a system call. Each further one has twice as many as the one
+/// before, up to [`MOST_ENTRIES`] or the device's limit.
+const FIRST_ENTRIES: u32 = 8192;
 const MOST_ENTRIES: u32 = 32_768;
 
 /// Completions taken from a queue in one pass, in batches: enough for any burst,
@@ -45,14 +46,22 @@ struct Shared {
     /// Part of `reserved` whose queue pairs are gone.
     stale: u32,
     /// Whether it may hold completions that nothing will tell of: its event was taken, or
-    /// a pass left some.
+    /// a pass left some, or it was armed and not looked at since.
     fired: bool,
+    /// Whether the next completion is told, or was and waits in the channel.
+    armed: bool,
+}
+
+impl Shared {
+    fn is_due(&self) -> bool {
+        self.fired || !self.armed
+    }
 }
 
 /// Queues to look at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Which {
-    /// Those that fired.
+    /// Those that fired, and those that are not armed.
     Fired,
     All,
 }
@@ -145,14 +154,15 @@ impl Hub {
         let index = match queues.iter().position(free) {
             Some(index) => index,
             None => {
-                let wish = FIRST_ENTRIES << queues.len().min(4);
+                let wish = FIRST_ENTRIES << queues.len().min(2);
                 let limit = self.limits.completion_entries.min(MOST_ENTRIES);
                 let capacity = wish.max(entries).min(limit);
                 let (channel, number) = (&self.channel, queues.len());
                 let queue =
                     CompletionQueue::new(self.device, channel, capacity, self.vector, number)?;
                 queue.arm()?;
-                queues.push(Shared { queue, capacity, reserved: 0, stale: 0, fired: false });
+                let (fired, armed) = (false, true);
+                queues.push(Shared { queue, capacity, reserved: 0, stale: 0, fired, armed });
                 queues.len() - 1
             }
         };
@@ -173,21 +183,35 @@ impl Hub {
         for _ in 0..queues.len() {
             let Some(number) = self.channel.take_event() else { break };
             queues[number].fired = true;
+            queues[number].armed = false;
         }
     }
 
     /// Takes every queue for fired, in case that an event was lost.
     pub fn doubt(&self) {
-        self.queues.open().iter_mut().for_each(|shared| shared.fired = true);
+        for shared in self.queues.open().iter_mut() {
+            shared.fired = true;
+            shared.armed = false;
+        }
     }
 
-    /// Asks for an event at the next completion of each queue that fired.
+    /// Asks for an event at the next completion of each queue whose event was taken. What
+    /// completed before is not told: the queues that fired are to be polled once more.
     ///
     /// # Errors
     /// If the device is gone.
     pub fn arm(&self) -> Result<(), Error> {
-        let queues = self.queues.open();
-        queues.iter().filter(|shared| shared.fired).try_for_each(|shared| shared.queue.arm())
+        for shared in self.queues.open().iter_mut().filter(|shared| !shared.armed) {
+            shared.queue.arm()?;
+            shared.armed = true;
+            shared.fired = true;
+        }
+        Ok(())
+    }
+
+    /// Whether completions of each queue will be told.
+    pub fn is_armed(&self) -> bool {
+        self.queues.open().iter().all(|shared| shared.armed)
     }
 
     /// Takes all completions that are there, up to the bound of a pass, and hands
@@ -200,7 +224,7 @@ impl Hub {
         let count = self.queues.open().len();
         let mut batch = Batch::default();
         for index in 0..count {
-            if which == Which::Fired && !self.queues.open()[index].fired {
+            if which == Which::Fired && !self.queues.open()[index].is_due() {
                 continue;
             }
             for round in 0.. {

@@ -3,8 +3,9 @@
 //!
 //! To sleep costs three system calls and a wake-up: the event is read from the channel, the
 //! queues are armed, and the event loop is woken again. So where completions follow each other
-//! closely the event is *left* in the channel: the descriptor stays readable, the event loop
-//! comes back at once, and the queues are looked at, for a limited time if they are empty.
+//! closely, or come faster than they are served, the event is *left* in the channel: the
+//! descriptor stays readable, the event loop comes back at once, and the queues are looked at,
+//! for a limited time if they are empty.
 //!
 //! It can't become a spin. One look lasts at most the limit, counted from the end of the pass
 //! before; a look that found nothing ends it, and the next tries are given up for ever longer,
@@ -17,15 +18,20 @@ pub type Nanos = u64;
 /// Passes after which it is tried again at the latest, as a power of 2.
 const LONGEST_PAUSE: u32 = 10;
 
+/// After so many passes in a row that found more before the server slept, it stays awake.
+const CROWD: u32 = 4;
+
 /// See the module's text. One for each device; it has no clock of its own.
 #[derive(Debug, Default)]
 pub struct Pace {
-    /// How long after a pass one look may last; 0 means that no event is ever left.
+    /// How long after a pass one look may last.
     limit: Nanos,
     /// End of the last pass.
     passed: Nanos,
     /// Mean time from the end of a pass to the completions of the next.
     gap: Nanos,
+    /// Passes in a row after which completions were there already, [`CROWD`] at most.
+    crowded: u32,
     /// What became of the event that fired last.
     event: Event,
     /// Looks that found nothing, less those that did.
@@ -55,18 +61,14 @@ impl Pace {
     /// before its event is taken? `None`: the event is to be taken now.
     pub fn patience(&mut self, now: Nanos) -> Option<Nanos> {
         if self.event == Event::Left {
-            return Some(self.passed.saturating_add(self.limit));
-        }
-        if self.limit == 0 {
-            return None;
+            return Some(if self.is_close() { self.passed.saturating_add(self.limit) } else { 0 });
         }
         self.observe(now);
         if self.pause > 0 {
             self.pause -= 1;
             return None;
         }
-        // A gap that was slept through holds the wake-up as well.
-        if self.gap > 2 * self.limit {
+        if self.crowded < CROWD && !self.is_close() {
             return None;
         }
         self.event = Event::New;
@@ -80,6 +82,7 @@ impl Pace {
         if !found {
             self.fruitless = LONGEST_PAUSE.min(self.fruitless + 1);
             self.pause = 1 << self.fruitless;
+            self.crowded = 0;
             self.event = Event::Taken;
             return false;
         }
@@ -99,6 +102,16 @@ impl Pace {
     /// A pass is over.
     pub fn passed(&mut self, now: Nanos) {
         self.passed = now;
+    }
+
+    /// The queues were looked at before the server sleeps, their event having been taken.
+    pub fn looked_last(&mut self, found: bool) {
+        self.crowded = if found { CROWD.min(self.crowded + 1) } else { 0 };
+    }
+
+    fn is_close(&self) -> bool {
+        // A gap that was slept through holds the wake-up as well.
+        self.limit > 0 && self.gap <= 2 * self.limit
     }
 
     fn observe(&mut self, now: Nanos) {
@@ -142,6 +155,25 @@ mod tests {
         assert!((0..1000).all(|_| !pass(&mut pace, &mut now, 50)));
         let mut off = Pace::new(0);
         assert!((0..1000).all(|_| !pass(&mut off, &mut now, 1)));
+    }
+
+    #[test]
+    fn who_is_never_done_before_more_comes_does_not_sleep() {
+        let (mut pace, mut now) = (Pace::new(10), 0);
+        for _ in 0..CROWD {
+            assert!(!pass(&mut pace, &mut now, 500));
+            pace.looked_last(true);
+        }
+        for _ in 0..1000 {
+            now += 500;
+            assert_eq!(pace.patience(now), Some(0), "what there is, without waiting");
+            assert!(pace.looked(true, now));
+            pace.passed(now);
+        }
+        assert_eq!(pace.patience(now), Some(0));
+        assert!(!pace.looked(false, now), "nothing more came");
+        pace.looked_last(false);
+        assert!((0..1000).all(|_| !pass(&mut pace, &mut now, 500)));
     }
 
     #[test]

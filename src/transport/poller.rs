@@ -335,19 +335,25 @@ impl Poller {
         self.is_behind() || !self.ready.open().is_empty()
     }
 
-    /// A pass over what is pending. Returns how many endpoints were served.
+    /// A pass over what is pending, before the server sleeps. Returns how many endpoints
+    /// were served.
     pub fn run(&self) -> usize {
-        if !self.is_pending() {
-            return 0;
-        }
         let _pass = self.pass();
-        if std::mem::take(&mut *self.unfinished.open()) {
-            let hubs = self.hubs.open().clone();
-            for hub in &hubs {
-                self.take_completions(hub, Which::Fired);
+        let unfinished = std::mem::take(&mut *self.unfinished.open());
+        let hubs = self.hubs.open().len();
+        for index in 0..hubs {
+            let hub = Rc::clone(&self.hubs.open()[index]);
+            if !hub.is_armed() {
+                // First what is there, or the event would come at once.
+                let found = self.take_completions(&hub, Which::Fired) > 0;
+                hub.pace().looked_last(found);
+                self.arm(&hub);
+                self.take_completions(&hub, Which::Fired);
+            } else if unfinished {
+                self.take_completions(&hub, Which::Fired);
             }
         }
-        self.serve_ready()
+        if self.is_pending() { self.serve_ready() } else { 0 }
     }
 
     /// A pass for the completions of one hub.
@@ -359,7 +365,10 @@ impl Poller {
             hub.pace().looked(found, clock::nanos())
         });
         if !left {
-            self.look_at(hub);
+            // Not armed yet: what completes until the server sleeps is found then, and
+            // no event has to be made for it.
+            self.take_events(hub);
+            self.take_completions(hub, Which::Fired);
         }
         let busy = self.ready.open().len();
         self.echoes.open().grow(hub.fd(), busy);
@@ -375,7 +384,7 @@ impl Poller {
                 METRICS.waits_fruitful.add(1);
                 return true;
             }
-            if clock::nanos() >= deadline {
+            if deadline == 0 || clock::nanos() >= deadline {
                 METRICS.waits_fruitless.add(1);
                 return false;
             }
@@ -815,14 +824,22 @@ impl Poller {
 
     /// Takes what completed on the queues of a hub that fired, without calling any handler.
     fn look_at(&self, hub: &Hub) {
+        self.take_events(hub);
+        self.arm(hub);
+        self.take_completions(hub, Which::Fired);
+    }
+
+    fn take_events(&self, hub: &Hub) {
         hub.take_events();
         hub.pace().taken();
-        // What completes from here on fires the descriptor again; what completed
-        // before it was armed is taken now.
+    }
+
+    /// What completes from here on fires the descriptor again; what completed before is to
+    /// be taken now.
+    fn arm(&self, hub: &Hub) {
         if let Err(error) = hub.arm() {
             self.say_trouble(Level::Error, &format!("device {}: {error}", hub.name()));
         }
-        self.take_completions(hub, Which::Fired);
     }
 
     /// The descriptors that become readable when [`run_quietly`](Self::run_quietly)
