@@ -129,6 +129,8 @@ metrics! {
     windows_sent,
     /// Our receive buffers that were opened to clients.
     windows_received,
+    /// Of these: announced while the buffer before was not read yet.
+    windows_ahead,
     /// Times that a connection had something to do and could not go on by itself.
     parked,
     /// Times that such a connection was woken.

@@ -149,7 +149,7 @@ fn look_after(endpoint: &Arc<Endpoint>) {
     // What a full send queue refused, and no completion will bring back.
     if endpoint.fate() == Fate::Alive && endpoint.awaits_control_slot() {
         poller.attempt(endpoint, endpoint.send_answers());
-        poller.attempt(endpoint, endpoint.announce_if_consumed());
+        poller.attempt(endpoint, endpoint.announce_if_full());
     }
     endpoint.shrink_if_idle();
     if endpoint.take_refused() {

@@ -88,7 +88,7 @@ pub struct Endpoint {
     // In the order in which things may be destroyed.
     pair: QueuePair,
     inbound: ReceiveWindow,
-    /// The region behind `inbound`; changed while that is consumed.
+    /// The regions behind `inbound`.
     receive: MainCell<Receive>,
     outbound: SendWindow,
     ledger: SendLedger<Outgoing>,
@@ -108,10 +108,13 @@ pub struct Endpoint {
     reservation: usize,
 }
 
-/// The present receive buffer.
+/// The receive buffers.
 #[derive(Debug)]
 struct Receive {
+    /// The one that was announced last.
     region: Region,
+    /// The one before, if there are two. Perhaps it is read still.
+    other: Option<Region>,
     /// When it was announced, unless it was not yet.
     since: Option<Millis>,
     /// The largest that one may be, in bytes.
@@ -236,7 +239,8 @@ impl Endpoint {
         let control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
         let first = growth::FIRST.min(plan.receive_bytes);
         let region = Region::new(&domain, first as usize, Access::RemoteWrite)?;
-        let receive = MainCell::new(Receive { region, since: None, most: plan.receive_bytes });
+        let receive =
+            MainCell::new(Receive { region, other: None, since: None, most: plan.receive_bytes });
         let (reservation, pair) = hub.reserve(ENTRIES, |queue| {
             QueuePair::new(&id, &domain, queue, SEND_DEPTH, u32::from(RECEIVE_SLOTS))
         })?;
@@ -383,9 +387,10 @@ impl Endpoint {
         self.ledger.in_flight()
     }
 
-    /// Bytes of the receive buffer.
+    /// Bytes of the receive buffers.
     pub fn receive_bytes(&self) -> usize {
-        self.receive.open().region.length()
+        let receive = self.receive.open();
+        receive.region.length() + receive.other.as_ref().map_or(0, Region::length)
     }
 
     /// Bytes of staging memory, unless somebody writes at this moment.
@@ -436,9 +441,9 @@ impl Endpoint {
             return ReadOutcome::Again;
         }
         // SAFETY: the window says that these bytes of the receive buffer arrived and
-        // were not read. Until they are consumed the buffer is not replaced, and the
-        // peer may not write there (one that does spoils its own request); `to` is the
-        // caller's.
+        // were not read. Until they are consumed the buffer is not freed nor announced,
+        // and the peer may not write there (one that does spoils its own request); `to`
+        // is the caller's.
         unsafe {
             let from = ptr::with_exposed_provenance::<u8>(address as usize);
             ptr::copy_nonoverlapping(from, to, count);
@@ -561,10 +566,13 @@ impl Endpoint {
         }
     }
 
-    /// Gives the large staging memory back if nothing was written for two ticks of
-    /// the slow clock and nothing is in flight. Main thread.
+    /// Gives the large staging memory back, and the second receive buffer, if nothing was
+    /// written for two ticks of the slow clock and nothing is in flight. Main thread.
     pub fn shrink_if_idle(&self) {
         let quiet = self.is_quiet();
+        if quiet && self.inbound.is_other_free() {
+            self.receive.open().other = None;
+        }
         let mut own = self.own();
         own.posted_before = [self.ledger.total_posted(), own.posted_before[0]];
         drop(own);
@@ -597,22 +605,20 @@ impl Endpoint {
             && self.fate() == Fate::Alive
     }
 
-    /// Opens the receive window again if it is full and consumed. Main thread.
+    /// Opens the receive window again if it is full, and consumed or there is another
+    /// buffer. Main thread.
     ///
     /// # Errors
     /// If the message can't be posted.
-    pub fn announce_if_consumed(&self) -> Result<(), Error> {
+    pub fn announce_if_full(&self) -> Result<(), Error> {
         let own = self.own();
+        let due = own.announcement_due;
         let wanted = own.session.is_established()
-            && (own.announcement_due || self.inbound.is_consumed())
+            && (due || self.inbound.is_full())
             && self.fate() == Fate::Alive;
         drop(own);
-        if !wanted {
+        if !wanted || (!due && !self.turn_receive_buffer()) {
             return Ok(());
-        }
-        let due = self.own().announcement_due;
-        if !due {
-            self.fit_receive_buffer();
         }
         let receive = self.receive.open();
         let memory = Memory {
@@ -633,23 +639,42 @@ impl Endpoint {
         Ok(())
     }
 
-    /// Replaces the receive buffer, which is consumed, if its size does not fit the
-    /// traffic.
-    fn fit_receive_buffer(&self) {
+    /// Has the next receive buffer ready, of a size that fits the traffic, the present one
+    /// being full. `false` if the peer has to wait until that was read.
+    fn turn_receive_buffer(&self) -> bool {
         let now = clock::now();
         let mut receive = self.receive.open();
+        let receive = &mut *receive;
+        let took = receive.since.map(|since| now - since);
         let present = receive.region.length() as u32;
-        let since = receive.since.replace(now);
-        let wanted =
-            since.map_or(present, |since| growth::next(present, receive.most, now - since));
-        if wanted == present {
-            return;
+        let wanted = took.map_or(present, |took| growth::next(present, receive.most, took));
+        let two = took.is_some_and(growth::wants_two);
+        // Slower but right with what there is, where there is no memory for more.
+        let new = || {
+            Region::new(&self.domain, wanted as usize, Access::RemoteWrite)
+                .inspect_err(|error| log::debug!("connection of {}: {error}", self.peer_text()))
+                .ok()
+        };
+        if self.inbound.is_consumed() {
+            if !two {
+                receive.other = None;
+            }
+            if wanted != present
+                && let Some(region) = new()
+            {
+                receive.region = region;
+            }
+        } else {
+            if !two || !self.inbound.is_other_free() {
+                return false;
+            }
+            let fits = |region: &Region| region.length() == wanted as usize;
+            let Some(next) = receive.other.take().filter(fits).or_else(new) else { return false };
+            receive.other = Some(std::mem::replace(&mut receive.region, next));
+            METRICS.windows_ahead.add(1);
         }
-        match Region::new(&self.domain, wanted as usize, Access::RemoteWrite) {
-            Ok(region) => receive.region = region,
-            // Slower but right with what there is.
-            Err(error) => log::debug!("connection of {}: {error}", self.peer_text()),
-        }
+        receive.since = Some(now);
+        true
     }
 
     /// Sends the answers that are due, as far as there are slots. Main thread.

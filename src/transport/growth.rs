@@ -4,8 +4,9 @@
 //! It is pinned for as long as the connection lives, so an idle connection should have
 //! a small one; and the peer stops at its end until the next announcement, so a busy
 //! one should have a large one. The protocol allows another buffer only when the last
-//! was filled to its last byte and consumed. So each announcement asks how long that
-//! took, and a buffer that is filled quickly is followed by a larger one.
+//! was filled to its last byte. So each announcement asks how long that took, and a
+//! buffer that is filled quickly is followed by a larger one; and by one of two in
+//! turn, so that the peer need not wait until it was read.
 
 use crate::session::Millis;
 
@@ -20,6 +21,11 @@ const STEP: u32 = 4;
 const QUICK: Millis = 1_000;
 /// One that took longer was too large.
 const SLOW: Millis = 30_000;
+
+/// Whether a peer that filled its buffer in so long should have two of them.
+pub fn wants_two(filled_in: Millis) -> bool {
+    filled_in < QUICK
+}
 
 /// Size of the buffer after one of `present` bytes that was full after `filled_in`,
 /// where `most` is the largest that is allowed.

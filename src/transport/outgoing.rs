@@ -334,7 +334,7 @@ pub fn sync_read(endpoint: &Arc<Endpoint>, to: &mut [u8], timeout: Duration) -> 
                     done += count;
                     if is_main_thread() {
                         let poller = &Transport::get().poller;
-                        poller.attempt(endpoint, endpoint.announce_if_consumed());
+                        poller.attempt(endpoint, endpoint.announce_if_full());
                     }
                 }
                 ReadOutcome::Again => return None,

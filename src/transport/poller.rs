@@ -457,7 +457,11 @@ impl Poller {
                 let now = clock::now();
                 let result = endpoint.own().session.immediate(count, endpoint.inbound(), now);
                 match result {
-                    Ok(()) => self.post_again(endpoint, slot),
+                    Ok(()) => {
+                        self.post_again(endpoint, slot);
+                        // The sooner the better: the peer has nowhere to write to.
+                        self.attempt(endpoint, endpoint.announce_if_full());
+                    }
                     Err(violation) => self.violate(endpoint, violation),
                 }
                 self.mark_if_ready(endpoint);
@@ -476,7 +480,7 @@ impl Poller {
                 Work::Control(slot) => {
                     endpoint.control_completed(slot);
                     self.attempt(endpoint, endpoint.send_answers());
-                    self.attempt(endpoint, endpoint.announce_if_consumed());
+                    self.attempt(endpoint, endpoint.announce_if_full());
                 }
                 Work::Receive(_) => {}
             },
@@ -621,7 +625,7 @@ impl Poller {
                 return;
             }
         }
-        self.attempt(endpoint, endpoint.announce_if_consumed());
+        self.attempt(endpoint, endpoint.announce_if_full());
         if endpoint.has_work() {
             if endpoint.progress() != before {
                 self.mark_ready(endpoint);
@@ -744,7 +748,7 @@ impl Poller {
             EventKind::Established => {
                 endpoint.established();
                 let complete = endpoint.own().session.establish();
-                self.attempt(&endpoint, endpoint.announce_if_consumed());
+                self.attempt(&endpoint, endpoint.announce_if_full());
                 if complete {
                     self.mark_ready(&endpoint);
                 }

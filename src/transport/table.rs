@@ -344,7 +344,7 @@ unsafe extern "C" fn read(connection: *mut Connection, to: *mut c_void, length: 
                     if is_main_thread() {
                         // Soonest is best: the peer may be waiting for this window.
                         let poller = &Transport::get().poller;
-                        poller.attempt(endpoint, endpoint.announce_if_consumed());
+                        poller.attempt(endpoint, endpoint.announce_if_full());
                     }
                     count as c_int
                 }
@@ -511,7 +511,7 @@ unsafe extern "C" fn update_state(connection: *mut Connection) {
             && !in_child()
         {
             let poller = &Transport::get().poller;
-            poller.attempt(&endpoint, endpoint.announce_if_consumed());
+            poller.attempt(&endpoint, endpoint.announce_if_full());
             poller.mark_if_ready(&endpoint);
         }
     });

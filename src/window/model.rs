@@ -397,7 +397,8 @@ struct ReceiveMain {
     shared: Arc<Receiving>,
     /// Lengths of the announcements to come.
     lengths: std::vec::IntoIter<u32>,
-    /// Where the buffers to come begin: each has memory of its own.
+    /// Where the present buffer begins, and the next: each has memory of its own.
+    present: usize,
     next: usize,
     /// Where the peer writes next, and its room.
     at: usize,
@@ -412,17 +413,26 @@ impl ReceiveMain {
     fn new(shared: Arc<Receiving>, lengths: &[u32], source: &'static [u8]) -> Self {
         let lengths = lengths.to_vec().into_iter();
         let (received, job) = (Vec::new(), false);
-        Self { shared, lengths, next: 0, at: 0, room: 0, source, sent: 0, received, job }
+        let (present, next, at, room, sent) = (0, 0, 0, 0, 0);
+        Self { shared, lengths, present, next, at, room, source, sent, received, job }
     }
 
-    fn announce_if_consumed(&mut self) {
-        if self.shared.window.is_consumed()
+    fn announce_if_full(&mut self) {
+        let window = &self.shared.window;
+        if !window.is_full() {
+            return;
+        }
+        // As the transport asks: in this order, the reader coming in between.
+        let consumed = window.is_consumed();
+        if (consumed || window.is_other_free())
             && let Some(length) = self.lengths.next()
         {
-            self.shared.window.announce(self.next as u64, length);
-            // The buffer before is given back, whatever stood in it.
-            self.shared.buffer.store(0, &vec![0xff; self.next]);
+            // What is not read any more is given back, whatever stood in it.
+            let free = if consumed { self.next } else { self.present };
+            window.announce(self.next as u64, length);
+            self.shared.buffer.store(0, &vec![0xff; free]);
             (self.at, self.room) = (self.next, length as usize);
+            self.present = self.next;
             self.next += self.room;
         }
     }
@@ -439,7 +449,7 @@ impl ReceiveMain {
     /// The peer writes what it has and the window takes, a byte for each immediate;
     /// between them `update_state` is called, also while a job is reading.
     fn arrive(&mut self, io: &mut IoThreads<Job>) {
-        self.announce_if_consumed();
+        self.announce_if_full();
         while self.room > 0 && self.sent < self.source.len() {
             self.shared.buffer.store(self.at, &self.source[self.sent..=self.sent]);
             self.at += 1;
@@ -447,7 +457,7 @@ impl ReceiveMain {
             self.sent += 1;
             self.shared.window.arrived(1).expect("an honest immediate");
             self.mark_if_ready(io);
-            self.announce_if_consumed();
+            self.announce_if_full();
         }
     }
 

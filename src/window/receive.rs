@@ -3,11 +3,12 @@
 //!
 //! The peer writes into the announced buffer from its start to its last byte.
 //! Each immediate moves `tail`; the reader copies out and moves `head`. When the
-//! buffer is exactly full and consumed it, or another one, is announced, and the
-//! peer starts at its first byte. All three counters count bytes since the
-//! connection began and never wrap in practice (u64), so that "empty" and "full"
-//! can't be confused and a new announcement resets nothing that the reader may
-//! be looking at.
+//! buffer is exactly full another one is announced, or the same if it was read, and
+//! the peer starts at its first byte. So the peer may fill one buffer while the reader
+//! is at the one before; at more than one it never is. All counters count bytes since
+//! the connection began and never wrap in practice (u64), so that "empty" and "full"
+//! can't be confused and a new announcement resets nothing that the reader may be
+//! looking at.
 
 use super::sync::{AtomicU64, Ordering, own};
 use std::fmt;
@@ -20,14 +21,23 @@ pub struct ReceiveWindow {
     tail: AtomicU64,
     /// Bytes that were read; stored by the reader.
     head: AtomicU64,
-    /// Where the connection's first byte would stand if the current buffer went back
-    /// as far: its address, less the value of `tail` at which it began. Stored by the
-    /// poller while the window is consumed, published to the reader by `tail`.
+    /// The last two buffers: number n, counted from 1, at n modulo 2. Stored by the
+    /// poller once the reader is done with what stood there, and published by `tail`.
+    buffers: [Buffer; 2],
+    /// Number of the last buffer that was announced; used by the poller alone.
+    announced: AtomicU64,
+    /// Number of the buffer that the byte at `head` stands in; used by the reader alone.
+    reading: AtomicU64,
+}
+
+/// One buffer, as a range of the connection's bytes.
+#[derive(Debug)]
+struct Buffer {
+    /// Where the connection's first byte would stand if the buffer went back as far:
+    /// its address less `start`.
     origin: AtomicU64,
-    /// Value of `tail` at which the current buffer is full; used by the poller alone.
-    limit: AtomicU64,
-    /// Bytes of the current buffer; used by the poller alone.
-    length: AtomicU64,
+    start: AtomicU64,
+    end: AtomicU64,
 }
 
 /// The peer claims to have written more than its window holds.
@@ -54,31 +64,60 @@ impl Default for ReceiveWindow {
 impl ReceiveWindow {
     /// A window without room: nothing was announced yet.
     pub fn new() -> Self {
+        let buffer = || Buffer {
+            origin: AtomicU64::new(0),
+            start: AtomicU64::new(0),
+            end: AtomicU64::new(0),
+        };
         Self {
             tail: AtomicU64::new(0),
             head: AtomicU64::new(0),
-            origin: AtomicU64::new(0),
-            limit: AtomicU64::new(0),
-            length: AtomicU64::new(0),
+            buffers: [buffer(), buffer()],
+            announced: AtomicU64::new(0),
+            reading: AtomicU64::new(1),
         }
     }
 
-    /// Poller: whether the buffer is exactly full and wholly consumed, so that it
+    fn buffer(&self, number: u64) -> &Buffer {
+        &self.buffers[(number % 2) as usize]
+    }
+
+    /// The buffer that was announced last. For the poller.
+    fn present(&self) -> &Buffer {
+        self.buffer(own(&self.announced))
+    }
+
+    /// Poller: whether the present buffer is exactly full and wholly consumed, so that it
     /// may be replaced and must be announced for the peer to go on.
     pub fn is_consumed(&self) -> bool {
         // Acquire: the reader's copies out of the buffer are over.
-        self.head.load(Ordering::Acquire) == own(&self.limit)
+        self.head.load(Ordering::Acquire) == own(&self.present().end)
     }
 
-    /// Poller: opens a buffer of `length` bytes at `address`, the one before or another;
-    /// the one before is the poller's alone from here on. Only while
-    /// [`is_consumed`](Self::is_consumed).
+    /// Poller: whether the present buffer is exactly full.
+    pub fn is_full(&self) -> bool {
+        own(&self.tail) == own(&self.present().end)
+    }
+
+    /// Poller: whether every buffer before the present one is consumed, so that its
+    /// memory may be announced next, once the present one is full.
+    pub fn is_other_free(&self) -> bool {
+        // Acquire: the reader's copies out of the buffer are over.
+        self.head.load(Ordering::Acquire) >= own(&self.present().start)
+    }
+
+    /// Poller: opens a buffer of `length` bytes, at least one, at `address`. Only if the
+    /// present one [is full](Self::is_full), and either consumed, or the new one is other
+    /// memory and that is [free](Self::is_other_free).
     pub fn announce(&self, address: u64, length: u32) {
-        debug_assert!(self.is_consumed());
+        debug_assert!(length > 0 && self.is_full() && self.is_other_free());
         let start = own(&self.tail);
-        self.origin.store(address.wrapping_sub(start), Ordering::Relaxed);
-        self.limit.store(start + u64::from(length), Ordering::Relaxed);
-        self.length.store(length.into(), Ordering::Relaxed);
+        let number = own(&self.announced) + 1;
+        let buffer = self.buffer(number);
+        buffer.origin.store(address.wrapping_sub(start), Ordering::Relaxed);
+        buffer.start.store(start, Ordering::Relaxed);
+        buffer.end.store(start + u64::from(length), Ordering::Relaxed);
+        self.announced.store(number, Ordering::Relaxed);
     }
 
     /// Poller: an immediate said that `count` more bytes stand in the buffer.
@@ -87,11 +126,11 @@ impl ReceiveWindow {
     /// [`Overrun`] if they can't; nothing changes then.
     pub fn arrived(&self, count: u32) -> Result<(), Overrun> {
         let tail = own(&self.tail);
-        let room = own(&self.limit) - tail;
+        let room = own(&self.present().end) - tail;
         if u64::from(count) > room {
             return Err(Overrun { claimed: count, room });
         }
-        // Release: the bytes themselves, and `origin`, come before the new tail.
+        // Release: the bytes themselves, and their buffer, come before the new tail.
         self.tail.store(tail + u64::from(count), Ordering::Release);
         Ok(())
     }
@@ -103,17 +142,23 @@ impl ReceiveWindow {
         if tail == head {
             return None;
         }
-        // Unread bytes lie in the current buffer only: an earlier one was
-        // consumed to its end before this one was announced.
-        let origin = self.origin.load(Ordering::Relaxed);
-        Some((origin.wrapping_add(head), (tail - head) as usize))
+        // What follows in the next buffer is for the next time.
+        let buffer = self.buffer(own(&self.reading));
+        let end = tail.min(buffer.end.load(Ordering::Relaxed));
+        let origin = buffer.origin.load(Ordering::Relaxed);
+        Some((origin.wrapping_add(head), (end - head) as usize))
     }
 
     /// Reader: `count` bytes of [`readable`](Self::readable) were copied out.
     pub fn consume(&self, count: usize) {
-        let head = own(&self.head);
+        let head = own(&self.head) + count as u64;
+        let reading = own(&self.reading);
+        if head == self.buffer(reading).end.load(Ordering::Relaxed) {
+            // Before the poller may learn that it is done with, and replace it.
+            self.reading.store(reading + 1, Ordering::Relaxed);
+        }
         // Release: the copies are over before the poller may reuse the buffer.
-        self.head.store(head + count as u64, Ordering::Release);
+        self.head.store(head, Ordering::Release);
     }
 
     /// Bytes that wait for the reader at this moment.
@@ -125,8 +170,8 @@ impl ReceiveWindow {
 
     /// Poller: how much of the present buffer is written, and its size, in bytes.
     pub fn position(&self) -> (u64, u64) {
-        let length = own(&self.length);
-        (own(&self.tail) + length - own(&self.limit), length)
+        let (start, end) = (own(&self.present().start), own(&self.present().end));
+        (own(&self.tail) - start, end - start)
     }
 
     /// Bytes that were read since the connection began.
@@ -157,6 +202,35 @@ mod tests {
         window.arrived(5).unwrap();
         assert_eq!(window.readable(), Some((0, 5)));
         assert_eq!(window.total_read(), 10);
+    }
+
+    #[test]
+    fn the_peer_fills_one_buffer_while_the_one_before_is_read() {
+        let window = ReceiveWindow::new();
+        window.announce(1000, 4);
+        window.arrived(4).unwrap();
+        assert!(window.is_full() && window.is_other_free() && !window.is_consumed());
+        window.consume(1);
+        window.announce(2000, 3);
+        assert!(!window.is_other_free(), "three bytes of the first are unread");
+        window.arrived(2).unwrap();
+        assert_eq!(window.readable(), Some((1001, 3)), "up to its end and no further");
+        window.consume(3);
+        assert!(window.is_other_free() && !window.is_full());
+        assert_eq!(window.readable(), Some((2000, 2)));
+        window.consume(2);
+        assert_eq!(window.readable(), None);
+        window.arrived(1).unwrap();
+        window.announce(1000, 4);
+        window.arrived(4).unwrap();
+        assert!(!window.is_other_free());
+        assert_eq!(window.unread(), 5);
+        assert_eq!(window.readable(), Some((2002, 1)));
+        window.consume(1);
+        assert_eq!(window.readable(), Some((1000, 4)));
+        assert_eq!(window.position(), (4, 4));
+        window.consume(4);
+        assert!(window.is_consumed());
     }
 
     #[test]

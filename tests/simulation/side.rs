@@ -55,6 +55,8 @@ pub struct Side {
     ledger: SendLedger<Outgoing>,
     control: Key,
     receive: Key,
+    /// Where the present window begins in that: at its start or in its middle.
+    receives_at: u32,
     fate: Fate,
     free_control_slots: Vec<u16>,
     /// An announcement of this length could not be sent yet.
@@ -102,7 +104,8 @@ impl Side {
             outbound: SendWindow::default(),
             ledger: SendLedger::new(plan.payload_depth, plan.small_staging, Outgoing::default()),
             control: fabric.register(plan.port, slots * MESSAGE_LEN + plan.small_staging, false),
-            receive: fabric.register(plan.port, plan.receive_bytes, true),
+            receive: fabric.register(plan.port, 2 * plan.receive_bytes, true),
+            receives_at: 0,
             fate: Fate::Alive,
             free_control_slots: (0..plan.control_slots).collect(),
             announcement_due: None,
@@ -177,7 +180,7 @@ impl Side {
         if self.connected && std::mem::take(&mut self.jobs.read) {
             self.do_read(fabric, rng);
         }
-        self.announce_if_consumed(fabric, rng);
+        self.announce_if_full(fabric, rng);
         self.mark_if_ready();
     }
 
@@ -243,7 +246,7 @@ impl Side {
         match fabric.next_event(self.plan.port) {
             Some(Event::Established) => {
                 let complete = self.session.establish();
-                self.announce_if_consumed(fabric, rng);
+                self.announce_if_full(fabric, rng);
                 self.ready |= complete;
             }
             Some(Event::Disconnected) => {
@@ -273,6 +276,7 @@ impl Side {
                 let now = self.now();
                 self.session.immediate(count, &self.inbound, now).expect("an honest peer");
                 self.post_receive(slot, fabric);
+                self.announce_if_full(fabric, rng);
                 self.mark_if_ready();
             }
             (Outcome::Sent, Work::Payload(sequence)) => {
@@ -288,7 +292,7 @@ impl Side {
             (Outcome::Sent, Work::Control(slot)) => {
                 self.free_control_slots.push(slot);
                 self.send_answers(fabric, rng);
-                self.announce_if_consumed(fabric, rng);
+                self.announce_if_full(fabric, rng);
             }
             (outcome, work) => panic!("{outcome:?} of {work:?}"),
         }
@@ -334,7 +338,7 @@ impl Side {
         if self.connected && self.write_handler && self.is_writable() && !self.jobs.write {
             self.start_write(fabric, rng);
         }
-        self.announce_if_consumed(fabric, rng);
+        self.announce_if_full(fabric, rng);
         if self.progress() != before {
             self.mark_if_ready();
         }
@@ -381,7 +385,7 @@ impl Side {
             fabric.deregister(large);
         }
         self.send_answers(fabric, rng);
-        self.announce_if_consumed(fabric, rng);
+        self.announce_if_full(fabric, rng);
         if std::mem::take(&mut self.refused) {
             self.mark_if_ready();
         }
@@ -481,25 +485,36 @@ impl Side {
         done as u64
     }
 
-    /// Opens the next window, of whatever length, once the one before is used up.
-    fn announce_if_consumed(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
+    /// Opens the next window, of whatever length, once the one before is full: where it
+    /// was, if that was read, or in the other half of the memory.
+    fn announce_if_full(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
         if !self.session.is_established() || self.fate != Fate::Alive || self.ended {
             return;
         }
+        let most = self.plan.receive_bytes as u32;
         let length = match self.announcement_due.take() {
             Some(length) => length,
-            None if self.inbound.is_consumed() => {
-                let most = self.plan.receive_bytes as u32;
-                let length = if rng.u32(0..3) == 0 { rng.u32(0..=most) } else { most };
-                self.inbound.announce(Fabric::address(self.receive), length);
+            None if self.inbound.is_full() && self.inbound.is_other_free() => {
+                let stays = self.inbound.is_consumed() && rng.bool();
+                if !stays && (!self.inbound.is_consumed() && rng.bool()) {
+                    // The reader may come first.
+                    return;
+                }
+                self.receives_at = if stays { self.receives_at } else { most - self.receives_at };
+                let length = if rng.u32(0..3) == 0 { rng.u32(1..=most) } else { most };
+                self.inbound.announce(self.receive_address(), length);
                 length
             }
             None => return,
         };
-        let memory = Memory { address: Fabric::address(self.receive), length, rkey: self.receive };
+        let memory = Memory { address: self.receive_address(), length, rkey: self.receive };
         if !self.send_control(Message::RegisterXferMemory(memory), fabric, rng) {
             self.announcement_due = Some(length);
         }
+    }
+
+    fn receive_address(&self) -> u64 {
+        Fabric::address(self.receive) + u64::from(self.receives_at)
     }
 
     fn send_answers(&mut self, fabric: &mut Fabric, rng: &mut Rng) {

@@ -83,6 +83,10 @@ fn fill_windows(cell: &mut Cell) -> Result<()> {
     }
     ensure!(sizes.len() > 1, "the server's window never grew: {sizes:?}");
     cell.figure("the server's windows", format!("{sizes:?}"));
+    // A client that goes on at once has somewhere to write to.
+    let ahead = cell.info()?.number("rdma_windows_ahead")?;
+    ensure!(ahead > 0, "no window was announced before the one before was read");
+    cell.figure("windows announced ahead", ahead);
     Ok(())
 }
 
