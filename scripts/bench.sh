@@ -8,7 +8,7 @@
 #
 # What was measured is kept until the module changes: an interrupted benchmark goes on where
 # it was, and a SELECTOR measures cells of tests/bench/cells.toml alone: parts of their names
-# (get/64B/c50), or `memory`. Six turns are the default, and the fewest for 95 % intervals.
+# (get/64B/c50), or `memory`, `crowd`, `bare`. Six turns are the default, and the fewest for 95 % intervals.
 #
 # smoke takes a minute, looks only at whether all requests are served, and keeps nothing.
 #
@@ -38,6 +38,8 @@ main() {
     step "the software fabric" "$repo/scripts/softrdma.sh" true
     bench=${CARGO_TARGET_DIR:-$repo/target}/release/bench
     kept=$cache/bench
+    # Thousands of connections take a server as many descriptors.
+    ulimit -n "$(ulimit -Hn)"
     mkdir -p "$kept"
 
     passed=0 failed=0 skipped=0

@@ -148,7 +148,7 @@ part_clients() {
 
 part_bench() {
     part_clients
-    need_packages strace
+    need_packages strace perftest
 }
 
 # The sources whose headers scripts/abi-check.sh measures.

@@ -9,7 +9,7 @@ use crate::contender::Contender::{self, Ours, Tcp, Upstream};
 use crate::results::{Measured, Results};
 use crate::stats::BEHIND;
 use crate::table::{Cell, Size};
-use crate::words::bound;
+use crate::words::{bound, interval};
 
 /// The table of aims.
 pub fn table(results: &Results, cells: &[Cell]) -> Result<String> {
@@ -31,27 +31,20 @@ pub fn table(results: &Results, cells: &[Cell]) -> Result<String> {
     let at_once = if results.fabric == "vm" { 1.3 } else { 1.5 };
 
     let mut text = String::from("\n| aim | reached at worst | where |\n| --- | ---: | --- |\n");
-    let mut row = |aim: &str, worst: Option<(&Cell, f64)>| {
-        let (value, place) = worst
-            .map_or(("–".to_owned(), "no such cell".to_owned()), |(cell, value)| {
-                (format!("{value:.2}"), cell.to_string())
-            });
-        writeln!(text, "| {aim} | {value} | {place} |")
-    };
-    row(
+    text += &row(
         "CPU time for a request of 64 B, ours/C: at most 0.7",
         greatest(small().filter_map(|(cell, measured)| {
             Some((cell, measured.ratio(Ours, Upstream, |figures| figures.cpu)?.median))
         })),
-    )?;
-    row(
+    );
+    text += &row(
         "System calls for a request of 64 B, ours/C: at most 0.7",
         greatest(small().filter_map(|(cell, measured)| {
             let calls = |who| measured.system_calls(who);
             Some((cell, calls(Ours)? / calls(Upstream)?))
         })),
-    )?;
-    row(
+    );
+    text += &row(
         &format!(
             "Throughput at 64 B with 50 clients, ours/C, where the server and not the client is \
              what limits ours or C: at least {at_once}"
@@ -59,14 +52,42 @@ pub fn table(results: &Results, cells: &[Cell]) -> Result<String> {
         least(by_server.filter_map(|(cell, measured)| {
             Some((cell, measured.ratio(Ours, Upstream, |figures| figures.rate)?.median))
         })),
-    )?;
-    row("Throughput with I/O threads to that without, ours/TCP: at least 1", least(threaded))?;
+    );
+    text +=
+        &row("Throughput with I/O threads to that without, ours/TCP: at least 1", least(threaded));
     writeln!(text, "| Cells behind C, see below: 0 | {behind} | |")?;
     if let Some(Ok(bytes)) = results.idle.get(&500).and_then(|outcomes| outcomes.get(&Ours)) {
         let kib = bytes / 1024.0;
         writeln!(text, "| KiB for one of 500 idle connections: below 200 | {kib:.0} | |")?;
     }
+    for &connections in results.crowd.keys() {
+        if let Some((speed, resident)) = results.among(connections) {
+            let gib = resident.median / f64::from(1 << 30);
+            writeln!(
+                text,
+                "| Speed of the active ones among {connections} connections, to that alone: at \
+                 least 0.9 | {} | |\n| GiB resident with them: at most 4 | {gib:.2} | |",
+                interval(Some(speed))
+            )?;
+        }
+    }
+    if let Some(bare) = results.bare() {
+        let large = measured().filter(|(cell, _)| cell.size == Size(10 << 20) && cell.clients == 1);
+        let of_bare = large.filter_map(|(cell, measured)| {
+            let rate = measured.of(Ours, |figures| figures.rate)?.median;
+            Some((cell, rate * cell.size.0 as f64 / bare.median))
+        });
+        text += &row("10 MB by one client, to RDMA writes alone: at least 0.85", least(of_bare));
+    }
     Ok(text)
+}
+
+/// An aim, and the cell that is furthest from it.
+fn row(aim: &str, worst: Option<(&Cell, f64)>) -> String {
+    match worst {
+        Some((cell, value)) => format!("| {aim} | {value:.2} | {cell} |\n"),
+        None => format!("| {aim} | – | no such cell |\n"),
+    }
 }
 
 /// How much of its throughput a contender has with I/O threads.

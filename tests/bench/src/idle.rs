@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! Memory of idle connections: what is resident with them less what was without.
+//! Idle connections, and the memory that they take: what is resident with them less what was
+//! without.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -16,6 +17,62 @@ use crate::table::Pace;
 /// After the last connection, until the server has come to rest.
 const REST: Duration = Duration::from_secs(1);
 
+/// Connections of one client process, each of which takes it a handful of descriptors.
+const EACH: u32 = 2500;
+
+/// Connections that ask for nothing, and the processes that hold them.
+pub struct Idle {
+    holders: Vec<Process>,
+}
+
+impl Idle {
+    /// Makes so many connections to the server, and waits until they are there and at rest.
+    pub fn connect(
+        lab: &Lab,
+        limit: Duration,
+        contender: Contender,
+        connections: u32,
+        server: &Server,
+    ) -> Result<Self> {
+        let clients = || -> Result<u64> { server.info(limit)?.number("connected_clients") };
+        let before = clients()?;
+        let mut idle = Self { holders: Vec::new() };
+        let mut left = connections;
+        while left > 0 {
+            let some = left.min(EACH);
+            let mut command = contender.benchmark(lab, server);
+            command.args(["-I", "-c", &some.to_string()]);
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            idle.holders.push(Process::spawn(&mut command)?);
+            left -= some;
+        }
+        let deadline = Instant::now() + limit;
+        loop {
+            let there = clients()? - before;
+            if there >= u64::from(connections) {
+                break;
+            }
+            for holder in &mut idle.holders {
+                ensure!(
+                    holder.status()?.is_none() && Instant::now() < deadline,
+                    "{there} of {connections} connections within {} s",
+                    limit.as_secs()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        std::thread::sleep(REST);
+        let there = clients()? - before;
+        ensure!(there == u64::from(connections), "the idle connections did not last");
+        Ok(idle)
+    }
+
+    /// Ends them.
+    pub fn end(mut self) -> Result<()> {
+        self.holders.iter_mut().try_for_each(|holder| holder.end(Duration::from_secs(20)).map(drop))
+    }
+}
+
 /// Resident bytes for each of so many idle connections, in a server of their own.
 pub fn measure(
     lab: &Lab,
@@ -25,44 +82,23 @@ pub fn measure(
     folder: &Path,
 ) -> Result<f64> {
     let server = contender.start(lab, 1, folder)?;
-    let bytes = connect(lab, pace, contender, connections, &server);
+    let bytes = grown(lab, pace, contender, connections, &server);
     // A server that has died is a better explanation than what its clients say.
     end(server)?;
-    bytes
+    Ok(bytes? / f64::from(connections))
 }
 
-/// Makes the connections, and looks before and after.
-fn connect(
+/// By how many bytes the server grows.
+fn grown(
     lab: &Lab,
     pace: &Pace,
     contender: Contender,
     connections: u32,
     server: &Server,
 ) -> Result<f64> {
-    let clients = || -> Result<u64> { server.info(pace.limit())?.number("connected_clients") };
-    let wanted = clients()? + u64::from(connections);
     let before = server.resident()?;
-    let mut command = contender.benchmark(lab, server);
-    command.args(["-I", "-c", &connections.to_string()]);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut benchmark = Process::spawn(&mut command)?;
-    let deadline = Instant::now() + pace.limit();
-    loop {
-        let now = clients()?;
-        if now >= wanted {
-            break;
-        }
-        ensure!(
-            benchmark.status()?.is_none() && Instant::now() < deadline,
-            "{} of {connections} connections within {} s",
-            connections as u64 + now - wanted,
-            pace.limit().as_secs()
-        );
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    std::thread::sleep(REST);
-    ensure!(clients()? == wanted, "the idle connections did not last");
+    let idle = Idle::connect(lab, pace.limit(), contender, connections, server)?;
     let after = server.resident()?;
-    benchmark.end(Duration::from_secs(5))?;
-    Ok((after as f64 - before as f64) / f64::from(connections))
+    idle.end()?;
+    Ok(after as f64 - before as f64)
 }

@@ -113,6 +113,18 @@ impl<'a> Stage<'a> {
         Ok((std::fs::read_to_string(&stdout)?, seen))
     }
 
+    /// Measures once.
+    pub fn figures(&mut self, pace: &Pace) -> Result<Figures> {
+        let (warm_up, seconds) = (pace.warm_up.to_string(), pace.seconds.to_string());
+        let bound = ["--warmup", &warm_up, "--duration", &seconds];
+        let (printed, (cpu, server, client)) =
+            self.load(&bound, |stage, benchmark| watch(stage, benchmark, pace))?;
+        let [rate, p50, p99] = table(&printed)
+            .with_context(|| format!("valkey-benchmark said: {}", tail(&printed)))?;
+        ensure!(rate > 0.0, "no request was finished");
+        Ok(Figures { rate, p50, p99, cpu, server, client })
+    }
+
     /// Ends the server, which must be well and must have served nothing but hits.
     pub fn strike(self) -> Result<()> {
         let info = self.server.info(self.limit)?;
@@ -133,15 +145,9 @@ pub fn measure(
     folder: &Path,
 ) -> Result<Figures> {
     let mut stage = Stage::set(lab, pace, cell, contender, folder)?;
-    let (warm_up, seconds) = (pace.warm_up.to_string(), pace.seconds.to_string());
-    let bound = ["--warmup", &warm_up, "--duration", &seconds];
-    let (printed, (cpu, server, client)) =
-        stage.load(&bound, |stage, benchmark| watch(stage, benchmark, pace))?;
+    let figures = stage.figures(pace)?;
     stage.strike()?;
-    let [rate, p50, p99] =
-        table(&printed).with_context(|| format!("valkey-benchmark said: {}", tail(&printed)))?;
-    ensure!(rate > 0.0, "no request was finished");
-    Ok(Figures { rate, p50, p99, cpu, server, client })
+    Ok(figures)
 }
 
 /// Waits for the load to begin, and reads off both processes near the beginning and the end of

@@ -6,7 +6,9 @@
 //! failure: it is shown, counted, kept for the report, and does not stop the rest.
 
 mod aims;
+mod bare;
 mod contender;
+mod crowd;
 mod idle;
 mod load;
 mod machine;
@@ -63,7 +65,8 @@ struct Run {
     #[arg(long)]
     list: bool,
     /// Which cells: parts of their names, separated by `/`; `*` at the end of a part stands
-    /// for any rest. `memory` is the memory of idle connections.
+    /// for any rest. `memory` is the memory of idle connections, `crowd` active connections
+    /// among thousands of idle ones, `bare` what RDMA writes alone reach.
     selectors: Vec<String>,
 }
 
@@ -108,9 +111,12 @@ fn measure(options: &Run) -> Result<bool> {
             options.selectors.iter().any(|selector| cell.is_selected(selector))
         };
         table.cells.retain(chosen);
-        if !options.selectors.iter().any(|selector| selector == "memory") {
+        let named = |what: &str| options.selectors.iter().any(|selector| selector == what);
+        if !named("memory") {
             table.idle.clear();
         }
+        table.crowd = table.crowd.filter(|_| named("crowd"));
+        table.bare &= named("bare");
     }
     if options.list {
         table.cells.iter().for_each(|cell| println!("{cell}"));

@@ -179,6 +179,14 @@ impl Page<'_> {
                 }
             }
         }
+        let crowds = self.results.crowd.values().flat_map(BTreeMap::values);
+        let bare = self.results.bare.values();
+        for why in crowds.filter_map(|turn| turn.as_ref().err()).take(1) {
+            writeln!(lines, "- active connections among idle ones: {}", one_line(why))?;
+        }
+        for why in bare.filter_map(|turn| turn.as_ref().err()).take(1) {
+            writeln!(lines, "- RDMA writes alone: {}", one_line(why))?;
+        }
         for (connections, outcomes) in &self.results.idle {
             for (who, outcome) in outcomes {
                 if let Err(why) = outcome {
@@ -261,6 +269,25 @@ impl Page<'_> {
                 write!(text, " | {shown}")?;
             }
             *text += " |\n";
+        }
+        for &connections in self.results.crowd.keys() {
+            if let Some((speed, resident)) = self.results.among(connections) {
+                write!(
+                    text,
+                    "\nWith {connections} connections, most of them idle, {:.2} GiB of the server \
+                     are resident, and the active ones are at {} of their speed alone.\n",
+                    resident.median / f64::from(1 << 30),
+                    interval(Some(speed))
+                )?;
+            }
+        }
+        if let Some(bare) = self.results.bare() {
+            let mb = bare.median / 1e6;
+            write!(
+                text,
+                "\nRDMA writes of 1 MiB alone, each after the one before (perftest's \
+                 `ib_write_bw`), move {mb:.0} MB/s between two processes.\n"
+            )?;
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use cells::lab::Lab;
 use serde::{Deserialize, Serialize};
 
 use crate::contender::Contender;
+use crate::crowd::Among;
 use crate::load::Figures;
 use crate::machine::Machine;
 use crate::stats::{Estimate, estimate};
@@ -44,6 +45,12 @@ pub struct Results {
     pub cells: BTreeMap<String, Measured>,
     /// Bytes for each idle connection, by their number.
     pub idle: BTreeMap<u32, BTreeMap<Contender, Outcome<f64>>>,
+    /// A few active connections among many idle ones, by their number, by turn.
+    #[serde(default)]
+    pub crowd: BTreeMap<u32, BTreeMap<u32, Outcome<Among>>>,
+    /// Bytes in a second by RDMA writes alone, by turn.
+    #[serde(default)]
+    pub bare: BTreeMap<u32, Outcome<f64>>,
 }
 
 /// What was measured of a cell.
@@ -111,7 +118,23 @@ impl Results {
             wall: 0.0,
             cells: BTreeMap::new(),
             idle: BTreeMap::new(),
+            crowd: BTreeMap::new(),
+            bare: BTreeMap::new(),
         }
+    }
+
+    /// Of the active ones among so many connections: their speed, to that alone, and the
+    /// server's resident bytes.
+    pub fn among(&self, connections: u32) -> Option<(Estimate, Estimate)> {
+        let turns =
+            || self.crowd.get(&connections).into_iter().flat_map(BTreeMap::values).flatten();
+        let speed = estimate(turns().map(|turn| turn.among.rate / turn.alone.rate))?;
+        Some((speed, estimate(turns().map(|turn| turn.resident as f64))?))
+    }
+
+    /// What RDMA writes alone reach, in bytes a second.
+    pub fn bare(&self) -> Option<Estimate> {
+        estimate(self.bare.values().filter_map(|outcome| outcome.as_ref().ok().copied()))
     }
 
     /// Writes the file: at once whole, or not.
@@ -164,6 +187,8 @@ mod tests {
             wall: 1.5,
             cells: BTreeMap::new(),
             idle: BTreeMap::new(),
+            crowd: BTreeMap::new(),
+            bare: BTreeMap::new(),
         };
         let mut measured = Measured::default();
         measured.turns.insert(0, [(Ours, figures(7.0)), (Upstream, Err("hung".into()))].into());

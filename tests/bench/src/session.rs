@@ -11,8 +11,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::contender::Contender::{self, Ours, Tcp, Upstream};
 use crate::results::{Measured, Results};
 use crate::stats::Estimate;
-use crate::table::{Cell, Table};
-use crate::{idle, load, trace};
+use crate::table::{Cell, Crowd, Table};
+use crate::{bare, crowd, idle, load, trace};
 
 /// See the module's text.
 pub struct Session<'a> {
@@ -33,12 +33,12 @@ impl<'a> Session<'a> {
         results.commit = cells::report::commit(&lab.repo)?;
         results.date = cells::report::today()?;
         let who = Contender::ALL.len() as u64;
-        let steps = table.cells.len() as u64 * who * (u64::from(turns) + 1);
-        let progress = ProgressBar::new(steps + table.idle.len() as u64 * who).with_style(
-            ProgressStyle::with_template(
-                "{pos}/{len} runs, {elapsed} so far, about {eta} to go: {msg}",
-            )?,
-        );
+        let cells = table.cells.len() as u64 * who * (u64::from(turns) + 1);
+        let by_turn = u64::from(table.crowd.is_some()) + u64::from(table.bare);
+        let steps = cells + table.idle.len() as u64 * who + by_turn * u64::from(turns);
+        let progress = ProgressBar::new(steps).with_style(ProgressStyle::with_template(
+            "{pos}/{len} runs, {elapsed} so far, about {eta} to go: {msg}",
+        )?);
         progress.enable_steady_tick(Duration::from_secs(1));
         let saved = Instant::now();
         Ok(Self { lab, table, turns, results, progress, saved, folders: 0, passed: 0, failed: 0 })
@@ -48,6 +48,12 @@ impl<'a> Session<'a> {
     pub fn run(mut self) -> Result<bool> {
         for &connections in &self.table.idle {
             self.idle(connections)?;
+        }
+        if let Some(crowd) = self.table.crowd {
+            self.crowd(crowd)?;
+        }
+        if self.table.bare {
+            self.bare()?;
         }
         for cell in &self.table.cells {
             self.cell(cell)?;
@@ -84,6 +90,48 @@ impl<'a> Session<'a> {
             self.keep()?;
         }
         self.conclude(&format!("memory of {connections} idle connections"), shown, failures);
+        Ok(())
+    }
+
+    fn crowd(&mut self, crowd: Crowd) -> Result<()> {
+        let name = format!("{} active of {} connections", crowd.active, crowd.connections);
+        let mut failures = Vec::new();
+        for turn in 0..self.turns {
+            let known = self.results.crowd.entry(crowd.connections).or_default().get(&turn);
+            if matches!(known, Some(Ok(_))) {
+                self.progress.inc(1);
+                continue;
+            }
+            let folder = self.step(&format!("{name}, turn {}", turn + 1))?;
+            let outcome = crowd::measure(self.lab, &self.table.pace, crowd, &folder);
+            let outcome = outcome.map_err(|error| format!("{error:#}"));
+            failures.extend(outcome.as_ref().err().map(|why| format!("turn {}: {why}", turn + 1)));
+            self.results.crowd.entry(crowd.connections).or_default().insert(turn, outcome);
+            self.keep()?;
+        }
+        let shown = self.results.among(crowd.connections).map_or(Vec::new(), |(ratio, bytes)| {
+            let gib = bytes.median / f64::from(1 << 30);
+            vec![format!("{:.2} of the speed alone, {gib:.2} GiB resident", ratio.median)]
+        });
+        self.conclude(&name, shown, failures);
+        Ok(())
+    }
+
+    fn bare(&mut self) -> Result<()> {
+        let mut failures = Vec::new();
+        for turn in 0..self.turns {
+            if matches!(self.results.bare.get(&turn), Some(Ok(_))) {
+                self.progress.inc(1);
+                continue;
+            }
+            let folder = self.step(&format!("RDMA writes alone, turn {}", turn + 1))?;
+            let outcome = bare::measure(&folder).map_err(|error| format!("{error:#}"));
+            failures.extend(outcome.as_ref().err().map(|why| format!("turn {}: {why}", turn + 1)));
+            self.results.bare.insert(turn, outcome);
+            self.keep()?;
+        }
+        let shown = self.results.bare().map(|rate| format!("{:.0} MB/s", rate.median / 1e6));
+        self.conclude("RDMA writes alone", shown.into_iter().collect(), failures);
         Ok(())
     }
 

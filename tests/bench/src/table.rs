@@ -136,6 +136,24 @@ struct Memory {
     connections: Vec<u32>,
 }
 
+/// A few active connections among many idle ones.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Crowd {
+    /// All connections.
+    pub connections: u32,
+    /// Those that are active.
+    pub active: u32,
+    /// Where.
+    fabric: Fabric,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Bare {
+    fabric: Fabric,
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Smoke {
@@ -150,6 +168,8 @@ struct File {
     fabric: BTreeMap<String, Pace>,
     cells: Vec<Entry>,
     memory: Memory,
+    crowd: Crowd,
+    bare: Bare,
     smoke: Smoke,
 }
 
@@ -162,6 +182,10 @@ pub struct Table {
     pub cells: Vec<Cell>,
     /// Numbers of idle connections whose memory is measured.
     pub idle: Vec<u32>,
+    /// The few among many, if they are measured.
+    pub crowd: Option<Crowd>,
+    /// Whether RDMA writes alone are measured.
+    pub bare: bool,
 }
 
 /// Reads the part of the table that is for `fabric`; of a smoke test, the little that it takes.
@@ -188,7 +212,9 @@ pub fn read(text: &str, fabric: Fabric, smoke: bool) -> Result<Table> {
         pace = Pace { warm_up: 0, seconds: file.smoke.seconds, ..pace };
     }
     let idle = if smoke { file.smoke.connections } else { file.memory.connections };
-    Ok(Table { pace, cells, idle })
+    let crowd = Some(file.crowd).filter(|crowd| crowd.fabric == fabric && !smoke);
+    let bare = file.bare.fabric == fabric && !smoke;
+    Ok(Table { pace, cells, idle, crowd, bare })
 }
 
 fn expand(entry: &Entry, into: &mut Vec<Cell>) -> Result<()> {

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! A few active connections among thousands of idle ones: what all of them take, and whether
+//! the active ones are as fast as they were alone.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use cells::lab::Lab;
+use serde::{Deserialize, Serialize};
+
+use crate::contender::Contender;
+use crate::idle::Idle;
+use crate::load::{Figures, Stage};
+use crate::table::{Cell, Crowd, Pace, Size};
+
+/// All connections have to be there within so long.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// What one turn measured.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Among {
+    /// The server's resident bytes with the idle connections.
+    pub resident: u64,
+    /// The active ones before the idle ones came.
+    pub alone: Figures,
+    /// The active ones among the idle ones.
+    pub among: Figures,
+}
+
+/// Measures once, on one server: first without the idle connections, then with them.
+pub fn measure(lab: &Lab, pace: &Pace, crowd: Crowd, folder: &Path) -> Result<Among> {
+    let who = Contender::Ours;
+    let cell = Cell {
+        command: "get".into(),
+        size: Size(64),
+        clients: crowd.active,
+        pipeline: 1,
+        io_threads: 1,
+        seconds: None,
+    };
+    let mut stage = Stage::set(lab, pace, &cell, who, folder)?;
+    // The server watches no descriptor whose number is beyond maxclients and some, and the
+    // software fabric takes two for each connection beside the server's one.
+    let maxclients = (3 * crowd.connections + 500).to_string();
+    let set = stage.server.tcp(LIMIT)?.words(&format!("CONFIG SET maxclients {maxclients}"))?;
+    ensure!(set.text() == "OK", "CONFIG SET maxclients {maxclients}: {set}");
+    let alone = stage.figures(pace)?;
+    let idle = Idle::connect(lab, LIMIT, who, crowd.connections - crowd.active, &stage.server)?;
+    let resident = stage.server.resident()?;
+    let among = stage.figures(pace)?;
+    idle.end()?;
+    stage.strike()?;
+    Ok(Among { resident, alone, among })
+}
