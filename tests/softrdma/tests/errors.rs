@@ -66,6 +66,30 @@ fn a_range_beyond_the_region_is_refused_and_nothing_is_written() {
     refused(&p, wr, IBV_WC_REM_ACCESS_ERR, None);
 }
 
+/// Who sees a flush may hang up at once, and who hears of that looks for its completions
+/// only once more.
+#[test]
+fn a_refusal_arrives_before_the_flush_is_seen() {
+    let p = Pair::default();
+    assert_eq!(p.server.recv(100, &[p.server.sge(0, 16)]), 0);
+    p.server.arm(false);
+    // Nobody can raise another event: who completes the first flush stops there.
+    let (fd, full) = (p.server.channel_fd(), u64::MAX - 1);
+    // SAFETY: eight bytes from a u64.
+    assert_eq!(unsafe { libc::write(fd, (&raw const full).cast(), 8) }, 8);
+    assert_eq!(p.client.post(Wr::write(7, &[p.client.sge(0, 8)], p.server.addr(0), 1)), 0);
+    let end = Instant::now() + Duration::from_secs(2);
+    let mut refused = None;
+    while refused.is_none() && Instant::now() < end {
+        refused = p.client.try_poll();
+    }
+    let mut one = 0u64;
+    // SAFETY: eight bytes into a u64.
+    assert_eq!(unsafe { libc::read(fd, (&raw mut one).cast(), 8) }, 8);
+    p.server.fails(100, IBV_WC_WR_FLUSH_ERR);
+    assert_eq!(refused.map(|wc| wc.status), Some(IBV_WC_REM_ACCESS_ERR));
+}
+
 #[test]
 fn a_right_that_the_region_lacks_is_refused() {
     let p = with_access(1);

@@ -406,6 +406,11 @@ impl Qp {
             return;
         }
         self.set_state(inner, ERR);
+        // The other side first: who sees the flush may hang up at once, and what the
+        // other side was refused must have reached it by then.
+        if let Some(link) = self.link.get() {
+            link.close();
+        }
         inner.sent = 0;
         inner.sending = None;
         while let Some(work) = inner.sq.pop_front() {
@@ -416,9 +421,6 @@ impl Qp {
         }
         while let Some(recv) = inner.rq.pop_front() {
             self.fail_recv(recv.wr_id, ibv_wc_status::IBV_WC_WR_FLUSH_ERR);
-        }
-        if let Some(link) = self.link.get() {
-            link.close();
         }
         if self.srq.is_some() {
             self.notify(ibv_event_type::IBV_EVENT_QP_LAST_WQE_REACHED);
