@@ -8,6 +8,7 @@ use common::*;
 use rdma_sys::ibv_event_type::*;
 use rdma_sys::ibv_qp_state::*;
 use rdma_sys::ibv_wc_status::*;
+use rdma_sys::rdma_cm_event_type::*;
 use rdma_sys::*;
 use std::mem::zeroed;
 use std::time::{Duration, Instant};
@@ -66,28 +67,55 @@ fn a_range_beyond_the_region_is_refused_and_nothing_is_written() {
     refused(&p, wr, IBV_WC_REM_ACCESS_ERR, None);
 }
 
+/// Makes whoever raises the side's next completion event wait until [`let_go`].
+fn hold_up(side: &Side) {
+    side.arm(false);
+    let full = u64::MAX - 1;
+    // SAFETY: eight bytes from a u64.
+    assert_eq!(unsafe { libc::write(side.channel_fd(), (&raw const full).cast(), 8) }, 8);
+}
+
+fn let_go(side: &Side) {
+    let mut one = 0u64;
+    // SAFETY: eight bytes into a u64.
+    assert_eq!(unsafe { libc::read(side.channel_fd(), (&raw mut one).cast(), 8) }, 8);
+}
+
 /// Who sees a flush may hang up at once, and who hears of that looks for its completions
 /// only once more.
 #[test]
 fn a_refusal_arrives_before_the_flush_is_seen() {
     let p = Pair::default();
     assert_eq!(p.server.recv(100, &[p.server.sge(0, 16)]), 0);
-    p.server.arm(false);
-    // Nobody can raise another event: who completes the first flush stops there.
-    let (fd, full) = (p.server.channel_fd(), u64::MAX - 1);
-    // SAFETY: eight bytes from a u64.
-    assert_eq!(unsafe { libc::write(fd, (&raw const full).cast(), 8) }, 8);
+    hold_up(&p.server);
     assert_eq!(p.client.post(Wr::write(7, &[p.client.sge(0, 8)], p.server.addr(0), 1)), 0);
     let end = Instant::now() + Duration::from_secs(2);
     let mut refused = None;
     while refused.is_none() && Instant::now() < end {
         refused = p.client.try_poll();
     }
-    let mut one = 0u64;
-    // SAFETY: eight bytes into a u64.
-    assert_eq!(unsafe { libc::read(fd, (&raw mut one).cast(), 8) }, 8);
+    let_go(&p.server);
     p.server.fails(100, IBV_WC_WR_FLUSH_ERR);
     assert_eq!(refused.map(|wc| wc.status), Some(IBV_WC_REM_ACCESS_ERR));
+}
+
+#[test]
+fn what_another_thread_is_about_to_complete_comes_before_the_hanging_up() {
+    let p = Pair::default();
+    hold_up(&p.client);
+    let unknown = ibv_sge { lkey: 1, ..p.client.sge(0, 8) };
+    let early = std::thread::scope(|scope| {
+        scope.spawn(|| p.client.post(Wr::send(7, &[unknown])));
+        std::thread::sleep(Duration::from_millis(100));
+        p.server.disconnect();
+        let early = p.client_cm.try_event(Duration::from_millis(200));
+        let_go(&p.client);
+        early
+    });
+    assert!(early.is_none(), "{early:?} before the completion");
+    p.client_cm.expect(RDMA_CM_EVENT_DISCONNECTED);
+    let failed = p.client.try_poll().map(|wc| (wc.wr_id, wc.status));
+    assert_eq!(failed, Some((7, IBV_WC_LOC_PROT_ERR)));
 }
 
 #[test]

@@ -615,6 +615,13 @@ impl CmId {
     // Messages and the end, on the progress thread.
 
     pub fn message(&self, message: Message) {
+        // What came before the hanging up is completed before that is told, whichever
+        // thread is at it: an adapter needs none of the application's.
+        if message.kind == kind::DREQ
+            && let Some(qp) = self.qp_object()
+        {
+            qp.progress();
+        }
         let mut inner = self.inner.lock().unwrap();
         let event = match (message.kind, inner.state) {
             (kind::REP, State::Connecting) => {
