@@ -53,8 +53,10 @@ const CONTROL_SLOTS_AT: usize = RECEIVE_SLOTS as usize * MESSAGE_LEN;
 const STAGING_AT: usize = CONTROL_SLOTS_AT + CONTROL_SLOTS as usize * MESSAGE_LEN;
 /// Staging memory that every endpoint has.
 const SMALL_STAGING: usize = CONTROL_BYTES - STAGING_AT;
-/// Staging memory of an endpoint that had a larger reply to send.
-const LARGE_STAGING: usize = 1024 * 1024;
+/// Staging memory of an endpoint that had more to send, by steps: all of it is written to
+/// in turn, so more than is needed is memory that no cache holds. The last is the window of
+/// the usual client, who is to get all of it at once.
+const LARGER_STAGING: [usize; 3] = [64 * 1024, 192 * 1024, 1024 * 1024];
 /// Most bytes of one work request: the device sends one piece while the next is copied.
 const PIECE: usize = 256 * 1024;
 
@@ -126,7 +128,9 @@ struct Receive {
 struct Outgoing {
     window: Announcement,
     used: u32,
-    large: Option<Region>,
+    /// Larger staging memory: the last is in use. Work requests in flight may read from
+    /// those before, so they are kept until nothing is.
+    larger: Vec<Region>,
 }
 
 /// What belongs to the main thread.
@@ -540,33 +544,36 @@ impl Endpoint {
 
     /// Start and local key of the present staging memory.
     fn staging(&self, writer: &Writer<'_, Outgoing>) -> (*mut u8, u32) {
-        match &writer.large {
+        match writer.larger.last() {
             Some(region) => (region.start(), region.local_key()),
             // SAFETY: inside the control region.
             None => (unsafe { self.control.start().add(STAGING_AT) }, self.control.local_key()),
         }
     }
 
-    /// Gets the large staging memory if the small one does not do for `wanted` bytes.
+    /// Gets larger staging memory if what is free does not do for `wanted` bytes: twice as
+    /// much, so that one half is sent while the other is copied to.
     fn enlarge_staging(&self, writer: &mut Writer<'_, Outgoing>, wanted: usize) {
-        if writer.large.is_some() || wanted <= writer.free() {
+        if wanted <= writer.free() {
             return;
         }
-        let length = LARGE_STAGING.min(writer.window.length as usize);
-        if length <= SMALL_STAGING {
+        let [.., most] = LARGER_STAGING;
+        let step = LARGER_STAGING.into_iter().find(|step| *step >= 2 * wanted).unwrap_or(most);
+        let length = step.min(writer.window.length as usize);
+        if length <= writer.capacity() {
             return;
         }
         match Region::new(&self.domain, length, Access::Local) {
             Ok(region) => {
                 writer.install(region.length());
-                writer.large = Some(region);
+                writer.larger.push(region);
             }
             // Slower but right with what there is.
             Err(error) => log::debug!("connection of {}: {error}", self.peer_text()),
         }
     }
 
-    /// Gives the large staging memory back, and the second receive buffer, if nothing was
+    /// Gives larger staging memory back, and the second receive buffer, if nothing was
     /// written for two ticks of the slow clock and nothing is in flight. Main thread.
     pub fn shrink_if_idle(&self) {
         let quiet = self.is_quiet();
@@ -578,8 +585,9 @@ impl Endpoint {
         drop(own);
         if quiet
             && let Some(mut writer) = self.ledger.idle_writer()
-            && writer.large.take().is_some()
+            && !writer.larger.is_empty()
         {
+            writer.larger.clear();
             writer.install(SMALL_STAGING);
         }
     }

@@ -658,7 +658,7 @@ fn run(cell: &mut Cell, attacks: &[Attack]) -> Result<()> {
         // A witness, an attacker and a newcomer at a time, one of them with a large reply.
         let peak = cell.info()?.number("rdma_registered_peak_bytes")?;
         ensure!(
-            peak <= 3 * ((1 << 20) + (16 << 10)) + (1 << 20),
+            peak <= 3 * ((1 << 20) + (16 << 10)) + (5 << 18),
             "{peak} bytes were registered at one time"
         );
         cell.figure("most bytes registered", peak);

@@ -19,6 +19,7 @@ use crate::lab::LOOPBACK;
 
 pub const CASES: &[Case] = &[
     Case::new("rdma-clients", clients),
+    Case::new("reply-memory", reply_memory),
     Case::new("rdma-stats", stats).with(|settings| {
         settings.arguments.push("max-handshakes=1".to_owned());
         settings.arguments.push("max-registered=64m".to_owned());
@@ -188,6 +189,41 @@ fn clients(cell: &mut Cell) -> Result<()> {
     settle(cell)?;
     ensure!(cell.tcp()?.words("RDMA.CLIENTS")?.elements().is_empty(), "clients after the last");
     cell.moved(0, value.len());
+    Ok(())
+}
+
+/// That a connection has staging memory by the size of its replies, and gives it back.
+fn reply_memory(cell: &mut Cell) -> Result<()> {
+    const MOST: u64 = 5 << 18;
+    let mut client = cell.rdma()?;
+    let (_, address) = identity(&mut client)?;
+    let staging = |cell: &Cell| wait_for(cell, address, "nothing")?.number("staging-buffer");
+    let small = staging(cell)?;
+    let before = cell.info()?.number("rdma_registered_bytes")?;
+    let mut seen = vec![small];
+    // The server writes what it has in as many pieces as it likes, so a bound is all there is.
+    for (length, most) in
+        [(1000, small), (16_000, 64 << 10), (60_000, 192 << 10), (8 << 20, 1 << 20)]
+    {
+        let value = pattern::value(length, length as usize);
+        cell.tcp()?.command(&[b"SET", b"key", &value])?;
+        for _ in 0..3 {
+            let read = client.command(&[b"GET", b"key"])?;
+            ensure!(read == Value::Bulk(value.clone()), "{length} bytes came back changed");
+        }
+        cell.moved(0, 3 * value.len());
+        let now = staging(cell)?;
+        ensure!(now <= most, "{now} bytes of staging memory for replies of {length} bytes");
+        seen.push(now);
+    }
+    ensure!(seen.last() > seen.first(), "the staging memory never grew");
+    let registered = cell.info()?.number("rdma_registered_bytes")?;
+    ensure!(registered <= before + MOST, "{registered} bytes registered, {before} before");
+    cell.wait_info("the memory to be given back", |info| {
+        Ok(info.number("rdma_registered_bytes")? <= before)
+    })?;
+    ensure!(staging(cell)? == small, "other staging memory than at first");
+    cell.figure("staging memory", format!("{seen:?}"));
     Ok(())
 }
 
