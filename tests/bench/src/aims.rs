@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! What is aimed at, beside what was reached: of each aim the cell that is furthest from it.
 
-use std::fmt::Write;
+use std::collections::BTreeMap;
+use std::fmt::{self, Write};
 
 use anyhow::Result;
 
@@ -9,85 +10,181 @@ use crate::contender::Contender::{self, Ours, Tcp, Upstream};
 use crate::results::{Measured, Results};
 use crate::stats::BEHIND;
 use crate::table::{Cell, Size};
-use crate::words::{bound, interval};
+use crate::words::bound;
 
-/// The table of aims.
-pub fn table(results: &Results, cells: &[Cell]) -> Result<String> {
-    let measured =
-        || cells.iter().filter_map(|cell| Some((cell, results.cells.get(&cell.to_string())?)));
-    let small = || measured().filter(|(cell, _)| cell.size == Size(64));
-    let by_server = small().filter(|(cell, measured)| {
-        cell.clients == 50 && [Ours, Upstream].iter().any(|&who| bound(measured, who) == "server")
-    });
-    let threaded = measured().filter_map(|(cell, with)| {
-        let without = Cell { io_threads: 1, ..cell.clone() };
-        let gain = |who| gain(with, results.cells.get(&without.to_string())?, who);
-        (cell.io_threads > 1).then(|| Some((cell, gain(Ours)? / gain(Tcp)?))).flatten()
-    });
-    let behind = measured()
-        .filter_map(|(_, measured)| measured.ratio(Ours, Upstream, |figures| figures.rate))
-        .filter(|ratio| ratio.is_surely_below(BEHIND))
-        .count();
-    let at_once = if results.fabric == "vm" { 1.3 } else { 1.5 };
+/// How an aim is judged.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Goal {
+    Most(f64),
+    Least(f64),
+}
 
-    let mut text = String::from("\n| aim | reached at worst | where |\n| --- | ---: | --- |\n");
-    text += &row(
-        "CPU time for a request of 64 B, ours/C: at most 0.7",
-        greatest(small().filter_map(|(cell, measured)| {
-            Some((cell, measured.ratio(Ours, Upstream, |figures| figures.cpu)?.median))
-        })),
-    );
-    text += &row(
-        "System calls for a request of 64 B, ours/C: at most 0.7",
-        greatest(small().filter_map(|(cell, measured)| {
-            let calls = |who| measured.system_calls(who);
-            Some((cell, calls(Ours)? / calls(Upstream)?))
-        })),
-    );
-    text += &row(
-        &format!(
-            "Throughput at 64 B with 50 clients, ours/C, where the server and not the client is \
-             what limits ours or C: at least {at_once}"
-        ),
-        least(by_server.filter_map(|(cell, measured)| {
-            Some((cell, measured.ratio(Ours, Upstream, |figures| figures.rate)?.median))
-        })),
-    );
-    text +=
-        &row("Throughput with I/O threads to that without, ours/TCP: at least 1", least(threaded));
-    writeln!(text, "| Cells behind C, see below: 0 | {behind} | |")?;
-    if let Some(Ok(bytes)) = results.idle.get(&500).and_then(|outcomes| outcomes.get(&Ours)) {
-        let kib = bytes / 1024.0;
-        writeln!(text, "| KiB for one of 500 idle connections: below 200 | {kib:.0} | |")?;
-    }
-    for &connections in results.crowd.keys() {
-        if let Some((speed, resident)) = results.among(connections) {
-            let gib = resident.median / f64::from(1 << 30);
-            writeln!(
-                text,
-                "| Speed of the active ones among {connections} connections, to that alone: at \
-                 least 0.9 | {} | |\n| GiB resident with them: at most 4 | {gib:.2} | |",
-                interval(Some(speed))
-            )?;
+use Goal::{Least, Most};
+
+impl Goal {
+    fn is_met(self, value: f64) -> bool {
+        match self {
+            Most(most) => value <= most,
+            Least(least) => value >= least,
         }
     }
-    if let Some(bare) = results.bare() {
-        let large = measured().filter(|(cell, _)| cell.size == Size(10 << 20) && cell.clients == 1);
-        let of_bare = large.filter_map(|(cell, measured)| {
-            let rate = measured.of(Ours, |figures| figures.rate)?.median;
-            Some((cell, rate * cell.size.0 as f64 / bare.median))
-        });
-        text += &row("10 MB by one client, to RDMA writes alone: at least 0.85", least(of_bare));
+
+    /// Of several values the one that is furthest from it.
+    fn worst(self, values: impl Iterator<Item = (String, f64)>) -> Option<(String, f64)> {
+        match self {
+            Most(_) => values.max_by(|a, b| a.1.total_cmp(&b.1)),
+            Least(_) => values.min_by(|a, b| a.1.total_cmp(&b.1)),
+        }
+    }
+}
+
+impl fmt::Display for Goal {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Most(most) => write!(out, "at most {most}"),
+            Least(least) => write!(out, "at least {least}"),
+        }
+    }
+}
+
+/// One aim.
+struct Aim {
+    /// By which `tests/bench/reasons.toml` says why it is not reached.
+    key: &'static str,
+    text: String,
+    goal: Goal,
+    /// Where the worst value is, and it.
+    worst: Option<(String, f64)>,
+}
+
+impl Aim {
+    fn is_met(&self) -> bool {
+        self.worst.as_ref().is_some_and(|(_, value)| self.goal.is_met(*value))
+    }
+}
+
+/// The table of aims, and why some are not reached.
+pub fn table(
+    results: &Results,
+    cells: &[Cell],
+    reasons: &BTreeMap<String, String>,
+) -> Result<String> {
+    let aims = aims(results, cells);
+    let mut text =
+        String::from("\n| aim | goal | reached at worst | where |\n| --- | --- | ---: | --- |\n");
+    for aim in &aims {
+        let (place, value) = match &aim.worst {
+            Some((place, value)) if aim.is_met() => (place.as_str(), format!("{value:.2}")),
+            Some((place, value)) => (place.as_str(), format!("**{value:.2}**")),
+            None => ("no such cell", "–".to_owned()),
+        };
+        writeln!(text, "| {} | {} | {value} | {place} |", aim.text, aim.goal)?;
+    }
+    let short: Vec<&Aim> = aims.iter().filter(|aim| !aim.is_met()).collect();
+    if !short.is_empty() {
+        text += "\nWhat is short of its goal, and why:\n\n";
+    }
+    for aim in short {
+        let why = reasons.get(aim.key).map_or("not explained yet", String::as_str);
+        writeln!(text, "- {}: {why}", aim.text)?;
     }
     Ok(text)
 }
 
-/// An aim, and the cell that is furthest from it.
-fn row(aim: &str, worst: Option<(&Cell, f64)>) -> String {
-    match worst {
-        Some((cell, value)) => format!("| {aim} | {value:.2} | {cell} |\n"),
-        None => format!("| {aim} | – | no such cell |\n"),
+fn aims(results: &Results, cells: &[Cell]) -> Vec<Aim> {
+    let measured =
+        || cells.iter().filter_map(|cell| Some((cell, results.cells.get(&cell.to_string())?)));
+    let small = || measured().filter(|(cell, _)| cell.size == Size(64));
+    let mut aims = Vec::new();
+    let mut aim = |key, text: &str, goal: Goal, values: &mut dyn Iterator<Item = (String, f64)>| {
+        aims.push(Aim { key, text: text.to_owned(), goal, worst: goal.worst(values) });
+    };
+
+    aim(
+        "cpu",
+        "CPU time for a request of 64 B, ours/C",
+        Most(0.7),
+        &mut small().filter_map(|(cell, measured)| {
+            let ratio = measured.ratio(Ours, Upstream, |figures| figures.cpu)?;
+            Some((cell.to_string(), ratio.median))
+        }),
+    );
+    aim(
+        "system-calls",
+        "System calls for a request of 64 B, ours/C",
+        Most(0.7),
+        &mut small().filter_map(|(cell, measured)| {
+            let calls = |who| measured.system_calls(who);
+            Some((cell.to_string(), calls(Ours)? / calls(Upstream)?))
+        }),
+    );
+    aim(
+        "throughput",
+        "Throughput at 64 B with 50 clients, ours/C, where the server and not the client is what \
+         limits ours or C",
+        Least(if results.fabric == "vm" { 1.3 } else { 1.5 }),
+        &mut small()
+            .filter(|(cell, measured)| {
+                cell.clients == 50
+                    && [Ours, Upstream].iter().any(|&who| bound(measured, who) == "server")
+            })
+            .filter_map(|(cell, measured)| {
+                let ratio = measured.ratio(Ours, Upstream, |figures| figures.rate)?;
+                Some((cell.to_string(), ratio.median))
+            }),
+    );
+    aim(
+        "io-threads",
+        "Throughput with I/O threads to that without, ours/TCP",
+        Least(1.0),
+        &mut measured().filter(|(cell, _)| cell.io_threads > 1).filter_map(|(cell, with)| {
+            let without = Cell { io_threads: 1, ..cell.clone() };
+            let gain = |who| gain(with, results.cells.get(&without.to_string())?, who);
+            Some((cell.to_string(), gain(Ours)? / gain(Tcp)?))
+        }),
+    );
+    let behind = measured()
+        .filter_map(|(_, measured)| measured.ratio(Ours, Upstream, |figures| figures.rate))
+        .filter(|ratio| ratio.is_surely_below(BEHIND))
+        .count();
+    let all = format!("{} cells", measured().count());
+    aim("behind", "Cells behind C, see below", Most(0.0), &mut [(all, behind as f64)].into_iter());
+    aim(
+        "memory",
+        "KiB for an idle connection",
+        Most(200.0),
+        &mut results
+            .idle
+            .get(&500)
+            .and_then(|all| all.get(&Ours)?.as_ref().ok())
+            .map(|bytes| ("500 of them".to_owned(), bytes / 1024.0))
+            .into_iter(),
+    );
+    for &connections in results.crowd.keys() {
+        let Some((speed, resident)) = results.among(connections) else { continue };
+        let place = format!("{connections} connections");
+        aim(
+            "crowd-speed",
+            "Speed of active connections among idle ones, to that alone",
+            Least(0.9),
+            &mut [(place.clone(), speed.median)].into_iter(),
+        );
+        let gib = resident.median / f64::from(1 << 30);
+        aim("crowd-memory", "GiB resident with them", Most(4.0), &mut [(place, gib)].into_iter());
     }
+    if let Some(bare) = results.bare() {
+        let large = measured().filter(|(cell, _)| cell.size == Size(10 << 20) && cell.clients == 1);
+        aim(
+            "bare",
+            "10 MB by one client, to RDMA writes alone",
+            Least(0.85),
+            &mut large.filter_map(|(cell, measured)| {
+                let rate = measured.of(Ours, |figures| figures.rate)?.median;
+                Some((cell.to_string(), rate * cell.size.0 as f64 / bare.median))
+            }),
+        );
+    }
+    aims
 }
 
 /// How much of its throughput a contender has with I/O threads.
@@ -96,10 +193,23 @@ fn gain(with: &Measured, without: &Measured, who: Contender) -> Option<f64> {
     Some(rate(with)? / rate(without)?)
 }
 
-fn least<'a>(values: impl Iterator<Item = (&'a Cell, f64)>) -> Option<(&'a Cell, f64)> {
-    values.min_by(|a, b| a.1.total_cmp(&b.1))
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn greatest<'a>(values: impl Iterator<Item = (&'a Cell, f64)>) -> Option<(&'a Cell, f64)> {
-    values.max_by(|a, b| a.1.total_cmp(&b.1))
+    #[test]
+    fn the_worst_is_what_is_furthest_from_the_goal() {
+        let values = || [("a", 0.5), ("b", 0.9), ("c", 0.6)].map(|(name, v)| (name.to_owned(), v));
+        assert_eq!(Most(0.7).worst(values().into_iter()), Some(("b".to_owned(), 0.9)));
+        assert_eq!(Least(0.7).worst(values().into_iter()), Some(("a".to_owned(), 0.5)));
+        assert_eq!(Least(0.7).worst(std::iter::empty()), None);
+    }
+
+    #[test]
+    fn a_goal_that_nothing_was_measured_for_is_not_reached() {
+        let aim = |worst| Aim { key: "cpu", text: String::new(), goal: Most(0.7), worst };
+        assert!(aim(Some((String::new(), 0.7))).is_met());
+        assert!(!aim(Some((String::new(), 0.71))).is_met());
+        assert!(!aim(None).is_met());
+    }
 }

@@ -78,7 +78,7 @@ struct Report {
     /// The table of cells.
     #[arg(long, default_value = "tests/bench/cells.toml")]
     cells: PathBuf,
-    /// Why cells fall behind.
+    /// Why cells fall behind, and goals are not reached.
     #[arg(long, default_value = "tests/bench/reasons.toml")]
     reasons: PathBuf,
     /// The report; its plots go into the folder of the same name without `.md`.

@@ -17,13 +17,13 @@ use crate::table::{self, Cell};
 use crate::words::{awake, bound, interval, one_line, rounded, show};
 use crate::{aims, plot};
 
-/// Why cells fall behind: by fabric, by cell.
+/// Why cells fall behind and goals are not reached: by fabric, by cell or goal.
 pub type Reasons = BTreeMap<String, BTreeMap<String, String>>;
 
 const INTRODUCTION: &str = "\
 # Performance
 
-Written by `scripts/bench.sh`; only the reasons under \"Behind\" are written by hand, in
+Written by `scripts/bench.sh`; only the reasons for what falls short are written by hand, in
 `tests/bench/reasons.toml`. Everybody can repeat it: `scripts/bench.sh all`.
 
 **ours** is this module, **C** upstream's module of the same release, **TCP** no module, over
@@ -75,7 +75,7 @@ impl Page<'_> {
     fn text(&self) -> Result<String> {
         let mut text = String::new();
         self.heading(&mut text)?;
-        text += &aims::table(self.results, &self.cells)?;
+        text += &aims::table(self.results, &self.cells, self.reasons)?;
         self.throughput(&mut text)?;
         self.behind(&mut text)?;
         self.failures(&mut text)?;
