@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! One RDMA connection: its queue pair, its memory, its windows.
+//!
+//! An endpoint outlives the server's `connection` on both sides: it exists while
+//! the handshake is going on, and it lingers while the last bytes are delivered.
+//! [`Endpoint::read`] and [`Endpoint::write`] may be called on any thread, one of
+//! each at a time; everything else is the main thread's.
+//!
+//! Memory of an endpoint: one *control* region (receive slots, slots for our own
+//! control messages, a little staging memory), one *receive* region that the peer
+//! may write to, which grows and shrinks with the traffic, and, once a write asks for
+//! it, a larger *staging* region. Each endpoint has a protection domain of its own, so
+//! that no peer can use a key of another's.
+//!
+//! Here is what it consists of and what becomes of it. What the peer writes is in
+//! `receiving`, what is written to it in `sending`, messages of either side in `control`.
+
+mod control;
+mod receiving;
+mod sending;
+
+use super::growth;
+use super::hub::Hub;
+use super::key::Key;
+use super::status::Activity;
+use super::watchdog::Watch;
+use crate::host::{Connection, MainCell};
+use crate::metrics::{Counter, METRICS};
+use crate::session::{Millis, Session, Timing};
+use crate::verbs::Error;
+use crate::verbs::cm::{Device, Id, IdKey};
+use crate::verbs::memory::{self, Access, ProtectionDomain, Region};
+use crate::verbs::pair::QueuePair;
+pub use crate::window::Fate;
+use crate::window::{ReceiveWindow, SendLedger, SendWindow, SharedFate};
+use control::{CONTROL_BYTES, CONTROL_SLOTS, RECEIVE_SLOTS, SMALL_STAGING};
+pub use receiving::ReadOutcome;
+use receiving::Receive;
+use sending::Outgoing;
+pub use sending::WriteOutcome;
+use std::net::SocketAddr;
+use std::ptr;
+use std::rc::Rc;
+use std::sync::atomic::AtomicBool;
+
+/// Payload work requests that may be in flight.
+const PAYLOAD_DEPTH: usize = 32;
+/// Probes that may be in flight, with one to spare.
+const PROBES: u32 = 2;
+
+const SEND_DEPTH: u32 = PAYLOAD_DEPTH as u32 + CONTROL_SLOTS as u32 + PROBES;
+/// Completions that an endpoint can cause at a time.
+const ENTRIES: u32 = SEND_DEPTH + RECEIVE_SLOTS as u32;
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Endpoint {
+    // In the order in which things may be destroyed.
+    pair: QueuePair,
+    inbound: ReceiveWindow,
+    /// The regions behind `inbound`.
+    receive: MainCell<Receive>,
+    outbound: SendWindow,
+    ledger: SendLedger<Outgoing>,
+    control: Region,
+    fate: SharedFate,
+    /// The send queue refused a work request that it should have taken.
+    refused: AtomicBool,
+    activity: Activity,
+    key: Key,
+    peer: Option<SocketAddr>,
+    local: Option<SocketAddr>,
+    own: MainCell<Own>,
+    // Before the id: the kernel's id must not outlive what hangs on it.
+    domain: ProtectionDomain,
+    id: Id,
+    hub: MainCell<Rc<Hub>>,
+    reservation: usize,
+}
+
+/// What belongs to the main thread.
+#[derive(Debug)]
+pub struct Own {
+    pub session: Session,
+    /// The server's connection, unless it has none yet or none any more.
+    pub connection: *mut Connection,
+    /// Whether the endpoint is in the ready queue.
+    pub queued: bool,
+    /// Whether it was parked with something to do.
+    pub parked: bool,
+    /// Why it ends, once that is known.
+    pub reason: Option<Reason>,
+    /// The system's error number if it could not be established.
+    pub failure: i32,
+    /// Which gauge counts it.
+    pub(super) stage: Option<Stage>,
+    /// The server's number for the client, once there is one.
+    pub client: Option<u64>,
+    /// What the watchdog remembers.
+    pub watch: Watch,
+    free_control_slots: Vec<u16>,
+    announcement_due: bool,
+    /// `total_posted` at the last two ticks of the slow clock.
+    posted_before: [u64; 2],
+}
+
+/// Who or what ended a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    Client,
+    Server,
+    Violation,
+    Error,
+    Timeout,
+}
+
+/// Where a connection stands, as `INFO rdma` counts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    Handshaking,
+    Established,
+    Lingering,
+}
+
+impl Stage {
+    /// In a word.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Handshaking => "handshaking",
+            Self::Established => "established",
+            Self::Lingering => "lingering",
+        }
+    }
+
+    fn gauge(self) -> &'static Counter {
+        match self {
+            Self::Handshaking => &METRICS.connections_handshaking,
+            Self::Established => &METRICS.connections_established,
+            Self::Lingering => &METRICS.connections_lingering,
+        }
+    }
+}
+
+/// What an endpoint is made with.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    pub key: Key,
+    /// The largest that its receive buffer may be.
+    pub receive_bytes: u32,
+    pub timing: Timing,
+    pub now: Millis,
+}
+
+impl Endpoint {
+    /// Registers, on each device, as much memory as one connection needs, and gives it
+    /// back: so that a limit which admits no client shows before the first one comes.
+    ///
+    /// # Errors
+    /// In words, for the first device that refuses.
+    pub fn try_memory(receive_bytes: u32) -> Result<(), String> {
+        let mut result = Ok(());
+        Device::for_each(|device| {
+            let tried = memory::uncounted(|| {
+                let domain = ProtectionDomain::new(device)?;
+                let _control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
+                Region::new(&domain, receive_bytes as usize, Access::RemoteWrite).map(drop)
+            });
+            if let (Err(error), Ok(())) = (tried, &result) {
+                let bytes = CONTROL_BYTES + receive_bytes as usize;
+                result = Err(format!(
+                    "a connection needs {bytes} bytes of registered memory (rx-size and {} KiB), \
+                     but on {} the server {error}",
+                    CONTROL_BYTES / 1024,
+                    device.name(),
+                ));
+            }
+        });
+        result
+    }
+
+    /// Makes the endpoint of a connection request or of a resolved id.
+    ///
+    /// # Errors
+    /// The first of its parts that could not be had. The id goes with the attempt,
+    /// which refuses the request that it may stand for.
+    pub fn new(id: Id, hub: Rc<Hub>, plan: Plan) -> Result<Self, Error> {
+        let domain = ProtectionDomain::new(hub.device())?;
+        let control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
+        let first = growth::FIRST.min(plan.receive_bytes);
+        let region = Region::new(&domain, first as usize, Access::RemoteWrite)?;
+        let receive =
+            MainCell::new(Receive { region, other: None, since: None, most: plan.receive_bytes });
+        let (reservation, pair) = hub.reserve(ENTRIES, |queue| {
+            QueuePair::new(&id, &domain, queue, SEND_DEPTH, u32::from(RECEIVE_SLOTS))
+        })?;
+        let endpoint = Self {
+            pair,
+            inbound: ReceiveWindow::new(),
+            receive,
+            outbound: SendWindow::default(),
+            ledger: SendLedger::new(PAYLOAD_DEPTH, SMALL_STAGING, Outgoing::default()),
+            control,
+            fate: SharedFate::default(),
+            refused: AtomicBool::new(false),
+            activity: Activity::new(plan.now),
+            key: plan.key,
+            peer: id.peer_address(),
+            local: id.local_address(),
+            own: MainCell::new(Own {
+                session: Session::new(plan.timing, plan.now),
+                connection: ptr::null_mut(),
+                queued: false,
+                parked: false,
+                reason: None,
+                failure: libc::ECONNREFUSED,
+                stage: None,
+                client: None,
+                watch: Watch::new(plan.now),
+                free_control_slots: (0..CONTROL_SLOTS).collect(),
+                announcement_due: false,
+                posted_before: [0; 2],
+            }),
+            domain,
+            id,
+            hub: MainCell::new(hub),
+            reservation,
+        };
+        (0..RECEIVE_SLOTS).try_for_each(|slot| endpoint.post_receive(slot))?;
+        Ok(endpoint)
+    }
+
+    /// The endpoint's name in work requests.
+    pub fn key(&self) -> Key {
+        self.key
+    }
+
+    /// The connection manager id.
+    pub fn id(&self) -> &Id {
+        &self.id
+    }
+
+    /// The id's identity in events.
+    pub fn id_key(&self) -> IdKey {
+        self.id.key()
+    }
+
+    /// Address of the peer.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        self.peer
+    }
+
+    /// Our own address.
+    pub fn local(&self) -> Option<SocketAddr> {
+        self.local
+    }
+
+    /// The peer's address in words, for the log.
+    pub fn peer_text(&self) -> String {
+        self.peer.map_or_else(|| String::from("unknown address"), |peer| peer.to_string())
+    }
+
+    /// What belongs to the main thread.
+    #[track_caller]
+    pub fn own(&self) -> std::cell::RefMut<'_, Own> {
+        self.own.open()
+    }
+
+    /// Counts the endpoint in another gauge, or in none any more.
+    pub fn enter_stage(&self, stage: Option<Stage>) {
+        let before = std::mem::replace(&mut self.own().stage, stage);
+        if let Some(before) = before {
+            before.gauge().sub(1);
+        }
+        if let Some(stage) = stage {
+            stage.gauge().add(1);
+        }
+    }
+
+    /// What became of the peer; any thread.
+    pub fn fate(&self) -> Fate {
+        self.fate.get()
+    }
+
+    /// It gets no better: `Gone` after `Alive`, `Broken` after both.
+    pub fn worsen(&self, fate: Fate) {
+        self.fate.worsen(fate);
+    }
+
+    /// The send window, for the session.
+    pub fn outbound(&self) -> &SendWindow {
+        &self.outbound
+    }
+
+    /// The receive window, for the session.
+    pub fn inbound(&self) -> &ReceiveWindow {
+        &self.inbound
+    }
+
+    /// Whether one of the server's handlers has something to do. Main thread.
+    pub fn has_work(&self) -> bool {
+        let connection = self.own().connection;
+        if connection.is_null() {
+            return false;
+        }
+        // SAFETY: an endpoint's connection is live until the server closes it, which
+        // clears the pointer.
+        let (read, write) = unsafe { ((*connection).read_handler, (*connection).write_handler) };
+        (read.is_some() && self.is_readable()) || (write.is_some() && self.is_writable())
+    }
+
+    /// What the writer did.
+    pub fn activity(&self) -> &Activity {
+        &self.activity
+    }
+
+    /// The hub of its device. Main thread.
+    pub fn hub(&self) -> Rc<Hub> {
+        Rc::clone(&self.hub.open())
+    }
+
+    /// A number that grows with every byte read and work request posted.
+    pub fn progress(&self) -> u64 {
+        self.inbound.total_read().wrapping_add(self.ledger.total_posted())
+    }
+
+    /// The connection is established: makes an early peer's retries quick.
+    pub fn established(&self) {
+        if let Err(error) = self.pair.shorten_rnr_timer() {
+            log::debug!("connection of {}: {error}", self.peer_text());
+        }
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        // The queue pair goes right after this; until the completion queue was
+        // seen empty its entries stay reserved.
+        self.hub.open().release(self.reservation, ENTRIES);
+    }
+}

@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! What is written to the peer: the copy into staging memory, the work requests for it, and
+//! the memory itself.
+
+use super::control::{SMALL_STAGING, STAGING_AT};
+use super::{Endpoint, Fate};
+use crate::host::main_cell::is_main_thread;
+use crate::metrics::METRICS;
+use crate::transport::key::Work;
+use crate::transport::status::Shortage;
+use crate::verbs::Error;
+use crate::verbs::memory::{Access, Region};
+use crate::verbs::pair::{Slice, Target};
+use crate::window::{Announcement, Writer};
+use std::ptr;
+use std::sync::atomic::Ordering;
+
+/// Staging memory of an endpoint that had more to send, by steps: all of it is written to
+/// in turn, so more than is needed is memory that no cache holds. The last is the window of
+/// the usual client, who is to get all of it at once.
+const LARGER_STAGING: [usize; 3] = [64 * 1024, 192 * 1024, 1024 * 1024];
+/// Most bytes of one work request: the device sends one piece while the next is copied.
+const PIECE: usize = 256 * 1024;
+
+/// What a write came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WriteOutcome {
+    /// So many bytes were taken, at least one.
+    Bytes(usize),
+    /// No room at this moment; the write handler will be called when there is.
+    Again,
+    /// The connection is broken.
+    Broken,
+}
+
+/// What belongs to the writer, whoever that is at the moment.
+#[derive(Debug, Default)]
+pub(super) struct Outgoing {
+    window: Announcement,
+    used: u32,
+    /// Larger staging memory: the last is in use. Work requests in flight may read from
+    /// those before, so they are kept until nothing is.
+    larger: Vec<Region>,
+}
+
+impl Endpoint {
+    /// Whether the write handler has something to do.
+    pub fn is_writable(&self) -> bool {
+        match self.fate() {
+            Fate::Alive => {
+                self.outbound.has_room()
+                    && self.ledger.credit() > 0
+                    // Somebody who writes at this moment will be followed by an update.
+                    && self.ledger.writer().is_some_and(|mut writer| writer.free() > 0)
+            }
+            Fate::Gone | Fate::Broken => true,
+        }
+    }
+
+    /// Writes as much of `pieces` as the peer's window, the staging memory and the
+    /// send queue take, and returns at once. Any thread, one at a time.
+    ///
+    /// # Safety
+    /// Every piece is readable: its address, and its length in bytes.
+    pub unsafe fn write(&self, pieces: &[(*const u8, usize)]) -> WriteOutcome {
+        let total: usize = pieces.iter().map(|piece| piece.1).sum();
+        match self.fate() {
+            Fate::Alive => {}
+            // As a socket does after the peer's close: the commands that it sent
+            // before are all carried out, their replies have nowhere to go.
+            Fate::Gone => return WriteOutcome::Bytes(total),
+            Fate::Broken => return WriteOutcome::Broken,
+        }
+        let Some(mut writer) = self.ledger.writer() else {
+            return WriteOutcome::Again;
+        };
+        let mut source = Source { pieces, within: 0 };
+        let mut done = 0;
+        let mut shortage = Shortage::Staging;
+        while done < total {
+            if writer.used == writer.window.length {
+                let Some(window) = self.outbound.take() else {
+                    shortage = Shortage::Window;
+                    break;
+                };
+                writer.window = window;
+                writer.used = 0;
+            }
+            let room = (writer.window.length - writer.used) as usize;
+            let wanted = (total - done).min(room);
+            self.enlarge_staging(&mut writer, wanted);
+            let Some(chunk) = writer.chunk(wanted.min(PIECE)) else { break };
+            let staging = self.staging(&writer);
+            // SAFETY: the chunk lies in the staging memory and is nobody else's
+            // until its completion; the pieces are readable by the caller's promise.
+            unsafe { source.copy_to(staging.0.add(chunk.offset), chunk.length) };
+            let bytes = Slice {
+                // SAFETY: inside the staging memory.
+                address: unsafe { staging.0.add(chunk.offset) } as u64,
+                length: chunk.length as u32,
+                local_key: staging.1,
+            };
+            let target = Target {
+                address: writer.window.address + u64::from(writer.used),
+                rkey: writer.window.rkey,
+            };
+            writer.used += chunk.length as u32;
+            self.outbound.publish_left(writer.window.length - writer.used);
+            let (sequence, signalled) = writer.enter(chunk.length);
+            let work_request = self.key.work_request(Work::Payload(sequence));
+            if let Err(error) = self.pair.post_write(work_request, bytes, target, signalled) {
+                writer.take_back(chunk.length);
+                writer.used -= chunk.length as u32;
+                self.outbound.publish_left(writer.window.length - writer.used);
+                if error.errno == libc::ENOMEM {
+                    // A full send queue is no error: the clock looks again.
+                    self.refused.store(true, Ordering::Relaxed);
+                    break;
+                }
+                log::debug!("connection of {}: {error}", self.peer_text());
+                self.worsen(Fate::Gone);
+                break;
+            }
+            done += chunk.length;
+        }
+        drop(writer);
+        let main = is_main_thread();
+        if done > 0 {
+            self.activity.wrote(done as u64);
+        }
+        if done < total {
+            self.activity.hold_back(shortage);
+            if main { &METRICS.short_writes_main } else { &METRICS.short_writes_io }.add(1);
+        }
+        if done == 0 {
+            return if total == 0 { WriteOutcome::Bytes(0) } else { WriteOutcome::Again };
+        }
+        METRICS.bytes_sent.add(done as u64);
+        if main { &METRICS.writes_main } else { &METRICS.writes_io }.add(1);
+        WriteOutcome::Bytes(done)
+    }
+
+    /// Start and local key of the present staging memory.
+    fn staging(&self, writer: &Writer<'_, Outgoing>) -> (*mut u8, u32) {
+        match writer.larger.last() {
+            Some(region) => (region.start(), region.local_key()),
+            // SAFETY: inside the control region.
+            None => (unsafe { self.control.start().add(STAGING_AT) }, self.control.local_key()),
+        }
+    }
+
+    /// Gets larger staging memory if what is free does not do for `wanted` bytes: twice as
+    /// much, so that one half is sent while the other is copied to.
+    fn enlarge_staging(&self, writer: &mut Writer<'_, Outgoing>, wanted: usize) {
+        if wanted <= writer.free() {
+            return;
+        }
+        let [.., most] = LARGER_STAGING;
+        let step = LARGER_STAGING.into_iter().find(|step| *step >= 2 * wanted).unwrap_or(most);
+        let length = step.min(writer.window.length as usize);
+        if length <= writer.capacity() {
+            return;
+        }
+        match Region::new(&self.domain, length, Access::Local) {
+            Ok(region) => {
+                writer.install(region.length());
+                writer.larger.push(region);
+            }
+            // Slower but right with what there is.
+            Err(error) => log::debug!("connection of {}: {error}", self.peer_text()),
+        }
+    }
+
+    /// Bytes of staging memory, unless somebody writes at this moment.
+    pub fn staging_bytes(&self) -> Option<usize> {
+        self.ledger.writer().map(|mut writer| writer.capacity())
+    }
+
+    /// Gives larger staging memory back, and the second receive buffer, if nothing was
+    /// written for two ticks of the slow clock and nothing is in flight. Main thread.
+    pub fn shrink_if_idle(&self) {
+        let quiet = self.is_quiet();
+        if quiet && self.inbound.is_other_free() {
+            self.receive.open().other = None;
+        }
+        let mut own = self.own();
+        own.posted_before = [self.ledger.total_posted(), own.posted_before[0]];
+        drop(own);
+        if quiet
+            && let Some(mut writer) = self.ledger.idle_writer()
+            && !writer.larger.is_empty()
+        {
+            writer.larger.clear();
+            writer.install(SMALL_STAGING);
+        }
+    }
+
+    /// Whether nothing was written for at least one tick of the slow clock.
+    pub fn is_quiet(&self) -> bool {
+        let posted = self.ledger.total_posted();
+        self.own().posted_before == [posted; 2]
+    }
+
+    /// Payload writes that are not known to have arrived.
+    pub fn writes_in_flight(&self) -> u64 {
+        self.ledger.in_flight()
+    }
+
+    /// Payload up to and without `sequence` has arrived.
+    pub fn payload_completed(&self, sequence: u32) {
+        self.ledger.retire(sequence);
+    }
+
+    /// Whether every payload that was posted is known to have arrived.
+    pub fn is_delivered(&self) -> bool {
+        self.ledger.is_idle()
+    }
+
+    /// Whether a work request was refused since the last call, so that no completion
+    /// may be on its way that would bring the writer back.
+    pub fn take_refused(&self) -> bool {
+        self.refused.swap(false, Ordering::Relaxed)
+    }
+
+    /// Posts a probe; `false` if somebody is writing at this moment. Main thread.
+    ///
+    /// # Errors
+    /// If the queue pair does not take it.
+    pub fn post_probe(&self) -> Result<bool, Error> {
+        // With the writer's lock: a payload that has its number already, but is not
+        // posted yet, would otherwise be taken for one that the probe came after.
+        let Some(writer) = self.ledger.writer() else { return Ok(false) };
+        let sequence = writer.next_sequence();
+        self.pair.post_probe(self.key.work_request(Work::Probe(sequence)))?;
+        drop(writer);
+        METRICS.probes.add(1);
+        Ok(true)
+    }
+}
+
+/// Bytes to send, in pieces.
+struct Source<'a> {
+    pieces: &'a [(*const u8, usize)],
+    /// Bytes of the first piece that were copied already.
+    within: usize,
+}
+
+impl Source<'_> {
+    /// Copies the next `length` bytes, of which there must be as many.
+    ///
+    /// # Safety
+    /// The pieces are readable, `to` is writable for `length` bytes.
+    unsafe fn copy_to(&mut self, mut to: *mut u8, mut length: usize) {
+        while length > 0 {
+            let (start, size) = self.pieces[0];
+            let count = (size - self.within).min(length);
+            // SAFETY: by the caller's promise; the two never overlap, one is ours.
+            unsafe {
+                ptr::copy_nonoverlapping(start.add(self.within), to, count);
+                to = to.add(count);
+            }
+            length -= count;
+            self.within += count;
+            if self.within == size {
+                self.pieces = &self.pieces[1..];
+                self.within = 0;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_joined_in_order_whatever_the_steps() {
+        let text = b"one two three";
+        let pieces: Vec<_> = [&text[..3], &text[3..3], &text[3..8], &text[8..]]
+            .iter()
+            .map(|piece| (piece.as_ptr(), piece.len()))
+            .collect();
+        for step in 1..=text.len() {
+            let mut source = Source { pieces: &pieces, within: 0 };
+            let mut out = vec![0_u8; text.len()];
+            let mut at = 0;
+            while at < text.len() {
+                let count = step.min(text.len() - at);
+                // SAFETY: `out` holds as many bytes as the pieces.
+                unsafe { source.copy_to(out.as_mut_ptr().add(at), count) };
+                at += count;
+            }
+            assert_eq!(out, text);
+        }
+    }
+}

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! What completed, one after the other: which endpoint it is of, and what follows from it.
+
+use super::Poller;
+use crate::metrics::METRICS;
+use crate::session::{Reaction, Violation};
+use crate::transport::clock;
+use crate::transport::endpoint::{Endpoint, Fate, Reason};
+use crate::transport::guard::guard_endpoint;
+use crate::transport::hub::{Hub, Progress, Which};
+use crate::transport::key::{Key, Work};
+use crate::transport::pace::Nanos;
+use crate::verbs::completion::{Completion, Outcome};
+use log::Level;
+use std::cell::Cell;
+use std::sync::Arc;
+
+impl Poller {
+    /// Takes what completed on a hub, and looks until `deadline` if that is nothing. Returns
+    /// whether there was something.
+    pub(super) fn wait_for_completions(&self, hub: &Hub, deadline: Nanos) -> bool {
+        loop {
+            if self.take_completions(hub, Which::All) > 0 {
+                METRICS.waits_fruitful.add(1);
+                return true;
+            }
+            if deadline == 0 || clock::nanos() >= deadline {
+                METRICS.waits_fruitless.add(1);
+                return false;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Returns how many there were.
+    pub(super) fn take_completions(&self, hub: &Hub, which: Which) -> u64 {
+        let count = Cell::new(0);
+        let progress = hub.poll(which, |completion| {
+            count.set(count.get() + 1);
+            self.complete(completion);
+        });
+        METRICS.completions.add(count.get());
+        METRICS.completions_at_once_most.raise(count.get());
+        match progress {
+            Ok(Progress::Empty) => {}
+            Ok(Progress::More) => *self.unfinished.open() = true,
+            Err(error) => {
+                let what = format!("device {}: {error}; its connections end", hub.name());
+                self.say_trouble(Level::Error, &what);
+                for endpoint in self.endpoints() {
+                    if endpoint.id().device() == Some(hub.device()) {
+                        self.lose(&endpoint, Fate::Gone, Reason::Error);
+                    }
+                }
+            }
+        }
+        count.get()
+    }
+
+    /// One completion.
+    fn complete(&self, completion: Completion) {
+        let Some((key, work)) = Key::parse(completion.work_request) else { return };
+        // A connection that is gone may still have completions on their way.
+        let Some(endpoint) = self.find(key) else { return };
+        guard_endpoint("one completion", &endpoint, || {
+            self.complete_work(&endpoint, work, completion.outcome);
+        });
+    }
+
+    fn complete_work(&self, endpoint: &Arc<Endpoint>, work: Work, outcome: Outcome) {
+        match outcome {
+            Outcome::Failed(status) if matches!(work, Work::Receive(_)) && status.is_too_long() => {
+                self.violate(endpoint, Violation::TooLong);
+            }
+            Outcome::Failed(status) => {
+                if !status.is_flush() {
+                    METRICS.failed(status.failure());
+                }
+                if endpoint.fate() == Fate::Alive {
+                    let why = if status.is_flush() {
+                        // Nothing of ours failed: the device refused what the peer tried.
+                        String::from("an access that it has no right to, or the device failed")
+                    } else {
+                        format!("{} ({work:?})", status.text())
+                    };
+                    self.say_lost(endpoint, &why);
+                }
+                self.lose(endpoint, Fate::Gone, Reason::Error);
+            }
+            Outcome::Unexpected(code) => self.violate(endpoint, Violation::Operation(code)),
+            Outcome::Received(length) => {
+                let Work::Receive(slot) = work else { return };
+                self.receive_message(endpoint, slot, length);
+            }
+            Outcome::Immediate(count) => {
+                let Work::Receive(slot) = work else { return };
+                let now = clock::now();
+                let result = endpoint.own().session.immediate(count, endpoint.inbound(), now);
+                match result {
+                    Ok(()) => {
+                        self.post_again(endpoint, slot);
+                        // The sooner the better: the peer has nowhere to write to.
+                        self.attempt(endpoint, endpoint.announce_if_full());
+                    }
+                    Err(violation) => self.violate(endpoint, violation),
+                }
+                self.mark_if_ready(endpoint);
+            }
+            Outcome::Sent => match work {
+                Work::Payload(sequence) => {
+                    endpoint.payload_completed((sequence + 1) & 0x00ff_ffff);
+                    endpoint.own().session.heard(clock::now());
+                    self.mark_if_ready(endpoint);
+                }
+                Work::Probe(sequence) => {
+                    endpoint.payload_completed(sequence);
+                    endpoint.own().session.probe_completed(clock::now());
+                    self.mark_if_ready(endpoint);
+                }
+                Work::Control(slot) => {
+                    endpoint.control_completed(slot);
+                    self.attempt(endpoint, endpoint.send_answers());
+                    self.attempt(endpoint, endpoint.announce_if_full());
+                }
+                Work::Receive(_) => {}
+            },
+        }
+    }
+
+    fn receive_message(&self, endpoint: &Arc<Endpoint>, slot: u16, length: u32) {
+        let bytes = endpoint.received(slot, length);
+        let reaction =
+            endpoint.own().session.message(&bytes, slot, endpoint.outbound(), clock::now());
+        match reaction {
+            Ok(Reaction::Nothing) => self.post_again(endpoint, slot),
+            Ok(Reaction::WindowOpened) => {
+                METRICS.windows_sent.add(1);
+                endpoint.activity().window_opened();
+                self.post_again(endpoint, slot);
+                if endpoint.own().session.handshake_completed_by_window() {
+                    self.mark_ready(endpoint);
+                }
+                self.mark_if_ready(endpoint);
+            }
+            Ok(Reaction::AnswerDue) => self.attempt(endpoint, endpoint.send_answers()),
+            Err(violation) => self.violate(endpoint, violation),
+        }
+    }
+
+    fn post_again(&self, endpoint: &Arc<Endpoint>, slot: u16) {
+        if endpoint.fate() == Fate::Alive {
+            self.attempt(endpoint, endpoint.post_receive(slot));
+        }
+    }
+}

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! What befalls connections, and how they end: by a word of the connection manager, of the
+//! server or of a failure, with a line in the log, and their removal.
+
+use super::Poller;
+use crate::metrics::METRICS;
+use crate::session::Violation;
+use crate::transport::endpoint::{Endpoint, Fate, Reason, Stage};
+use crate::transport::hub::Which;
+use crate::transport::{clock, outgoing};
+use crate::verbs::Error;
+use crate::verbs::cm::{Event, EventKind};
+use log::Level;
+use std::sync::Arc;
+
+impl Poller {
+    /// What happened to a connection, or to one that is being opened.
+    pub(super) fn connection_event(&self, event: Event) {
+        let found = self.registry.open().find_by_id(&event.id);
+        let Some(endpoint) = found else {
+            outgoing::event(event);
+            return;
+        };
+        match event.kind {
+            EventKind::Established => {
+                endpoint.established();
+                let complete = endpoint.own().session.establish();
+                self.attempt(&endpoint, endpoint.announce_if_full());
+                if complete {
+                    self.mark_ready(&endpoint);
+                }
+            }
+            EventKind::Disconnected | EventKind::TimewaitExit => {
+                // What it sent before it left is still to be read.
+                let hubs = self.hubs.open().clone();
+                for hub in &hubs {
+                    self.take_completions(hub, Which::All);
+                }
+                endpoint.own().reason.get_or_insert(Reason::Client);
+                self.lose(&endpoint, Fate::Gone, Reason::Client);
+            }
+            EventKind::Failed | EventKind::Rejected => {
+                let why = format!("it could not be established (status {})", event.status);
+                // Negative statuses are error numbers, others a peer's reasons to reject.
+                if event.status < 0 {
+                    endpoint.own().failure = -event.status;
+                }
+                self.say_lost(&endpoint, &why);
+                self.lose(&endpoint, Fate::Gone, Reason::Error);
+            }
+            EventKind::DeviceRemoval => {
+                let what = format!("device of the connection of {} removed", endpoint.peer_text());
+                self.say_trouble(Level::Warn, &what);
+                self.lose(&endpoint, Fate::Gone, Reason::Error);
+            }
+            EventKind::AddressChange => {
+                let what = format!("address of the connection of {} changed", endpoint.peer_text());
+                self.say_trouble(Level::Info, &what);
+            }
+            EventKind::AddressResolved
+            | EventKind::RouteResolved
+            | EventKind::ConnectRequest
+            | EventKind::Other => {}
+        }
+    }
+
+    /// Disconnects and frees an endpoint that no connection of the server has any more.
+    pub fn remove(&self, endpoint: Arc<Endpoint>, reason: Reason) {
+        if !self.registry.open().remove(endpoint.key(), &endpoint.id_key()) {
+            return;
+        }
+        let reason = endpoint.own().reason.unwrap_or(reason);
+        match reason {
+            Reason::Client => &METRICS.ended_by_client,
+            Reason::Server => &METRICS.ended_by_server,
+            Reason::Violation => &METRICS.ended_by_violation,
+            Reason::Error => &METRICS.ended_by_error,
+            Reason::Timeout => &METRICS.ended_by_timeout,
+        }
+        .add(1);
+        endpoint.enter_stage(None);
+        endpoint.id().disconnect();
+    }
+
+    /// Removes the endpoints that were given up since the last time.
+    pub(super) fn remove_doomed(&self) {
+        let doomed = std::mem::take(&mut *self.doomed.open());
+        for key in doomed {
+            if let Some(endpoint) = self.find(key) {
+                self.remove(endpoint, Reason::Error);
+            }
+        }
+    }
+
+    /// Ends the connection if something that it needs could not be posted.
+    pub fn attempt(&self, endpoint: &Arc<Endpoint>, result: Result<(), Error>) {
+        if let Err(error) = result {
+            log::debug!("connection of {}: {error}", endpoint.peer_text());
+            self.lose(endpoint, Fate::Gone, Reason::Error);
+        }
+    }
+
+    /// Says why a connection is lost, unless many are.
+    pub fn say_lost(&self, endpoint: &Endpoint, why: &str) {
+        if let Some(more) = self.losses.open().open(clock::now()) {
+            log::info!("connection of {} lost: {why}{more}", endpoint.peer_text());
+        }
+    }
+
+    /// Says what befell a device or an address, unless much does.
+    pub fn say_trouble(&self, level: log::Level, what: &str) {
+        if let Some(more) = self.troubles.open().open(clock::now()) {
+            log::log!(level, "{what}{more}");
+        }
+    }
+
+    /// The peer broke the protocol: that is said, and the connection is over.
+    pub(super) fn violate(&self, endpoint: &Arc<Endpoint>, violation: Violation) {
+        if endpoint.fate() != Fate::Broken {
+            METRICS.violated(&violation);
+            if let Some(more) = self.violations.open().open(clock::now()) {
+                let peer = endpoint.peer_text();
+                log::warn!("client {peer} broke the protocol: {violation}{more}");
+            }
+        }
+        self.lose(endpoint, Fate::Broken, Reason::Violation);
+    }
+
+    /// The connection is over for this reason; whoever has it is told.
+    pub fn lose(&self, endpoint: &Arc<Endpoint>, fate: Fate, reason: Reason) {
+        if fate > endpoint.fate() {
+            endpoint.worsen(fate);
+        }
+        let mut own = endpoint.own();
+        own.reason.get_or_insert(reason);
+        let orphan = own.connection.is_null();
+        drop(own);
+        if orphan {
+            // Not here: completions of this endpoint may stand further on in the batch.
+            self.doomed.open().push(endpoint.key());
+            if *self.passes.open() == 0 {
+                self.wake_loop();
+            }
+        } else {
+            self.mark_ready(endpoint);
+        }
+    }
+
+    /// The server closed the connection of `endpoint`: what it had written is still
+    /// delivered.
+    pub fn close(&self, endpoint: &Arc<Endpoint>) {
+        endpoint.enter_stage(Some(Stage::Lingering));
+        let quiet = endpoint.is_quiet() && endpoint.is_delivered();
+        let alive = endpoint.fate() == Fate::Alive;
+        {
+            let mut own = endpoint.own();
+            own.connection = std::ptr::null_mut();
+            own.watch.since = clock::now();
+            own.session.close(quiet || !alive, clock::now());
+            if alive {
+                own.reason.get_or_insert(Reason::Server);
+            }
+        }
+        if quiet || !alive {
+            self.doomed.open().push(endpoint.key());
+            if *self.passes.open() == 0 {
+                self.wake_loop();
+            }
+        } else {
+            clock::attend(endpoint);
+        }
+    }
+}

@@ -1,0 +1,390 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! Completions in, handlers called.
+//!
+//! The poller lives on the server's main thread and is the only one that takes
+//! completions. It works in *passes*: it takes what completed, marks the endpoints
+//! that have something to do as ready, and then serves each ready endpoint once.
+//!
+//! Serving calls the server's read handler at most once and its write handler at
+//! most once. With I/O threads a handler may do nothing but queue a job, so an
+//! endpoint that made no progress is *parked*: it leaves the queue until something
+//! wakes it, a completion, an `update_state` or a new handler. A handler is never
+//! called again just because bytes are left: that is what hangs a server whose
+//! main thread would have to collect the job first. In the same way a write that
+//! did not find room is resumed here, when a completion brought room, and nowhere
+//! else.
+//!
+//! Readiness is a level. Completions and calls of the server are the edges at
+//! which it is looked at, and an edge outside of a pass also wakes the event loop,
+//! since the server asks only once before it sleeps whether anything is pending.
+//!
+//! Here is when a pass takes place. What it finds is in `completions`, whom it calls in
+//! `serving`, how connections end in `endings`, and which there are in `registry`.
+
+mod completions;
+mod endings;
+mod registry;
+mod serving;
+
+use super::echoes::Echoes;
+use super::endpoint::{Endpoint, Plan, Stage};
+use super::guard::guard;
+use super::hub::{Hub, Which};
+use super::key::Key;
+use super::valve::Valve;
+use super::{Transport, clock};
+use crate::host::reply::Reply;
+use crate::host::{MainCell, api};
+use crate::metrics::METRICS;
+use crate::verbs::Error;
+use crate::verbs::cm::{Device, EventChannel, Id, IdKey};
+use log::Level;
+use registry::Registry;
+use std::collections::VecDeque;
+use std::ffi::{c_int, c_void};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// Connection manager events handled in one go, so that a storm of connects leaves
+/// the event loop its turn.
+const EVENTS_PER_GO: usize = 32;
+
+/// Lost connections that are logged in a minute; as many violations, and as many lines
+/// about devices and addresses.
+const LOSSES_PER_MINUTE: u32 = 30;
+
+/// See the module's text. Main thread only, all of it.
+#[derive(Debug)]
+pub struct Poller {
+    hubs: MainCell<Vec<Rc<Hub>>>,
+    registry: MainCell<Registry<IdKey, Arc<Endpoint>>>,
+    ready: MainCell<VecDeque<Key>>,
+    doomed: MainCell<Vec<Key>>,
+    /// Depth of passes: the server may call us back from inside a handler.
+    passes: MainCell<u32>,
+    /// Readable while something is ready that no pass will find by itself.
+    wake: OwnedFd,
+    awake: MainCell<bool>,
+    /// Connection manager events of all connections: an accepted connection
+    /// inherits its listener's channel and is moved here, so that closing the
+    /// listener does it no harm.
+    channel: EventChannel,
+    /// A hub had more completions than one pass takes.
+    unfinished: MainCell<bool>,
+    echoes: MainCell<Echoes>,
+    /// The endpoint whose connection the server accepts at this moment.
+    accepting: MainCell<Option<Arc<Endpoint>>>,
+    losses: MainCell<Valve>,
+    violations: MainCell<Valve>,
+    troubles: MainCell<Valve>,
+}
+
+// SAFETY: all fields are cells of the main thread or used on it alone; the event
+// channel's pointer does not leave it.
+unsafe impl Send for Poller {}
+// SAFETY: as above.
+unsafe impl Sync for Poller {}
+
+impl Poller {
+    /// A poller without endpoints, not watched yet.
+    ///
+    /// # Errors
+    /// If a descriptor can't be had, or the kernel has no RDMA connection manager.
+    pub fn new() -> Result<Self, Error> {
+        // SAFETY: no pointers.
+        let wake = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        if wake < 0 {
+            let errno = io::Error::last_os_error().raw_os_error().unwrap_or(0);
+            return Err(Error { action: "create an eventfd", errno });
+        }
+        Ok(Self {
+            hubs: MainCell::default(),
+            registry: MainCell::default(),
+            ready: MainCell::default(),
+            doomed: MainCell::default(),
+            passes: MainCell::default(),
+            // SAFETY: a new descriptor, nobody else's.
+            wake: unsafe { OwnedFd::from_raw_fd(wake) },
+            awake: MainCell::default(),
+            channel: EventChannel::new()?,
+            unfinished: MainCell::default(),
+            echoes: MainCell::default(),
+            accepting: MainCell::default(),
+            losses: MainCell::new(Valve::new(LOSSES_PER_MINUTE)),
+            violations: MainCell::new(Valve::new(LOSSES_PER_MINUTE)),
+            troubles: MainCell::new(Valve::new(LOSSES_PER_MINUTE)),
+        })
+    }
+
+    /// Registers with the event loop. `echoes` is the most descriptors that may fire
+    /// for one device beside its own.
+    pub fn watch(&self, echoes: usize) -> bool {
+        self.echoes.open().allow(echoes);
+        api::watch(self.wake.as_raw_fd(), on_wake, 0)
+            && api::watch(self.channel.fd(), on_connection_event, 0)
+    }
+
+    /// The channel of connection manager events of connections.
+    pub fn channel(&self) -> &EventChannel {
+        &self.channel
+    }
+
+    /// The hub of a device, opened if this is its first connection.
+    ///
+    /// # Errors
+    /// If the device can't be opened.
+    pub fn hub(&self, device: Device) -> Result<Rc<Hub>, Error> {
+        let mut hubs = self.hubs.open();
+        if let Some(hub) = hubs.iter().find(|hub| hub.device() == device) {
+            return Ok(Rc::clone(hub));
+        }
+        let (vector, patience) = {
+            let settings = Transport::get().settings.open();
+            (settings.completion_vector, settings.busy_poll)
+        };
+        let hub = Rc::new(Hub::new(device, vector, patience * 1000)?);
+        if !api::watch(hub.fd(), on_completions, hubs.len()) {
+            return Err(Error { action: "watch the device's completions", errno: libc::ERANGE });
+        }
+        log::debug!("device {} opened", hub.name());
+        hubs.push(Rc::clone(&hub));
+        Ok(hub)
+    }
+
+    /// The devices that have or had connections, as `INFO rdma` shows them.
+    pub fn devices(&self) -> Vec<Reply> {
+        let endpoints = self.endpoints();
+        let hubs = self.hubs.open().clone();
+        let describe = |hub: &Rc<Hub>| {
+            let own = endpoints.iter().filter(|endpoint| Rc::ptr_eq(&endpoint.hub(), hub));
+            let mut ports: Vec<u8> = own.map(|endpoint| endpoint.id().port()).collect();
+            let connections = ports.len() as u64;
+            ports.sort_unstable();
+            ports.dedup();
+            hub.describe(&ports, connections)
+        };
+        hubs.iter().map(describe).collect()
+    }
+
+    /// Makes an endpoint for `id` and enters it.
+    ///
+    /// # Errors
+    /// If a part of it can't be had.
+    pub fn enter(&self, id: Id) -> Result<Arc<Endpoint>, Error> {
+        let transport = Transport::get();
+        let device = id.device().ok_or(Error { action: "find the device", errno: libc::ENODEV })?;
+        let hub = self.hub(device)?;
+        let key = self.registry.open().reserve();
+        let key = key.ok_or(Error { action: "enter an endpoint", errno: libc::EMFILE })?;
+        let (receive_bytes, timing) = {
+            let settings = transport.settings.open();
+            (settings.rx_size, settings.timing)
+        };
+        let plan = Plan { key, receive_bytes, timing, now: clock::now() };
+        match Endpoint::new(id, hub, plan) {
+            Ok(endpoint) => {
+                let endpoint = Arc::new(endpoint);
+                let (id, entry) = (endpoint.id_key(), Arc::clone(&endpoint));
+                self.registry.open().enter(key, id, entry);
+                endpoint.enter_stage(Some(Stage::Handshaking));
+                clock::attend(&endpoint);
+                Ok(endpoint)
+            }
+            Err(error) => {
+                self.registry.open().give_back(key);
+                Err(error)
+            }
+        }
+    }
+
+    /// The endpoint of a key, unless it is gone.
+    pub fn find(&self, key: Key) -> Option<Arc<Endpoint>> {
+        self.registry.open().find(key)
+    }
+
+    /// All endpoints there are.
+    pub fn endpoints(&self) -> Vec<Arc<Endpoint>> {
+        self.registry.open().all().cloned().collect()
+    }
+
+    /// How many endpoints there are.
+    pub fn count(&self) -> usize {
+        self.registry.open().count()
+    }
+
+    /// Connections in handshake at this moment.
+    pub fn handshakes(&self) -> u64 {
+        METRICS.connections_handshaking.get()
+    }
+
+    /// Begins a pass, which ends when the answer is dropped, by a panic too: who marks
+    /// an endpoint as ready meanwhile need not wake the event loop.
+    fn pass(&self) -> Pass<'_> {
+        *self.passes.open() += 1;
+        Pass(self)
+    }
+
+    fn wake_loop(&self) {
+        if !std::mem::replace(&mut *self.awake.open(), true) {
+            let one: u64 = 1;
+            // SAFETY: eight bytes from a u64. The counter can't overflow: it is
+            // written only when it was read since.
+            unsafe { libc::write(self.wake.as_raw_fd(), (&raw const one).cast(), 8) };
+        }
+    }
+
+    /// Whether completions wait that the last pass did not take.
+    pub fn is_behind(&self) -> bool {
+        *self.unfinished.open()
+    }
+
+    /// Whether the event loop must not sleep.
+    pub fn is_pending(&self) -> bool {
+        self.is_behind() || !self.ready.open().is_empty()
+    }
+
+    /// A pass over what is pending, before the server sleeps. Returns how many endpoints
+    /// were served.
+    pub fn run(&self) -> usize {
+        let _pass = self.pass();
+        let unfinished = std::mem::take(&mut *self.unfinished.open());
+        let hubs = self.hubs.open().len();
+        for index in 0..hubs {
+            let hub = Rc::clone(&self.hubs.open()[index]);
+            if !hub.is_armed() {
+                // First what is there, or the event would come at once.
+                let found = self.take_completions(&hub, Which::Fired) > 0;
+                hub.pace().looked_last(found);
+                self.arm(&hub);
+                self.take_completions(&hub, Which::Fired);
+            } else if unfinished {
+                self.take_completions(&hub, Which::Fired);
+            }
+        }
+        if self.is_pending() { self.serve_ready() } else { 0 }
+    }
+
+    /// A pass for the completions of one hub.
+    fn run_completions(&self, hub: &Rc<Hub>) {
+        let _pass = self.pass();
+        let patience = hub.pace().patience(clock::nanos());
+        let left = patience.is_some_and(|deadline| {
+            let found = self.wait_for_completions(hub, deadline);
+            hub.pace().looked(found, clock::nanos())
+        });
+        if !left {
+            // Not armed yet: what completes until the server sleeps is found then, and
+            // no event has to be made for it.
+            self.take_events(hub);
+            self.take_completions(hub, Which::Fired);
+        }
+        let busy = self.ready.open().len();
+        self.echoes.open().grow(hub.fd(), busy);
+        self.serve_ready();
+        hub.pace().passed(clock::nanos());
+    }
+
+    /// Lets go of descriptors that fire with a device's and were not needed since the
+    /// last call, or of all. Slow clock.
+    pub fn shrink_echoes(&self, all: bool) {
+        self.echoes.open().shrink(all);
+    }
+
+    /// Handles what happened to connections.
+    fn run_connection_events(&self) {
+        let _pass = self.pass();
+        for _ in 0..EVENTS_PER_GO {
+            match self.channel.next() {
+                Ok(Some(event)) => self.connection_event(event),
+                Ok(None) => break,
+                Err(error) => {
+                    self.say_trouble(Level::Warn, &error.to_string());
+                    break;
+                }
+            }
+        }
+        self.serve_ready();
+    }
+
+    /// Handles what happened to connections and what completed, without calling any
+    /// handler: for calls of the server that block, and for the clock. What became
+    /// ready is served in a pass afterwards.
+    pub fn run_quietly(&self) {
+        while let Ok(Some(event)) = self.channel.next() {
+            self.connection_event(event);
+        }
+        let hubs = self.hubs.open().clone();
+        for hub in hubs {
+            hub.doubt();
+            self.look_at(&hub);
+        }
+    }
+
+    /// Takes what completed on the queues of a hub that fired, without calling any handler.
+    fn look_at(&self, hub: &Hub) {
+        self.take_events(hub);
+        self.arm(hub);
+        self.take_completions(hub, Which::Fired);
+    }
+
+    fn take_events(&self, hub: &Hub) {
+        hub.take_events();
+        hub.pace().taken();
+    }
+
+    /// What completes from here on fires the descriptor again; what completed before is to
+    /// be taken now.
+    fn arm(&self, hub: &Hub) {
+        if let Err(error) = hub.arm() {
+            self.say_trouble(Level::Error, &format!("device {}: {error}", hub.name()));
+        }
+    }
+
+    /// The descriptors that become readable when [`run_quietly`](Self::run_quietly)
+    /// has something to do.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        let hubs = self.hubs.open();
+        std::iter::once(self.channel.fd()).chain(hubs.iter().map(|hub| hub.fd())).collect()
+    }
+
+    fn clear_wake(&self) {
+        *self.awake.open() = false;
+        let mut value: u64 = 0;
+        // SAFETY: eight bytes into a u64; an empty eventfd answers EAGAIN.
+        unsafe { libc::read(self.wake.as_raw_fd(), (&raw mut value).cast(), 8) };
+    }
+}
+
+/// A pass that is going on.
+struct Pass<'a>(&'a Poller);
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        *self.0.passes.open() -= 1;
+    }
+}
+
+unsafe extern "C" fn on_wake(_fd: c_int, _data: *mut c_void, _mask: c_int) {
+    guard("wake-up", (), || {
+        let poller = &Transport::get().poller;
+        poller.clear_wake();
+        let _pass = poller.pass();
+        poller.serve_ready();
+    });
+}
+
+unsafe extern "C" fn on_connection_event(_fd: c_int, _data: *mut c_void, _mask: c_int) {
+    guard("connection event", (), || Transport::get().poller.run_connection_events());
+}
+
+unsafe extern "C" fn on_completions(_fd: c_int, data: *mut c_void, _mask: c_int) {
+    guard("completion", (), || {
+        let poller = &Transport::get().poller;
+        let hub = poller.hubs.open().get(data as usize).cloned();
+        if let Some(hub) = hub {
+            poller.run_completions(&hub);
+        }
+    });
+}

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! The ready queue: endpoints that have something to do, and the calls of their handlers.
+
+use super::Poller;
+use crate::host::connection::State;
+use crate::metrics::METRICS;
+use crate::transport::Transport;
+use crate::transport::connection::{RdmaConnection, call_handler, has_write_barrier};
+use crate::transport::endpoint::{Endpoint, Fate, Reason, Stage};
+use crate::transport::guard::guard_endpoint;
+use crate::transport::{listener, outgoing};
+use std::ffi::CString;
+use std::sync::Arc;
+
+impl Poller {
+    /// The endpoint may have something to do: serves it in a pass to come, and sees
+    /// to it that one comes.
+    pub fn mark_ready(&self, endpoint: &Endpoint) {
+        {
+            let mut own = endpoint.own();
+            if own.queued {
+                return;
+            }
+            own.queued = true;
+            if std::mem::take(&mut own.parked) {
+                METRICS.woken.add(1);
+            }
+        }
+        #[cfg(feature = "test-panics")]
+        if crate::transport::panics::asked_for("mark_ready") {
+            // As the worst of faults would have it: queued, it believes, and it is not.
+            return;
+        }
+        self.ready.open().push_back(endpoint.key());
+        if *self.passes.open() == 0 {
+            self.wake_loop();
+        }
+    }
+
+    /// Marks the endpoint ready if one of its handlers has something to do.
+    pub fn mark_if_ready(&self, endpoint: &Endpoint) {
+        if endpoint.has_work() {
+            self.mark_ready(endpoint);
+        }
+    }
+
+    /// As [`mark_ready`](Self::mark_ready), whatever was noted of the endpoint and of the
+    /// event loop before. For the watchdog.
+    pub fn nudge(&self, endpoint: &Endpoint) {
+        endpoint.own().queued = false;
+        *self.awake.open() = false;
+        self.mark_ready(endpoint);
+    }
+
+    /// Serves every endpoint that is in the queue now, once.
+    pub(super) fn serve_ready(&self) -> usize {
+        METRICS.passes.add(1);
+        self.remove_doomed();
+        let count = self.ready.open().len();
+        let mut served = 0;
+        for _ in 0..count {
+            let Some(key) = self.ready.open().pop_front() else { break };
+            let Some(endpoint) = self.find(key) else { continue };
+            endpoint.own().queued = false;
+            guard_endpoint("one endpoint", &endpoint, || self.serve(&endpoint));
+            served += 1;
+        }
+        // What the handlers closed.
+        self.remove_doomed();
+        served
+    }
+
+    fn serve(&self, endpoint: &Arc<Endpoint>) {
+        let (connection, open) = {
+            let own = endpoint.own();
+            (own.connection, own.session.is_open())
+        };
+        if connection.is_null() {
+            if open {
+                self.hand_over(endpoint);
+            }
+            return;
+        }
+        // SAFETY: live, see `mark_if_ready`.
+        if unsafe { (*connection).state() } == State::Connecting {
+            if open || endpoint.fate() != Fate::Alive {
+                outgoing::finish(endpoint);
+            }
+            return;
+        }
+        let before = endpoint.progress();
+        // SAFETY: as above.
+        let write_first = unsafe { has_write_barrier(connection) };
+        let mut steps = [Self::call_read, Self::call_write];
+        if write_first {
+            steps.reverse();
+        }
+        for step in steps {
+            step(self, endpoint);
+            if endpoint.own().connection.is_null() {
+                return;
+            }
+        }
+        self.attempt(endpoint, endpoint.announce_if_full());
+        if endpoint.has_work() {
+            if endpoint.progress() != before {
+                self.mark_ready(endpoint);
+            } else {
+                endpoint.own().parked = true;
+                METRICS.parked.add(1);
+            }
+        }
+    }
+
+    fn call_read(&self, endpoint: &Arc<Endpoint>) {
+        loop {
+            let connection = endpoint.own().connection;
+            if connection.is_null() || !endpoint.is_readable() {
+                return;
+            }
+            // SAFETY: live, see `mark_if_ready`; no cell is open during the call.
+            unsafe {
+                let base = &*connection;
+                let handler = match (base.read_handler, endpoint.fate()) {
+                    (None, Fate::Alive) => return,
+                    // Nobody reads: let the writer find out.
+                    (None, _) => {
+                        base.set_state(State::Closed);
+                        base.write_handler
+                    }
+                    (handler, _) => handler,
+                };
+                if handler.is_none() || !call_handler(connection, handler) {
+                    return;
+                }
+            }
+            // The test feature brings back what this transport exists to avoid.
+            if cfg!(not(feature = "test-no-deferral")) {
+                return;
+            }
+        }
+    }
+
+    fn call_write(&self, endpoint: &Arc<Endpoint>) {
+        let connection = endpoint.own().connection;
+        if connection.is_null() {
+            return;
+        }
+        // SAFETY: live, see `mark_if_ready`; no cell is open during the call.
+        unsafe {
+            let handler = (*connection).write_handler;
+            if handler.is_some() && endpoint.is_writable() {
+                let main = crate::host::main_cell::is_main_thread();
+                if main { &METRICS.resumptions_main } else { &METRICS.resumptions_io }.add(1);
+                call_handler(connection, handler);
+            }
+        }
+    }
+
+    /// The handshake is complete: makes the endpoint a connection of the server.
+    fn hand_over(&self, endpoint: &Arc<Endpoint>) {
+        let transport = Transport::get();
+        let connection = RdmaConnection::create(transport.kind(), State::Accepting);
+        // SAFETY: just made, nobody else's yet.
+        unsafe {
+            if !(*connection).has_descriptor() {
+                listener::refused(&endpoint.peer_text(), "no descriptor left");
+                METRICS.refused_descriptors.add(1);
+                RdmaConnection::free(connection);
+                self.lose(endpoint, Fate::Gone, Reason::Server);
+                return;
+            }
+            (*connection).endpoint = Some(Arc::clone(endpoint));
+        }
+        endpoint.own().connection = connection.cast();
+        endpoint.enter_stage(Some(Stage::Established));
+        METRICS.connections_accepted.add(1);
+        let ip = endpoint.peer().map_or_else(String::new, |peer| peer.ip().to_string());
+        let ip = CString::new(ip).expect("an address has no NUL");
+        *self.accepting.open() = Some(Arc::clone(endpoint));
+        // SAFETY: of our type and accepting; the server only reads the text.
+        unsafe { transport.symbols.accept_common(connection.cast(), ip.as_ptr().cast_mut()) };
+        *self.accepting.open() = None;
+        self.mark_if_ready(endpoint);
+    }
+
+    /// The server has a new client, of whatever connection type.
+    pub fn client_connected(&self, client: u64) {
+        // The server says so while it accepts, so it is the one that is being accepted.
+        if let Some(endpoint) = self.accepting.open().take() {
+            endpoint.own().client = Some(client);
+        }
+    }
+}
