@@ -11,6 +11,7 @@ use crate::engine::{Source, Watch, engine};
 use crate::fault::{self, Point};
 use crate::link::Link;
 use crate::sys::{self, Fd};
+use crate::verbs::qp::Qp;
 use std::io::ErrorKind;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, Weak};
@@ -120,6 +121,12 @@ impl Connection {
         self.link.lock().unwrap().as_ref().map(|(link, _)| link.clone())
     }
 
+    /// The queue pair that uses the wire on this side, if there still is one.
+    fn qp(&self) -> Option<Arc<Qp>> {
+        let num = self.link.lock().unwrap().as_ref()?.1;
+        Qp::by_number(num)
+    }
+
     /// Which queue pair uses the wire on this side.
     pub fn set_qp(&self, qp_num: u32) {
         if let Some((_, num)) = self.link.lock().unwrap().as_mut() {
@@ -141,12 +148,12 @@ impl Connection {
 
     fn ended(self: &Arc<Self>) {
         self.unwatch();
-        let link = self.link.lock().unwrap().take();
-        if let Some((link, qp_num)) = link {
+        let qp = self.qp();
+        if let Some((link, _)) = self.link.lock().unwrap().take() {
             link.set_dead();
-            if let Some(qp) = crate::verbs::qp::Qp::by_number(qp_num) {
-                qp.link_down();
-            }
+        }
+        if let Some(qp) = qp {
+            qp.link_down();
         }
         if let Owner::Id(id) = &*self.owner.lock().unwrap()
             && let Some(id) = id.upgrade()
@@ -165,6 +172,13 @@ impl Connection {
                     && !link.meet(message.channel, fds)
                 {
                     return;
+                }
+                // What came before the hanging up is completed before that is told,
+                // whichever thread is at it: an adapter needs none of the application's.
+                if message.kind == message::kind::DREQ
+                    && let Some(qp) = self.qp()
+                {
+                    qp.progress();
                 }
                 if let Some(id) = id {
                     id.message(message);

@@ -524,6 +524,8 @@ impl CmId {
     pub fn has_qp(&self) -> bool {
         !self.qp().is_null()
     }
+    /// Its queue pair. In calls of the application only, whose part it is not to destroy
+    /// the queue pair meanwhile; the progress thread finds queue pairs by number.
     fn qp_object(&self) -> Option<Arc<Qp>> {
         let qp = self.qp();
         // SAFETY: set by rdma_create_qp, cleared before the queue pair goes.
@@ -615,13 +617,6 @@ impl CmId {
     // Messages and the end, on the progress thread.
 
     pub fn message(&self, message: Message) {
-        // What came before the hanging up is completed before that is told, whichever
-        // thread is at it: an adapter needs none of the application's.
-        if message.kind == kind::DREQ
-            && let Some(qp) = self.qp_object()
-        {
-            qp.progress();
-        }
         let mut inner = self.inner.lock().unwrap();
         let event = match (message.kind, inner.state) {
             (kind::REP, State::Connecting) => {
