@@ -111,17 +111,17 @@ both() {
     return "$status"
 }
 
-# patiently COMMAND… — again, up to five times in all, if the client was rejected because
+# patiently COMMAND… — again, up to thirty times in all, if the client was rejected because
 # nobody listened. With -R perftest's server closes its listener after a first connection
 # and listens anew for a second one, for which its client does not wait: a race between
 # the two that a busy machine may decide the wrong way.
 patiently() {
     local tries status rejected
-    for tries in 1 2 3 4 5; do
+    for ((tries = 1; tries <= 30; ++tries)); do
         status=0
         "$@" || status=$?
         rejected=$(grep -c 'RDMA_CM_EVENT_REJECTED; error: 8\.' "$work/client.out") || true
-        ((status && rejected == tries && tries < 5)) || return "$status"
+        ((status && rejected == tries && tries < 30)) || return "$status"
         echo "again: rejected before the server listened"
         ((port += 1))
     done
