@@ -501,6 +501,16 @@ unsafe extern "C" fn process_pending_data() -> c_int {
     })
 }
 
+/// Before the server gives an I/O thread a job, and, with 0, when it has collected it. 9.1
+/// also calls it from an I/O thread that parses. Says nothing about what that thread is at.
+unsafe extern "C" fn postpone_update_state(_connection: *mut Connection, jobs: c_int) {
+    guard("postpone_update_state", (), || {
+        if jobs != 0 && is_main_thread() && !in_child() {
+            Transport::get().poller.job_sent();
+        }
+    });
+}
+
 /// Main thread, after an I/O thread did something. Calls no handler: the server may
 /// be in the middle of its own loop over connections.
 unsafe extern "C" fn update_state(connection: *mut Connection) {
@@ -562,8 +572,7 @@ macro_rules! table {
             sync_readline: Some(sync_readline),
             has_pending_data: Some(has_pending_data),
             process_pending_data: Some(process_pending_data),
-            // A hint that a job is under way, which nothing here depends on.
-            postpone_update_state: None,
+            postpone_update_state: Some(postpone_update_state),
             update_state: Some(update_state),
             get_peer_cert: None,
             $($field: $value,)*

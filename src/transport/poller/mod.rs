@@ -73,6 +73,8 @@ pub struct Poller {
     channel: EventChannel,
     /// A hub had more completions than one pass takes.
     unfinished: MainCell<bool>,
+    /// The server gave an I/O thread a job since the last pass before its sleep began.
+    job_sent: MainCell<bool>,
     echoes: MainCell<Echoes>,
     /// The endpoint whose connection the server accepts at this moment.
     accepting: MainCell<Option<Arc<Endpoint>>>,
@@ -110,6 +112,7 @@ impl Poller {
             awake: MainCell::default(),
             channel: EventChannel::new()?,
             unfinished: MainCell::default(),
+            job_sent: MainCell::default(),
             echoes: MainCell::default(),
             accepting: MainCell::default(),
             losses: MainCell::new(Valve::new(LOSSES_PER_MINUTE)),
@@ -242,13 +245,23 @@ impl Poller {
 
     /// Whether the event loop must not sleep.
     pub fn is_pending(&self) -> bool {
-        self.is_behind() || !self.ready.open().is_empty()
+        self.is_behind() || *self.job_sent.open() || !self.ready.open().is_empty()
+    }
+
+    /// The server gives an I/O thread a job.
+    ///
+    /// It looks for such jobs at the start of its `beforeSleep`, and if there are none it
+    /// sleeps, with no descriptor that would tell it of their end. A handler called in the
+    /// pass after that look may bring one: then the loop goes round once more.
+    pub fn job_sent(&self) {
+        *self.job_sent.open() = true;
     }
 
     /// A pass over what is pending, before the server sleeps. Returns how many endpoints
     /// were served.
     pub fn run(&self) -> usize {
         let _pass = self.pass();
+        *self.job_sent.open() = false;
         let unfinished = std::mem::take(&mut *self.unfinished.open());
         let hubs = self.hubs.open().len();
         for index in 0..hubs {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! Large replies with I/O threads: what hangs the upstream module for ever on 8.0.
+//! Large values with I/O threads: what hangs the upstream module for ever on 8.0, and what
+//! makes the main thread sleep while an I/O thread's job is over.
 
 use std::time::Duration;
 
@@ -18,6 +19,8 @@ pub const CASES: &[Case] = &[
         deadlock(cell, requests, 50, 10_000_000)
     }),
     Case::new("deadlock-guard", guard).unstarted(),
+    // Once a second the server's own clock would wake the main thread.
+    Case::new("jobs-collected", jobs_collected).with(|settings| settings.directive("hz 1")),
 ];
 
 /// That the test above can fail: on 8.0, a module that does not defer, built with the feature
@@ -33,6 +36,18 @@ fn guard(cell: &mut Cell) -> Result<()> {
     drop(cell.take_server()?);
     ensure!(loaded.is_err(), "the load went through a module that does not defer");
     ensure!(pinged.is_err(), "the server answered all the time without deferral");
+    Ok(())
+}
+
+/// While the only client waits, nothing but the end of an I/O thread's job goes on, and no
+/// descriptor tells the server of that.
+fn jobs_collected(cell: &mut Cell) -> Result<()> {
+    let load = Load { tests: vec!["set"], requests: 500, clients: 1, size: 1 << 20, pipeline: 1 };
+    // If one job in ten waits for the clock, it takes longer.
+    cell.benchmark(&load, Duration::from_secs(30))?;
+    let jobs = cell.info()?.number("rdma_reads_io")?;
+    cell.figure("reads by I/O threads", jobs);
+    ensure!(jobs >= load.requests as u64, "only {jobs} reads by I/O threads");
     Ok(())
 }
 
