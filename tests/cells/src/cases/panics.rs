@@ -55,6 +55,7 @@ const FUNCTIONS: &[(&str, Act)] = &[
     ("addr", Sends("CLIENT INFO")),
     ("read", Sends("PING")),
     ("update_state", Sends("PING")),
+    ("postpone_update_state", Visits),
     ("write", Sends("PING")),
     ("writev", Sends("GET big")),
     ("set_write_handler", Sends("GET big")),
@@ -188,7 +189,7 @@ fn panics(cell: &mut Cell) -> Result<()> {
 /// Whether this server calls the function at all.
 fn is_called(cell: &Cell, function: &str) -> bool {
     match function {
-        "update_state" | "wake-up" => cell.has_io_threads(),
+        "update_state" | "postpone_update_state" | "wake-up" => cell.has_io_threads(),
         "closeListener" => cell.id.server != "8.0",
         "rdma.port" => cell.id.server == "8.0",
         _ => true,
