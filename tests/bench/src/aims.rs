@@ -55,9 +55,17 @@ struct Aim {
     goal: Goal,
     /// Where the worst value is, and it.
     worst: Option<(String, f64)>,
+    /// How many values reach the goal, and how many there are.
+    reached: (usize, usize),
 }
 
 impl Aim {
+    fn new(key: &'static str, text: &str, goal: Goal, values: Vec<(String, f64)>) -> Self {
+        let reached = values.iter().filter(|(_, value)| goal.is_met(*value)).count();
+        let reached = (reached, values.len());
+        Self { key, text: text.to_owned(), goal, worst: goal.worst(values.into_iter()), reached }
+    }
+
     fn is_met(&self) -> bool {
         self.worst.as_ref().is_some_and(|(_, value)| self.goal.is_met(*value))
     }
@@ -70,15 +78,17 @@ pub fn table(
     reasons: &BTreeMap<String, String>,
 ) -> Result<String> {
     let aims = aims(results, cells);
-    let mut text =
-        String::from("\n| aim | goal | reached at worst | where |\n| --- | --- | ---: | --- |\n");
+    let mut text = String::from(
+        "\n| aim | goal | reached by | at worst | where |\n| --- | --- | --- | ---: | --- |\n",
+    );
     for aim in &aims {
         let (place, value) = match &aim.worst {
             Some((place, value)) if aim.is_met() => (place.as_str(), format!("{value:.2}")),
             Some((place, value)) => (place.as_str(), format!("**{value:.2}**")),
             None => ("no such cell", "–".to_owned()),
         };
-        writeln!(text, "| {} | {} | {value} | {place} |", aim.text, aim.goal)?;
+        let (reached, all) = aim.reached;
+        writeln!(text, "| {} | {} | {reached} of {all} | {value} | {place} |", aim.text, aim.goal)?;
     }
     let short: Vec<&Aim> = aims.iter().filter(|aim| !aim.is_met()).collect();
     if !short.is_empty() {
@@ -97,7 +107,7 @@ fn aims(results: &Results, cells: &[Cell]) -> Vec<Aim> {
     let small = || measured().filter(|(cell, _)| cell.size == Size(64));
     let mut aims = Vec::new();
     let mut aim = |key, text: &str, goal: Goal, values: &mut dyn Iterator<Item = (String, f64)>| {
-        aims.push(Aim { key, text: text.to_owned(), goal, worst: goal.worst(values) });
+        aims.push(Aim::new(key, text, goal, values.collect()));
     };
 
     aim(
@@ -207,9 +217,13 @@ mod tests {
 
     #[test]
     fn a_goal_that_nothing_was_measured_for_is_not_reached() {
-        let aim = |worst| Aim { key: "cpu", text: String::new(), goal: Most(0.7), worst };
-        assert!(aim(Some((String::new(), 0.7))).is_met());
-        assert!(!aim(Some((String::new(), 0.71))).is_met());
-        assert!(!aim(None).is_met());
+        let aim = |values: &[f64]| {
+            let values = values.iter().map(|&value| (String::new(), value)).collect();
+            Aim::new("cpu", "", Most(0.7), values)
+        };
+        assert!(aim(&[0.7]).is_met());
+        assert!(!aim(&[0.7, 0.71]).is_met());
+        assert_eq!(aim(&[0.7, 0.71, 0.1]).reached, (2, 3));
+        assert!(!aim(&[]).is_met());
     }
 }

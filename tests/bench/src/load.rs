@@ -2,8 +2,8 @@
 //! One run: a new server, load by `valkey-benchmark`, and what both used meanwhile.
 //!
 //! The load lasts a fixed time. Processor time and requests are read off twice within that
-//! time, both well inside of what the benchmark itself measures, so that making and ending
-//! connections counts for nothing.
+//! time, both when all clients are connected and served, so that making and ending connections
+//! counts for nothing.
 
 use std::fs::File;
 use std::path::Path;
@@ -21,8 +21,8 @@ use crate::contender::{Contender, alive, end};
 use crate::table::{Cell, Pace};
 use crate::usage::Usage;
 
-/// How far the readings keep from both ends of the load: the benchmark looks at its clock
-/// every quarter of a second.
+/// How far the readings keep from both ends of what the benchmark measures: it looks at its
+/// clock every quarter of a second.
 const MARGIN: Duration = Duration::from_millis(300);
 
 /// What a run measured.
@@ -117,8 +117,10 @@ impl<'a> Stage<'a> {
     pub fn figures(&mut self, pace: &Pace) -> Result<Figures> {
         let (warm_up, seconds) = (pace.warm_up.to_string(), pace.seconds.to_string());
         let bound = ["--warmup", &warm_up, "--duration", &seconds];
+        let mut counts = observer(self)?;
+        let before = counts()?;
         let (printed, (cpu, server, client)) =
-            self.load(&bound, |stage, benchmark| watch(stage, benchmark, pace))?;
+            self.load(&bound, |stage, load| watch(stage, load, pace, before, &mut counts))?;
         let [rate, p50, p99] = table(&printed)
             .with_context(|| format!("valkey-benchmark said: {}", tail(&printed)))?;
         ensure!(rate > 0.0, "no request was finished");
@@ -150,28 +152,68 @@ pub fn measure(
     Ok(figures)
 }
 
-/// Waits for the load to begin, and reads off both processes near the beginning and the end of
-/// what counts: the server's processor time for each request in microseconds, and the time that
-/// server and client were awake.
-fn watch(stage: &Stage, benchmark: &mut Process, pace: &Pace) -> Result<(f64, f64, f64)> {
-    let mut observer = stage.server.tcp(stage.limit)?;
-    let mut calls = || calls(&observer.words("INFO commandstats")?.text(), &stage.cell.command);
-    // Nothing but the load sends the command; the value was there before.
-    let before = calls()?;
-    let deadline = Instant::now() + stage.limit;
-    while calls()? == before {
-        ensure!(benchmark.status()?.is_none(), "valkey-benchmark ended before its first request");
+/// What the server has counted so far.
+#[derive(Clone, Copy, Debug)]
+struct Counts {
+    /// Executions of the cell's command.
+    calls: u64,
+    /// Connections that it accepted.
+    accepted: u64,
+}
+
+/// What reads them off, over a TCP connection of its own.
+fn observer(stage: &Stage) -> Result<impl FnMut() -> Result<Counts> + use<>> {
+    let mut connection = stage.server.tcp(stage.limit)?;
+    let command = stage.cell.command.clone();
+    Ok(move || {
+        let info = Info::parse(&connection.words("INFO commandstats stats")?.text());
+        Ok(Counts {
+            calls: calls(&info, &command)?,
+            accepted: info.number("total_connections_received")?,
+        })
+    })
+}
+
+/// Waits until all clients are there and served, and reads off both processes near the beginning
+/// and the end of what counts: the server's processor time for each request in microseconds, and
+/// the time that server and client were awake. `counts` reads off what the server counts, which
+/// was `before` before the load.
+fn watch(
+    stage: &Stage,
+    benchmark: &mut Process,
+    pace: &Pace,
+    before: Counts,
+    mut counts: impl FnMut() -> Result<Counts>,
+) -> Result<(f64, f64, f64)> {
+    let begun = Instant::now();
+    let clients = u64::from(stage.cell.clients);
+    loop {
+        let now = counts()?;
+        // Connecting many clients can take longer than warming up, and the first of them are
+        // served meanwhile. The benchmark ends its warming up only after that. It has one more
+        // connection, for the server's settings, and a last client may be missing here: that one
+        // comes within the margin.
+        if now.calls > before.calls && now.accepted >= before.accepted + clients {
+            break;
+        }
         ensure!(
-            Instant::now() < deadline,
-            "no request was served within {} s",
-            stage.limit.as_secs()
+            benchmark.status()?.is_none(),
+            "valkey-benchmark ended before all clients were there"
+        );
+        ensure!(
+            begun.elapsed() < stage.limit,
+            "after {} s {} of {clients} clients are connected and {} requests served",
+            stage.limit.as_secs(),
+            now.accepted - before.accepted,
+            now.calls - before.calls
         );
         std::thread::sleep(Duration::from_millis(20));
     }
-    let mut read = || -> Result<(u64, Usage, Usage)> {
-        Ok((calls()?, Usage::of(stage.server.pid())?, Usage::of(benchmark.id())?))
+    let mut read = || -> Result<(Counts, Usage, Usage)> {
+        Ok((counts()?, Usage::of(stage.server.pid())?, Usage::of(benchmark.id())?))
     };
-    std::thread::sleep(Duration::from_secs(pace.warm_up.into()) + MARGIN);
+    let warm = Duration::from_secs(pace.warm_up.into()).saturating_sub(begun.elapsed());
+    std::thread::sleep(warm + MARGIN);
     let first = read()?;
     std::thread::sleep(Duration::from_secs(pace.seconds.into()) - 2 * MARGIN);
     let last = read()?;
@@ -179,7 +221,12 @@ fn watch(stage: &Stage, benchmark: &mut Process, pace: &Pace) -> Result<(f64, f6
         benchmark.status()?.is_none(),
         "the load was over before it could be read off: the machine is too busy for figures"
     );
-    let requests = last.0 - first.0;
+    ensure!(
+        first.0.accepted == last.0.accepted,
+        "{} clients connected while the load was read off",
+        last.0.accepted - first.0.accepted
+    );
+    let requests = last.0.calls - first.0.calls;
     ensure!(requests > 0, "no request was served within {} s", pace.seconds);
     Ok((
         last.1.cpu_since(&first.1).as_secs_f64() * 1e6 / requests as f64,
@@ -189,8 +236,7 @@ fn watch(stage: &Stage, benchmark: &mut Process, pace: &Pace) -> Result<(f64, f6
 }
 
 /// `cmdstat_get:calls=…,usec=…` of `INFO commandstats`.
-fn calls(text: &str, command: &str) -> Result<u64> {
-    let info = Info::parse(text);
+fn calls(info: &Info, command: &str) -> Result<u64> {
     let Ok(field) = info.text(&format!("cmdstat_{command}")) else {
         return Ok(0);
     };
@@ -232,6 +278,7 @@ mod tests {
     fn calls_are_read_by_command() {
         let text =
             "# Commandstats\r\ncmdstat_get:calls=12,usec=3\r\ncmdstat_set:calls=7,usec=1\r\n";
+        let calls = |text, command| calls(&Info::parse(text), command);
         assert_eq!(calls(text, "get").unwrap(), 12);
         assert_eq!(calls(text, "lpush").unwrap(), 0);
         assert!(calls("cmdstat_get:usec=3", "get").is_err());

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! The report: tables and plots of what was measured, and what fell behind.
+//! The report: tables and plots of what was measured, what fell behind, and the figures
+//! themselves.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -24,7 +25,8 @@ const INTRODUCTION: &str = "\
 # Performance
 
 Written by `scripts/bench.sh`; only the reasons for what falls short are written by hand, in
-`tests/bench/reasons.toml`. Everybody can repeat it: `scripts/bench.sh all`.
+`tests/bench/reasons.toml`. Everybody can repeat it: `scripts/bench.sh all`. The folder
+[performance](performance) has the figures of each single run, as JSON.
 
 **ours** is this module, **C** upstream's module of the same release, **TCP** no module, over
 loopback. All three run in the same build of valkey-server 9.1.2, with a new server for each
@@ -41,6 +43,7 @@ a server with `io-threads 4`.
 - System calls are counted by `strace -f -c` in a run of its own, since it slows a server
   down manyfold; a slower server finds more to do at each wake-up. On the software fabric they
   are the fabric's, which does in user space what a device and its kernel driver do elsewhere.
+  Readings of the clock are left out: they are system calls in the emulated machine alone.
 - Memory is what is resident with so many idle connections less what was without, divided by
   their number; the first connection also brings what all of a device share. The software
   fabric's links are in it.
@@ -48,7 +51,7 @@ a server with `io-threads 4`.
   with each other, and no figure with any of elsewhere.
 ";
 
-/// Writes the report and its plots.
+/// Writes the report, and beside it its plots and the figures that it is made of.
 pub fn write(into: &Path, all: &[Results], cells: &str, reasons: &Reasons) -> Result<()> {
     let plots = into.with_extension("");
     std::fs::create_dir_all(&plots)?;
@@ -60,6 +63,7 @@ pub fn write(into: &Path, all: &[Results], cells: &str, reasons: &Reasons) -> Re
         let page = Page { results, cells, reasons: reasons.get(&results.fabric).unwrap_or(&none) };
         text += &page.text()?;
         page.plots(&plots, &mut text)?;
+        results.copy(&plots.join(format!("{}.json", results.fabric)))?;
     }
     std::fs::write(into, text).with_context(|| into.display().to_string())
 }
