@@ -127,6 +127,22 @@ impl<'a> Stage<'a> {
         Ok(Figures { rate, p50, p99, cpu, server, client })
     }
 
+    /// Waits until the server has ended all connections but the one that asks.
+    pub fn wait_until_alone(&self) -> Result<()> {
+        let mut connection = self.server.tcp(self.limit)?;
+        let deadline = Instant::now() + self.limit;
+        loop {
+            let info = Info::parse(&connection.words("INFO clients")?.text());
+            let others = info.number("connected_clients")?.saturating_sub(1);
+            if others == 0 {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "{others} connections outlive the load");
+            // Seldom: it is counted, too.
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
     /// Ends the server, which must be well and must have served nothing but hits.
     pub fn strike(self) -> Result<()> {
         let info = self.server.info(self.limit)?;

@@ -3,7 +3,8 @@
 //!
 //! A traced server is many times slower, so this is a run of its own, whose times are not
 //! looked at. It serves a few requests, and then again those and more: the difference is what
-//! the more of them took, without that for making and ending connections.
+//! the more of them took, without that for making and ending connections: it is waited for until
+//! all have ended.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -60,6 +61,7 @@ fn traced(stage: &mut Stage, requests: u64) -> Result<BTreeMap<String, u64>> {
     let mut strace = Process::spawn(&mut command).context("strace (run scripts/setup.sh bench)")?;
     attached(pid, &mut strace, stage.folder)?;
     stage.load(&["-n", &requests.to_string()], |_, _| Ok(()))?;
+    stage.wait_until_alone()?;
     // It lets go of the server and prints its table.
     strace.end(Duration::from_secs(20))?;
     let text = std::fs::read_to_string(&table)?;
