@@ -155,7 +155,7 @@ shows_itself() {
     # Once those before are gone, one client, which has what an idle one has.
     for ((try = 0; ; try++)); do
         valkey-cli --rdma -h 192.0.2.10 info rdma | tr -d '\r' >/tmp/info
-        ! grep -x rdma_registered_bytes:49152 /tmp/info || break
+        ! grep -x rdma_registered_bytes:32768 /tmp/info || break
         ((try < 10))
         sleep 1
     done

@@ -23,7 +23,10 @@ impl Counter {
 
     /// At least so many, for the most that there were.
     pub fn raise(&self, count: u64) {
-        self.0.fetch_max(count, Ordering::Relaxed);
+        // As a rule it does not, and a look is cheaper than an exchange.
+        if count > self.get() {
+            self.0.fetch_max(count, Ordering::Relaxed);
+        }
     }
 
     /// The present value.

@@ -132,7 +132,9 @@ impl Endpoint {
         let took = receive.since.map(|since| now - since);
         let present = receive.region.length() as u32;
         let wanted = took.map_or(present, |took| growth::next(present, receive.most, took));
-        let two = took.is_some_and(growth::wants_two);
+        let fits = |region: &Region| region.length() == wanted as usize;
+        let has_two = receive.other.as_ref().is_some_and(fits);
+        let two = took.is_some_and(|took| growth::wants_two(took, has_two));
         // Slower but right with what there is, where there is no memory for more.
         let new = || {
             Region::new(&self.domain, wanted as usize, Access::RemoteWrite)
@@ -152,7 +154,6 @@ impl Endpoint {
             if !two || !self.inbound.is_other_free() {
                 return false;
             }
-            let fits = |region: &Region| region.length() == wanted as usize;
             let Some(next) = receive.other.take().filter(fits).or_else(new) else { return false };
             receive.other = Some(std::mem::replace(&mut receive.region, next));
             METRICS.windows_ahead.add(1);
