@@ -103,11 +103,14 @@ main() {
     # Plain emulation: where /dev/kvm exists without hardware behind it, boots
     # under it hang. virtme-run becomes qemu and timeout passes signals on, so
     # this pid ends this guest and no other. Where the processor has erms, memory
-    # is copied by "rep movsb", which is emulated byte by byte.
+    # is copied by "rep movsb", which is emulated byte by byte. The clock is the
+    # processor's counter, which the kernel would not trust by itself: an emulated
+    # timer's is a system call and an exit for each of the server's many readings.
     PYTHONPATH=$cache/virtme-ng timeout --kill-after=5 "$limit" \
         python3 "$cache/virtme-ng/bin/virtme-run" \
         --kimg "$cache/kernel/boot/vmlinuz-$release" --mods auto --disable-kvm --force-9p \
         --cpus "$cpus" --memory "$memory" "${rw[@]}" "${console[@]}" \
+        --kopt tsc=reliable --kopt clocksource=tsc \
         --qemu-opt=-cpu --qemu-opt=max,-erms,-fsrm \
         --script-sh "exec bash $job/start" \
         </dev/null >&3 2>&4 3>&- 4>&- &
