@@ -163,12 +163,10 @@ fn aims(results: &Results, cells: &[Cell]) -> Vec<Aim> {
         "memory",
         "KiB for an idle connection",
         Most(200.0),
-        &mut results
-            .idle
-            .get(&500)
-            .and_then(|all| all.get(&Ours)?.as_ref().ok())
-            .map(|bytes| ("500 of them".to_owned(), bytes / 1024.0))
-            .into_iter(),
+        &mut results.idle.iter().filter_map(|(connections, all)| {
+            let bytes = all.get(&Ours)?.as_ref().ok()?;
+            Some((format!("{connections} of them"), bytes / 1024.0))
+        }),
     );
     for &connections in results.crowd.keys() {
         let Some((speed, resident)) = results.among(connections) else { continue };

@@ -43,7 +43,7 @@ a server with `io-threads 4`.
 - System calls are counted by `strace -f -c` in a run of its own, since it slows a server
   down manyfold; a slower server finds more to do at each wake-up. On the software fabric they
   are the fabric's, which does in user space what a device and its kernel driver do elsewhere.
-  Readings of the clock are left out: they are system calls in the emulated machine alone.
+  Readings of the clock are left out where they are system calls.
 - Memory is what is resident with so many idle connections less what was without, divided by
   their number; the first connection also brings what all of a device share. The software
   fabric's links are in it.

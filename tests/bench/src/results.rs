@@ -79,7 +79,7 @@ impl Measured {
     }
 
     /// All system calls of a contender for each request, without those that read the clock:
-    /// only where the kernel has no clock for user space, as in the emulated machine, does
+    /// only where the kernel has no clock for user space, as with some virtual machines, does
     /// reading it take one.
     pub fn system_calls(&self, who: Contender) -> Option<f64> {
         const CLOCK: [&str; 2] = ["clock_gettime", "gettimeofday"];

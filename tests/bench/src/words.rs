@@ -64,7 +64,28 @@ pub fn bound(measured: &Measured, who: Contender) -> &'static str {
     }
 }
 
-/// A text without its line breaks, as a list has room for.
+/// Characters that a list has room for.
+const ROOM: usize = 160;
+
+/// The beginning of a text, without its line breaks, as a list has room for. All of it stands
+/// with the figures.
 pub fn one_line(text: &str) -> String {
-    text.lines().map(str::trim).collect::<Vec<_>>().join(" / ")
+    let line = text.lines().map(str::trim).collect::<Vec<_>>().join(" / ");
+    match line.char_indices().nth(ROOM) {
+        Some((end, _)) => format!("{} …", line[..end].trim_end()),
+        None => line,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_shows_the_beginning_of_a_long_text() {
+        assert_eq!(one_line("said:\n  no\n"), "said: / no");
+        let long = one_line(&"é".repeat(ROOM + 1));
+        assert_eq!(long, "é".repeat(ROOM) + " …");
+        assert_eq!(one_line(&"é".repeat(ROOM)), "é".repeat(ROOM));
+    }
 }
