@@ -55,8 +55,8 @@ const NOTHING: &[u8] = &[b'\n'; 100];
 /// The value `big`.
 const BIG: usize = 4 << 20;
 /// What each connection registers from the start, and the total that a case allows.
-const NEED: usize = 48 << 10;
-const LIMIT: usize = 24 * NEED;
+const NEED: usize = 32 << 10;
+const LIMIT: usize = 36 * NEED;
 const GET_BIG: &[u8] = b"*2\r\n$3\r\nGET\r\n$3\r\nbig\r\n";
 
 /// Where an attack goes, and how long it may take.
