@@ -256,7 +256,7 @@ mod tests {
         assert!((25..=40).contains(&soft.cells.len()), "{}", soft.cells.len());
         assert!((25..=40).contains(&vm.cells.len()), "{}", vm.cells.len());
         let smoke = read(TEXT, Fabric::Soft, true).unwrap();
-        assert_eq!((smoke.cells.len(), smoke.idle.len(), smoke.pace.seconds), (2, 1, 1));
+        assert_eq!((smoke.cells.len(), smoke.idle.len(), smoke.pace.seconds), (2, 1, 2));
     }
 
     #[test]
