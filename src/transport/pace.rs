@@ -32,6 +32,8 @@ pub struct Pace {
     gap: Nanos,
     /// Passes in a row after which completions were there already, [`CROWD`] at most.
     crowded: u32,
+    /// Whether the last pass served one connection at most.
+    alone: bool,
     /// What became of the event that fired last.
     event: Event,
     /// Looks that found nothing, less those that did.
@@ -99,9 +101,17 @@ impl Pace {
         self.event = Event::Taken;
     }
 
-    /// A pass is over.
-    pub fn passed(&mut self, now: Nanos) {
+    /// A pass is over that served so many connections.
+    pub fn passed(&mut self, served: usize, now: Nanos) {
         self.passed = now;
+        self.alone = served <= 1;
+    }
+
+    /// Whether the queues are better armed at once, when their event is taken, than right
+    /// before the server sleeps: a client that waits for its reply sends nothing more until
+    /// then, so to look for it would be in vain.
+    pub fn is_alone(&self) -> bool {
+        self.alone && self.crowded == 0
     }
 
     /// The queues were looked at before the server sleeps, their event having been taken.
@@ -130,12 +140,12 @@ mod tests {
     fn pass(pace: &mut Pace, now: &mut Nanos, gap: Nanos) -> bool {
         *now += gap;
         let Some(deadline) = pace.patience(*now) else {
-            pace.passed(*now);
+            pace.passed(2, *now);
             return false;
         };
         let found = deadline == 0 || *now <= deadline;
         let left = pace.looked(found, *now);
-        pace.passed(*now);
+        pace.passed(2, *now);
         left
     }
 
@@ -168,12 +178,27 @@ mod tests {
             now += 500;
             assert_eq!(pace.patience(now), Some(0), "what there is, without waiting");
             assert!(pace.looked(true, now));
-            pace.passed(now);
+            pace.passed(2, now);
         }
         assert_eq!(pace.patience(now), Some(0));
         assert!(!pace.looked(false, now), "nothing more came");
         pace.looked_last(false);
         assert!((0..1000).all(|_| !pass(&mut pace, &mut now, 500)));
+    }
+
+    #[test]
+    fn one_client_that_waits_for_its_replies_is_alone() {
+        let (mut pace, now) = (Pace::new(10), 0);
+        assert!(!pace.is_alone(), "who knows yet");
+        pace.passed(1, now);
+        assert!(pace.is_alone());
+        pace.passed(2, now);
+        assert!(!pace.is_alone());
+        pace.looked_last(true);
+        pace.passed(1, now);
+        assert!(!pace.is_alone(), "more had come before the server slept");
+        pace.looked_last(false);
+        assert!(pace.is_alone());
     }
 
     #[test]

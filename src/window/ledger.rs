@@ -3,9 +3,10 @@
 //!
 //! A write copies into staging memory and posts work requests that read from it;
 //! both are given back by completions, which the poller sees. Completions are
-//! asked for only as often as reclaiming needs them: at the latest after a
-//! quarter of the work requests or of the staging bytes, so that a writer that
-//! finds no room always has a completion outstanding that will bring some.
+//! asked for only as often as reclaiming needs them: at the latest after half
+//! of the work requests or a quarter of the staging bytes, so that a writer that
+//! finds no room always has a completion outstanding that will bring some. One
+//! that comes when the server has nothing else to do wakes it up for nothing.
 //!
 //! The ledger also decides who writes. The server calls a connection's `write`
 //! from one thread at a time, but that is its promise, not ours: [`SendLedger::writer`]
@@ -177,7 +178,7 @@ impl<T> Writer<'_, T> {
         let posted = own(&self.ledger.posted);
         let (end, signal) = self.with(|s| {
             s.produced += length as u64;
-            let signal = posted + 1 - s.signalled.0 >= depth / 4
+            let signal = posted + 1 - s.signalled.0 >= depth / 2
                 || s.produced - s.signalled.1.max(s.origin) >= (s.capacity / 4) as u64;
             if signal {
                 s.signalled = (posted + 1, s.produced);

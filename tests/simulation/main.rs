@@ -100,7 +100,7 @@ impl World {
         let plans = [0, 1].map(|port| plan(port, &mut rng));
         let setups = plans.map(|plan| {
             let control = usize::from(plan.control_slots) + 2;
-            let least = plan.payload_depth / 4 + 1;
+            let least = plan.payload_depth / 2 + 1;
             // Full queues go with refusals: both leave it to the clock to look again.
             let scarce = plan.refusals > 0 && rng.bool();
             let payload =

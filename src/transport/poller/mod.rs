@@ -288,15 +288,18 @@ impl Poller {
             hub.pace().looked(found, clock::nanos())
         });
         if !left {
-            // Not armed yet: what completes until the server sleeps is found then, and
-            // no event has to be made for it.
             self.take_events(hub);
+            // As a rule not yet: what completes until the server sleeps is found then,
+            // and no event has to be made for it.
+            if hub.pace().is_alone() {
+                self.arm(hub);
+            }
             self.take_completions(hub, Which::Fired);
         }
         let busy = self.ready.open().len();
         self.echoes.open().grow(hub.fd(), busy);
-        self.serve_ready();
-        hub.pace().passed(clock::nanos());
+        let served = self.serve_ready();
+        hub.pace().passed(served, clock::nanos());
     }
 
     /// Lets go of descriptors that fire with a device's and were not needed since the
