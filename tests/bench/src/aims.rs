@@ -9,7 +9,7 @@ use anyhow::Result;
 use crate::contender::Contender::{self, Ours, Tcp, Upstream};
 use crate::results::{Measured, Results};
 use crate::stats::BEHIND;
-use crate::table::{Cell, Size};
+use crate::table::{Cell, Place, Size};
 use crate::words::bound;
 
 /// How an aim is judged.
@@ -102,6 +102,26 @@ pub fn table(
 }
 
 fn aims(results: &Results, cells: &[Cell]) -> Vec<Aim> {
+    // A place that has no cells has none of their aims.
+    let mut aims = if cells.is_empty() { Vec::new() } else { of_cells(results, cells) };
+    for &connections in results.crowd.keys() {
+        let Some((speed, resident)) = results.among(connections, Ours) else { continue };
+        let place = format!("{connections} connections");
+        aims.push(Aim::new(
+            "crowd-speed",
+            "Speed of active connections among idle ones, to that alone",
+            Least(0.9),
+            vec![(place.clone(), speed.median)],
+        ));
+        let gib = resident.median / f64::from(1 << 30);
+        let text = "GiB resident with them";
+        aims.push(Aim::new("crowd-memory", text, Most(4.0), vec![(place, gib)]));
+    }
+    aims
+}
+
+/// The aims that are judged by the cells, and by the memory of idle connections.
+fn of_cells(results: &Results, cells: &[Cell]) -> Vec<Aim> {
     let measured =
         || cells.iter().filter_map(|cell| Some((cell, results.cells.get(&cell.to_string())?)));
     let small = || measured().filter(|(cell, _)| cell.size == Size(64));
@@ -132,7 +152,7 @@ fn aims(results: &Results, cells: &[Cell]) -> Vec<Aim> {
         "throughput",
         "Throughput at 64 B with 50 clients, ours/C, where the server and not the client is what \
          limits ours or C",
-        Least(if results.fabric == "vm" { 1.3 } else { 1.5 }),
+        Least(if results.place == Place::Vm { 1.3 } else { 1.5 }),
         &mut small()
             .filter(|(cell, measured)| {
                 cell.clients == 50
@@ -168,18 +188,6 @@ fn aims(results: &Results, cells: &[Cell]) -> Vec<Aim> {
             Some((format!("{connections} of them"), bytes / 1024.0))
         }),
     );
-    for &connections in results.crowd.keys() {
-        let Some((speed, resident)) = results.among(connections) else { continue };
-        let place = format!("{connections} connections");
-        aim(
-            "crowd-speed",
-            "Speed of active connections among idle ones, to that alone",
-            Least(0.9),
-            &mut [(place.clone(), speed.median)].into_iter(),
-        );
-        let gib = resident.median / f64::from(1 << 30);
-        aim("crowd-memory", "GiB resident with them", Most(4.0), &mut [(place, gib)].into_iter());
-    }
     if let Some(bare) = results.bare() {
         let large = measured().filter(|(cell, _)| cell.size == Size(10 << 20) && cell.clients == 1);
         aim(

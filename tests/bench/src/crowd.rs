@@ -3,7 +3,6 @@
 //! the active ones are as fast as they were alone.
 
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use cells::lab::Lab;
@@ -13,9 +12,6 @@ use crate::contender::Contender;
 use crate::idle::Idle;
 use crate::load::{Figures, Stage};
 use crate::table::{Cell, Crowd, Pace, Size};
-
-/// All connections have to be there within so long.
-const LIMIT: Duration = Duration::from_secs(120);
 
 /// What one turn measured.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -29,8 +25,13 @@ pub struct Among {
 }
 
 /// Measures once, on one server: first without the idle connections, then with them.
-pub fn measure(lab: &Lab, pace: &Pace, crowd: Crowd, folder: &Path) -> Result<Among> {
-    let who = Contender::Ours;
+pub fn measure(
+    lab: &Lab,
+    pace: &Pace,
+    crowd: Crowd,
+    who: Contender,
+    folder: &Path,
+) -> Result<Among> {
     let cell = Cell {
         command: "get".into(),
         size: Size(64),
@@ -43,10 +44,12 @@ pub fn measure(lab: &Lab, pace: &Pace, crowd: Crowd, folder: &Path) -> Result<Am
     // The server watches no descriptor whose number is beyond maxclients and some, and the
     // software fabric takes two for each connection beside the server's one.
     let maxclients = (3 * crowd.connections + 500).to_string();
-    let set = stage.server.tcp(LIMIT)?.words(&format!("CONFIG SET maxclients {maxclients}"))?;
+    let set =
+        stage.server.tcp(pace.limit())?.words(&format!("CONFIG SET maxclients {maxclients}"))?;
     ensure!(set.text() == "OK", "CONFIG SET maxclients {maxclients}: {set}");
     let alone = stage.figures(pace)?;
-    let idle = Idle::connect(lab, LIMIT, who, crowd.connections - crowd.active, &stage.server)?;
+    let idle =
+        Idle::connect(lab, pace.limit(), who, crowd.connections - crowd.active, &stage.server)?;
     let resident = stage.server.resident()?;
     let among = stage.figures(pace)?;
     idle.end()?;

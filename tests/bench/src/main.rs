@@ -27,7 +27,6 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use cells::lab::Lab;
-use cells::matrix::Fabric;
 use clap::{Args, Parser};
 
 use results::Results;
@@ -44,10 +43,10 @@ enum Command {
 
 #[derive(Args)]
 struct Run {
-    /// What carries the bytes: soft has to be run through scripts/softrdma.sh, vm inside
-    /// scripts/guest.sh.
+    /// Where this is: soft has to be run through scripts/softrdma.sh, vm inside
+    /// scripts/guest.sh, soft-vm by both.
     #[arg(long)]
-    fabric: Fabric,
+    place: table::Place,
     /// The file that keeps the results; what it holds of the same module is not measured
     /// again.
     #[arg(long)]
@@ -72,7 +71,7 @@ struct Run {
 
 #[derive(Args)]
 struct Report {
-    /// A file of results; one for each fabric.
+    /// A file of results; one for each place.
     #[arg(long)]
     results: Vec<PathBuf>,
     /// The table of cells.
@@ -105,7 +104,7 @@ fn text(path: &Path) -> Result<String> {
 }
 
 fn measure(options: &Run) -> Result<bool> {
-    let mut table = table::read(&text(&options.cells)?, options.fabric, options.smoke)?;
+    let mut table = table::read(&text(&options.cells)?, options.place, options.smoke)?;
     if !options.selectors.is_empty() {
         let chosen = |cell: &table::Cell| {
             options.selectors.iter().any(|selector| cell.is_selected(selector))
@@ -125,24 +124,24 @@ fn measure(options: &Run) -> Result<bool> {
     let repo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize()?;
     let built = std::env::var_os("CARGO_TARGET_DIR").map_or(repo.join("target"), PathBuf::from);
     let module = built.join("release/libvalkey_rdma.so");
-    let lab = Lab::new(&repo, &module, options.fabric, None)?;
+    let lab = Lab::new(&repo, &module, options.place.fabric(), None)?;
     let earlier = Results::read(&options.results)?;
     let same = earlier.filter(|results| results.module == lab.module_sha256);
     let results = match same {
         Some(results) => results,
-        None => Results::none(&options.results, &lab, machine::Machine::here()?),
+        None => Results::none(&options.results, options.place, &lab, machine::Machine::here()?),
     };
     Session::new(&lab, &table, options.turns, results)?.run()
 }
 
 fn write(options: &Report) -> Result<()> {
-    let mut fabrics = Vec::new();
+    let mut places = Vec::new();
     for path in &options.results {
         if let Some(results) = Results::read(path)? {
-            fabrics.push(results);
+            places.push(results);
         }
     }
     let reasons = toml::from_str(&text(&options.reasons)?)
         .with_context(|| options.reasons.display().to_string())?;
-    report::write(&options.into, &fabrics, &text(&options.cells)?, &reasons)
+    report::write(&options.into, &places, &text(&options.cells)?, &reasons)
 }

@@ -7,8 +7,6 @@ use std::fmt::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use cells::matrix::Fabric;
-use clap::ValueEnum;
 
 use crate::contender::Contender::{self, Ours, Tcp, Upstream};
 use crate::load::Figures;
@@ -18,7 +16,7 @@ use crate::table::{self, Cell};
 use crate::words::{awake, bound, interval, one_line, rounded, show};
 use crate::{aims, plot};
 
-/// Why cells fall behind and goals are not reached: by fabric, by cell or goal.
+/// Why cells fall behind and goals are not reached: by place, by cell or goal.
 pub type Reasons = BTreeMap<String, BTreeMap<String, String>>;
 
 const INTRODUCTION: &str = "\
@@ -57,18 +55,18 @@ pub fn write(into: &Path, all: &[Results], cells: &str, reasons: &Reasons) -> Re
     std::fs::create_dir_all(&plots)?;
     let mut text = INTRODUCTION.to_owned();
     for results in all {
-        let fabric = Fabric::from_str(&results.fabric, true).map_err(anyhow::Error::msg)?;
-        let cells = table::read(cells, fabric, false)?.cells;
+        let place = results.place.to_string();
+        let cells = table::read(cells, results.place, false)?.cells;
         let none = BTreeMap::new();
-        let page = Page { results, cells, reasons: reasons.get(&results.fabric).unwrap_or(&none) };
+        let page = Page { results, cells, reasons: reasons.get(&place).unwrap_or(&none) };
         text += &page.text()?;
         page.plots(&plots, &mut text)?;
-        results.copy(&plots.join(format!("{}.json", results.fabric)))?;
+        results.copy(&plots.join(format!("{place}.json")))?;
     }
     std::fs::write(into, text).with_context(|| into.display().to_string())
 }
 
-/// The part of the report on one fabric.
+/// The part of the report on one place.
 struct Page<'a> {
     results: &'a Results,
     cells: Vec<Cell>,
@@ -80,12 +78,16 @@ impl Page<'_> {
         let mut text = String::new();
         self.heading(&mut text)?;
         text += &aims::table(self.results, &self.cells, self.reasons)?;
-        self.throughput(&mut text)?;
-        self.behind(&mut text)?;
+        if !self.cells.is_empty() {
+            self.throughput(&mut text)?;
+            self.behind(&mut text)?;
+            self.cost(&mut text)?;
+            self.threads(&mut text)?;
+            self.memory(&mut text)?;
+        }
+        self.crowds(&mut text)?;
+        self.bare(&mut text)?;
         self.failures(&mut text)?;
-        self.cost(&mut text)?;
-        self.threads(&mut text)?;
-        self.memory(&mut text)?;
         Ok(text)
     }
 
@@ -94,18 +96,14 @@ impl Page<'_> {
     }
 
     fn heading(&self, text: &mut String) -> Result<()> {
-        let Results { fabric, machine, commit, date, wall, .. } = self.results;
-        let name = match fabric.as_str() {
-            "soft" => "The software fabric",
-            "vm" => "Soft-RoCE in an emulated machine",
-            other => other,
-        };
-        let turns = self.results.cells.values().map(|measured| measured.turns.len());
-        let turns = turns.max().unwrap_or(0);
+        let Results { place, machine, commit, date, wall, .. } = self.results;
+        let cells = self.results.cells.values().map(|measured| measured.turns.len());
+        let turns = cells.chain(self.results.crowd.values().map(BTreeMap::len)).max().unwrap_or(0);
         write!(
             text,
-            "\n## {name}\n\nCommit {commit}, {date}. {} processors ({}), {:.0} GiB, Linux {}; load \
-             averages before: {}. Up to {turns} turns of each cell, {:.0} minutes in all.\n",
+            "\n## {}\n\nCommit {commit}, {date}. {} processors ({}), {:.0} GiB, Linux {}; load \
+             averages before: {}. Up to {turns} turns, {:.0} minutes in all.\n",
+            place.title(),
             machine.processors,
             machine.processor,
             machine.memory as f64 / f64::from(1 << 30),
@@ -185,8 +183,11 @@ impl Page<'_> {
         }
         let crowds = self.results.crowd.values().flat_map(BTreeMap::values);
         let bare = self.results.bare.values();
-        for why in crowds.filter_map(|turn| turn.as_ref().err()).take(1) {
-            writeln!(lines, "- active connections among idle ones: {}", one_line(why))?;
+        for who in Contender::ALL {
+            let mut failed = crowds.clone().filter_map(|turn| turn.get(&who)?.as_ref().err());
+            if let Some(why) = failed.next() {
+                writeln!(lines, "- active connections among idle ones, {who}: {}", one_line(why))?;
+            }
         }
         for why in bare.filter_map(|turn| turn.as_ref().err()).take(1) {
             writeln!(lines, "- RDMA writes alone: {}", one_line(why))?;
@@ -274,17 +275,30 @@ impl Page<'_> {
             }
             *text += " |\n";
         }
-        for &connections in self.results.crowd.keys() {
-            if let Some((speed, resident)) = self.results.among(connections) {
-                write!(
-                    text,
-                    "\nWith {connections} connections, most of them idle, {:.2} GiB of the server \
-                     are resident, and the active ones are at {} of their speed alone.\n",
-                    resident.median / f64::from(1 << 30),
-                    interval(Some(speed))
-                )?;
-            }
+        Ok(())
+    }
+
+    /// A few active connections among many idle ones.
+    fn crowds(&self, text: &mut String) -> Result<()> {
+        if self.results.crowd.is_empty() {
+            return Ok(());
         }
+        *text += "\n### Active connections among idle ones\n\n\
+                  | connections in all | | ours | C | TCP |\n| ---: | --- | --- | --- | --- |\n";
+        for &connections in self.results.crowd.keys() {
+            let all = Contender::ALL.map(|who| self.results.among(connections, who));
+            let row = |show: fn((Estimate, Estimate)) -> String| {
+                all.map(|one| one.map_or("–".to_owned(), show)).join(" | ")
+            };
+            let speed = row(|(speed, _)| interval(Some(speed)));
+            let resident = row(|(_, bytes)| format!("{:.2}", bytes.median / f64::from(1 << 30)));
+            writeln!(text, "| {connections} | speed of the active, to that alone | {speed} |")?;
+            writeln!(text, "| {connections} | GiB resident | {resident} |")?;
+        }
+        Ok(())
+    }
+
+    fn bare(&self, text: &mut String) -> Result<()> {
         if let Some(bare) = self.results.bare() {
             let mb = bare.median / 1e6;
             write!(
@@ -297,7 +311,7 @@ impl Page<'_> {
     }
 
     fn plots(&self, folder: &Path, text: &mut String) -> Result<()> {
-        let fabric = &self.results.fabric;
+        let place = self.results.place;
         let kinds: [(&str, &str, Kind); 2] = [
             ("throughput", "Throughput, ours/C (more is better)", |figures| figures.rate),
             ("cpu", "Server CPU time for each request, ours/C (less is better)", |figures| {
@@ -312,8 +326,8 @@ impl Page<'_> {
                 })
                 .collect();
             if !rows.is_empty() {
-                let file = format!("{fabric}-{name}.svg");
-                plot::ratios(&folder.join(&file), &format!("{title}, {fabric}"), &rows)?;
+                let file = format!("{place}-{name}.svg");
+                plot::ratios(&folder.join(&file), &format!("{title}, {place}"), &rows)?;
                 let folder = folder.file_name().context("a report without a name")?.display();
                 write!(text, "\n![{title}]({folder}/{file})\n")?;
             }

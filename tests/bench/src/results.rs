@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! What was measured on one fabric: a JSON file that is written after every run, so that an
+//! What was measured at one place: a JSON file that is written after every run, so that an
 //! interrupted benchmark goes on where it was, and that the report is made of.
 
 use std::collections::BTreeMap;
@@ -15,7 +15,7 @@ use crate::crowd::Among;
 use crate::load::Figures;
 use crate::machine::Machine;
 use crate::stats::{Estimate, estimate};
-use crate::table::Cell;
+use crate::table::{Cell, Place};
 use crate::trace::Calls;
 
 /// One of a run's figures.
@@ -24,20 +24,20 @@ pub type Kind = fn(&Figures) -> f64;
 /// What something came to: its figures, or how it failed.
 pub type Outcome<T> = Result<T, String>;
 
-/// Everything that was measured with one build of the module on one fabric.
+/// Everything that was measured with one build of the module at one place.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Results {
     #[serde(skip)]
     path: PathBuf,
-    /// The fabric.
-    pub fabric: String,
+    /// Where.
+    pub place: Place,
     /// The hash of the module.
     pub module: String,
     /// The commit that it was built from, as git describes it.
     pub commit: String,
     /// The day of the last run.
     pub date: String,
-    /// Where.
+    /// The machine there.
     pub machine: Machine,
     /// The time that all of it took, in seconds.
     pub wall: f64,
@@ -47,7 +47,7 @@ pub struct Results {
     pub idle: BTreeMap<u32, BTreeMap<Contender, Outcome<f64>>>,
     /// A few active connections among many idle ones, by their number, by turn.
     #[serde(default)]
-    pub crowd: BTreeMap<u32, BTreeMap<u32, Outcome<Among>>>,
+    pub crowd: BTreeMap<u32, BTreeMap<u32, BTreeMap<Contender, Outcome<Among>>>>,
     /// Bytes in a second by RDMA writes alone, by turn.
     #[serde(default)]
     pub bare: BTreeMap<u32, Outcome<f64>>,
@@ -111,10 +111,10 @@ impl Results {
     }
 
     /// No results yet, to be kept at `path`.
-    pub fn none(path: &Path, lab: &Lab, machine: Machine) -> Self {
+    pub fn none(path: &Path, place: Place, lab: &Lab, machine: Machine) -> Self {
         Self {
             path: path.to_owned(),
-            fabric: lab.fabric.to_string(),
+            place,
             module: lab.module_sha256.clone(),
             commit: String::new(),
             date: String::new(),
@@ -127,11 +127,13 @@ impl Results {
         }
     }
 
-    /// Of the active ones among so many connections: their speed, to that alone, and the
-    /// server's resident bytes.
-    pub fn among(&self, connections: u32) -> Option<(Estimate, Estimate)> {
-        let turns =
-            || self.crowd.get(&connections).into_iter().flat_map(BTreeMap::values).flatten();
+    /// Of a contender's active ones among so many connections: their speed, to that alone, and
+    /// the server's resident bytes.
+    pub fn among(&self, connections: u32, who: Contender) -> Option<(Estimate, Estimate)> {
+        let turns = || {
+            let turns = self.crowd.get(&connections).into_iter().flat_map(BTreeMap::values);
+            turns.filter_map(move |turn| turn.get(&who)?.as_ref().ok())
+        };
         let speed = estimate(turns().map(|turn| turn.among.rate / turn.alone.rate))?;
         Some((speed, estimate(turns().map(|turn| turn.resident as f64))?))
     }
@@ -197,7 +199,7 @@ mod tests {
         let path = std::env::temp_dir().join(format!("bench-results.{}", std::process::id()));
         let mut results = Results {
             path: path.clone(),
-            fabric: "soft".into(),
+            place: Place::Soft,
             module: "hash".into(),
             commit: "commit".into(),
             date: "today".into(),

@@ -34,7 +34,7 @@ impl<'a> Session<'a> {
         results.date = cells::report::today()?;
         let who = Contender::ALL.len() as u64;
         let cells = table.cells.len() as u64 * who * (u64::from(turns) + 1);
-        let by_turn = u64::from(table.crowd.is_some()) + u64::from(table.bare);
+        let by_turn = who * u64::from(table.crowd.is_some()) + u64::from(table.bare);
         let steps = cells + table.idle.len() as u64 * who + by_turn * u64::from(turns);
         let progress = ProgressBar::new(steps).with_style(ProgressStyle::with_template(
             "{pos}/{len} runs, {elapsed} so far, about {eta} to go: {msg}",
@@ -97,22 +97,29 @@ impl<'a> Session<'a> {
         let name = format!("{} active of {} connections", crowd.active, crowd.connections);
         let mut failures = Vec::new();
         for turn in 0..self.turns {
-            let known = self.results.crowd.entry(crowd.connections).or_default().get(&turn);
-            if matches!(known, Some(Ok(_))) {
-                self.progress.inc(1);
-                continue;
+            for who in Contender::order(turn) {
+                let turns = self.results.crowd.entry(crowd.connections).or_default();
+                if matches!(turns.entry(turn).or_default().get(&who), Some(Ok(_))) {
+                    self.progress.inc(1);
+                    continue;
+                }
+                let folder = self.step(&format!("{name}, turn {}, {who}", turn + 1))?;
+                let outcome = crowd::measure(self.lab, &self.table.pace, crowd, who, &folder);
+                let outcome = outcome.map_err(|error| format!("{error:#}"));
+                if let Err(why) = &outcome {
+                    failures.push(format!("{who}, turn {}: {why}", turn + 1));
+                }
+                let turns = self.results.crowd.entry(crowd.connections).or_default();
+                turns.entry(turn).or_default().insert(who, outcome);
+                self.keep()?;
             }
-            let folder = self.step(&format!("{name}, turn {}", turn + 1))?;
-            let outcome = crowd::measure(self.lab, &self.table.pace, crowd, &folder);
-            let outcome = outcome.map_err(|error| format!("{error:#}"));
-            failures.extend(outcome.as_ref().err().map(|why| format!("turn {}: {why}", turn + 1)));
-            self.results.crowd.entry(crowd.connections).or_default().insert(turn, outcome);
-            self.keep()?;
         }
-        let shown = self.results.among(crowd.connections).map_or(Vec::new(), |(ratio, bytes)| {
-            let gib = bytes.median / f64::from(1 << 30);
-            vec![format!("{:.2} of the speed alone, {gib:.2} GiB resident", ratio.median)]
+        let shown = Contender::ALL.into_iter().filter_map(|who| {
+            let (speed, bytes) = self.results.among(crowd.connections, who)?;
+            let (speed, gib) = (speed.median, bytes.median / f64::from(1 << 30));
+            Some(format!("{who} {speed:.2} of the speed alone, {gib:.2} GiB resident"))
         });
+        let shown = shown.collect();
         self.conclude(&name, shown, failures);
         Ok(())
     }

@@ -8,12 +8,54 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use cells::matrix::Fabric;
-use serde::Deserialize;
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 
 /// More than this must never be under way at once, in bytes.
 const UNDER_WAY: u64 = 1 << 30;
 
-/// What tells one cell of a fabric from another.
+/// Where something is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Place {
+    /// The software fabric, natively.
+    Soft,
+    /// Soft-RoCE, in an emulated machine.
+    Vm,
+    /// The software fabric, in an emulated machine.
+    SoftVm,
+}
+
+impl Place {
+    /// What carries the bytes there.
+    pub fn fabric(self) -> Fabric {
+        match self {
+            Self::Soft | Self::SoftVm => Fabric::Soft,
+            Self::Vm => Fabric::Vm,
+        }
+    }
+
+    /// What the report calls it.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Soft => "The software fabric",
+            Self::Vm => "Soft-RoCE in an emulated machine",
+            Self::SoftVm => "The software fabric in an emulated machine",
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(match self {
+            Self::Soft => "soft",
+            Self::Vm => "vm",
+            Self::SoftVm => "soft-vm",
+        })
+    }
+}
+
+/// What tells one cell of a place from another.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Cell {
     /// `get` or `set`.
@@ -26,7 +68,7 @@ pub struct Cell {
     pub pipeline: u32,
     /// The server's `io-threads`.
     pub io_threads: u32,
-    /// How long its load lasts, if not as long as the fabric's others.
+    /// How long its load lasts, if not as long as the place's others.
     pub seconds: Option<u32>,
 }
 
@@ -125,8 +167,8 @@ struct Entry {
     clients: Vec<u32>,
     pipeline: Vec<u32>,
     io_threads: Vec<u32>,
-    fabrics: Vec<Fabric>,
-    /// Seconds of load that is measured, instead of the fabric's.
+    places: Vec<Place>,
+    /// Seconds of load that is measured, instead of the place's.
     seconds: Option<u32>,
 }
 
@@ -134,6 +176,7 @@ struct Entry {
 #[serde(deny_unknown_fields)]
 struct Memory {
     connections: Vec<u32>,
+    places: Vec<Place>,
 }
 
 /// A few active connections among many idle ones.
@@ -145,13 +188,13 @@ pub struct Crowd {
     /// Those that are active.
     pub active: u32,
     /// Where.
-    fabric: Fabric,
+    place: Place,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Bare {
-    fabric: Fabric,
+    place: Place,
 }
 
 #[derive(Debug, Deserialize)]
@@ -165,15 +208,15 @@ struct Smoke {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
-    fabric: BTreeMap<String, Pace>,
+    place: BTreeMap<String, Pace>,
     cells: Vec<Entry>,
     memory: Memory,
-    crowd: Crowd,
+    crowd: Vec<Crowd>,
     bare: Bare,
     smoke: Smoke,
 }
 
-/// What is to be measured on one fabric.
+/// What is to be measured at one place.
 #[derive(Debug)]
 pub struct Table {
     /// How long a run lasts.
@@ -188,14 +231,14 @@ pub struct Table {
     pub bare: bool,
 }
 
-/// Reads the part of the table that is for `fabric`; of a smoke test, the little that it takes.
-pub fn read(text: &str, fabric: Fabric, smoke: bool) -> Result<Table> {
+/// Reads the part of the table that is for `place`; of a smoke test, the little that it takes.
+pub fn read(text: &str, place: Place, smoke: bool) -> Result<Table> {
     let file: File = toml::from_str(text).context("reading the table of cells")?;
-    let name = fabric.to_string();
-    let mut pace = *file.fabric.get(&name).with_context(|| format!("no [fabric.{name}]"))?;
+    let name = place.to_string();
+    let mut pace = *file.place.get(&name).with_context(|| format!("no [place.{name}]"))?;
     let mut cells = Vec::new();
     for entry in &file.cells {
-        if entry.fabrics.contains(&fabric) {
+        if entry.places.contains(&place) {
             expand(entry, &mut cells)?;
         }
     }
@@ -211,9 +254,13 @@ pub fn read(text: &str, fabric: Fabric, smoke: bool) -> Result<Table> {
         cells.retain(|cell| file.smoke.cells.contains(&cell.to_string()));
         pace = Pace { warm_up: 0, seconds: file.smoke.seconds, ..pace };
     }
-    let idle = if smoke { file.smoke.connections } else { file.memory.connections };
-    let crowd = Some(file.crowd).filter(|crowd| crowd.fabric == fabric && !smoke);
-    let bare = file.bare.fabric == fabric && !smoke;
+    let idle = match smoke {
+        true => file.smoke.connections,
+        false if file.memory.places.contains(&place) => file.memory.connections,
+        false => Vec::new(),
+    };
+    let crowd = file.crowd.into_iter().find(|crowd| crowd.place == place && !smoke);
+    let bare = file.bare.place == place && !smoke;
     Ok(Table { pace, cells, idle, crowd, bare })
 }
 
@@ -251,12 +298,17 @@ mod tests {
 
     #[test]
     fn the_table_is_about_thirty_cells() {
-        let soft = read(TEXT, Fabric::Soft, false).unwrap();
-        let vm = read(TEXT, Fabric::Vm, false).unwrap();
+        let soft = read(TEXT, Place::Soft, false).unwrap();
+        let vm = read(TEXT, Place::Vm, false).unwrap();
         assert!((25..=40).contains(&soft.cells.len()), "{}", soft.cells.len());
         assert!((25..=40).contains(&vm.cells.len()), "{}", vm.cells.len());
-        let smoke = read(TEXT, Fabric::Soft, true).unwrap();
+        let smoke = read(TEXT, Place::Soft, true).unwrap();
         assert_eq!((smoke.cells.len(), smoke.idle.len(), smoke.pace.seconds), (2, 1, 2));
+        let crowds = [&soft, &vm, &smoke].map(|table| table.crowd.is_some());
+        assert_eq!(crowds, [true, false, false]);
+        let many = read(TEXT, Place::SoftVm, false).unwrap();
+        assert_eq!((many.cells.len(), many.idle.len(), many.bare), (0, 0, false));
+        assert_eq!(many.crowd.map(|crowd| crowd.connections), Some(10_000));
     }
 
     #[test]
@@ -273,20 +325,20 @@ mod tests {
     #[test]
     fn a_cell_with_too_much_under_way_is_refused() {
         let more = TEXT.replace("clients = [1, 50, 500]", "clients = [1, 50, 500, 17000000]");
-        let error = read(&more, Fabric::Soft, false).unwrap_err().to_string();
+        let error = read(&more, Place::Soft, false).unwrap_err().to_string();
         assert!(error.contains("1 GiB"), "{error}");
     }
 
     #[test]
     fn a_cell_listed_twice_is_refused() {
         let twice = TEXT.replace("sizes = [\"1KB\"]", "sizes = [\"64B\"]");
-        let error = read(&twice, Fabric::Soft, false).unwrap_err().to_string();
+        let error = read(&twice, Place::Soft, false).unwrap_err().to_string();
         assert!(error.contains("twice"), "{error}");
     }
 
     #[test]
     fn selectors_name_parts_of_a_cell() {
-        let cells = read(TEXT, Fabric::Soft, false).unwrap().cells;
+        let cells = read(TEXT, Place::Soft, false).unwrap().cells;
         let count = |selector: &str| cells.iter().filter(|cell| cell.is_selected(selector)).count();
         assert_eq!(count("64B/c1/set"), 1);
         assert_eq!(count("c50*/64B/io1/p1"), 4);
