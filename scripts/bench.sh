@@ -82,9 +82,12 @@ on_vm() {
     in_guest "$bench" run --place vm --results "$kept/vm.json" "$@"
 }
 
+# There, root may give each process as many descriptors as the kernel counts.
 on_soft_vm() {
     say "On the software fabric in a virtual machine"
-    in_guest env SOFTRDMA_NO_BUILD=1 "$repo/scripts/softrdma.sh" \
+    # shellcheck disable=SC2016
+    in_guest bash -c 'ulimit -n "$(cat /proc/sys/fs/nr_open)" && exec "$@"' bash \
+        env SOFTRDMA_NO_BUILD=1 "$repo/scripts/softrdma.sh" \
         "$bench" run --place soft-vm --results "$kept/soft-vm.json" "$@"
 }
 
