@@ -41,9 +41,7 @@ pub fn measure(
         seconds: None,
     };
     let mut stage = Stage::set(lab, pace, &cell, who, folder)?;
-    // The server watches no descriptor whose number is beyond maxclients and some, and the
-    // software fabric takes two for each connection beside the server's one.
-    let maxclients = (3 * crowd.connections + 500).to_string();
+    let maxclients = crowd.maxclients;
     let set =
         stage.server.tcp(pace.limit())?.words(&format!("CONFIG SET maxclients {maxclients}"))?;
     ensure!(set.text() == "OK", "CONFIG SET maxclients {maxclients}: {set}");

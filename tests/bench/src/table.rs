@@ -187,6 +187,9 @@ pub struct Crowd {
     pub connections: u32,
     /// Those that are active.
     pub active: u32,
+    /// The server's `maxclients`: it watches no descriptor whose number is beyond that and
+    /// some, and a connection takes more than the one.
+    pub maxclients: u32,
     /// Where.
     place: Place,
 }
