@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use cells::lab::Lab;
 use serde::{Deserialize, Serialize};
 
-use crate::contender::Contender;
+use crate::contender::{Contender, alive};
 use crate::idle::Idle;
 use crate::load::{Figures, Stage};
 use crate::table::{Cell, Crowd, Pace, Size};
@@ -45,12 +45,25 @@ pub fn measure(
     let set =
         stage.server.tcp(pace.limit())?.words(&format!("CONFIG SET maxclients {maxclients}"))?;
     ensure!(set.text() == "OK", "CONFIG SET maxclients {maxclients}: {set}");
+    let figures = figures(lab, pace, crowd, who, &mut stage);
+    alive(&mut stage.server)?;
+    let figures = figures?;
+    stage.strike()?;
+    Ok(figures)
+}
+
+fn figures(
+    lab: &Lab,
+    pace: &Pace,
+    crowd: Crowd,
+    who: Contender,
+    stage: &mut Stage,
+) -> Result<Among> {
     let alone = stage.figures(pace)?;
     let idle =
         Idle::connect(lab, pace.limit(), who, crowd.connections - crowd.active, &stage.server)?;
     let resident = stage.server.resident()?;
     let among = stage.figures(pace)?;
     idle.end()?;
-    stage.strike()?;
     Ok(Among { resident, alone, among })
 }
