@@ -111,6 +111,9 @@ impl Page<'_> {
             machine.load,
             wall / 60.0
         )?;
+        if self.cells.is_empty() {
+            return Ok(());
+        }
         let ratios = |what: Kind| {
             let medians = self.measured().filter_map(move |(_, measured)| {
                 Some(measured?.ratio(Ours, Upstream, what)?.median)
