@@ -60,6 +60,8 @@ fn figures(
     stage: &mut Stage,
 ) -> Result<Among> {
     let alone = stage.figures(pace)?;
+    // The C module sees clients leave late, and these would be taken for idle ones.
+    stage.wait_until_alone()?;
     let idle =
         Idle::connect(lab, pace.limit(), who, crowd.connections - crowd.active, &stage.server)?;
     let resident = stage.server.resident()?;
