@@ -60,7 +60,8 @@ fn figures(
     stage: &mut Stage,
 ) -> Result<Among> {
     let alone = stage.figures(pace)?;
-    // The C module sees clients leave late, and these would be taken for idle ones.
+    // The C module sees clients leave late. Of the connections made meanwhile many do not last
+    // (739 of 1,900 were left in one run), and why has not been looked at.
     stage.wait_until_alone()?;
     let idle =
         Idle::connect(lab, pace.limit(), who, crowd.connections - crowd.active, &stage.server)?;
