@@ -15,11 +15,12 @@ use crate::verbs::Error;
 use crate::verbs::cm::{Device, Limits};
 use crate::verbs::completion::{Batch, Completion, CompletionChannel, CompletionQueue};
 
-/// Entries of a device's first queue, of its second, and of all further ones, or the
-/// device's limit: for 77, 154 and 309 connections. Few queues, since each that fires costs
-/// system calls. One less than a power of two, since providers keep one free and round up
-/// (`rxe_queue_init` of the kernel, mlx5's `create_cq`).
-const SIZES: [u32; 3] = [8191, 16_383, 32_767];
+/// Entries of a device's queues, in the order in which they are made: for 77 connections,
+/// for 154 and so on, twice as many each time up to 2,473, or to the device's limit. Few
+/// queues, since each has to be looked at, and each that fires costs system calls: nine do
+/// for 10,000 connections. One less than a power of two, since providers keep one free and
+/// round up (`rxe_queue_init` of the kernel, mlx5's `create_cq`).
+const SIZES: [u32; 6] = [8191, 16_383, 32_767, 65_535, 131_071, 262_143];
 
 /// Completions taken from a queue in one pass, in batches: enough for any burst,
 /// few enough that the event loop gets its turn.

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! That clients which do nothing cost next to nothing.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::hostile::Holdings;
 use super::stalled::settle;
 use crate::cell::{Case, Cell};
+use crate::info::Info;
 use crate::matrix::Fabric;
 use crate::tools::Load;
 
@@ -15,6 +16,10 @@ pub const CASES: &[Case] = &[Case::new("idle-crowd", idle_crowd)];
 /// Resident memory that an idle connection may take, in bytes, the server's own share
 /// included. Upstream's C module takes 3.8 MB on Soft-RoCE.
 const MOST: f64 = 200.0 * 1024.0;
+
+/// Completion queues that serve the crowd at most: each has to be looked at again and again.
+/// Every one serves twice as many connections as the one before, the first 77.
+const QUEUES: u64 = 5;
 
 /// Descriptors that a connection takes in one process, the software fabric's included.
 const DESCRIPTORS: u64 = 3;
@@ -36,6 +41,8 @@ fn idle_crowd(cell: &mut Cell) -> Result<()> {
 
     let crowd = cell.idle_clients(count as usize)?;
     cell.wait_info("the crowd", |info| Ok(info.number("rdma_connections_established")? == count))?;
+    let queues = completion_queues(&cell.info()?)?;
+    ensure!(queues <= QUEUES, "{count} connections have {queues} completion queues");
     let each = cell.server().resident()?.saturating_sub(before) as f64 / count as f64;
     cell.figure("resident memory of an idle connection", format!("{:.0} KiB", each / 1024.0));
     ensure!(each < MOST, "an idle connection takes {each:.0} bytes");
@@ -45,6 +52,13 @@ fn idle_crowd(cell: &mut Cell) -> Result<()> {
     drop(crowd);
     rest.wait_back(cell)?;
     Ok(())
+}
+
+fn completion_queues(info: &Info) -> Result<u64> {
+    let device = info.text("rdma_device0")?;
+    let number = device.split(',').find_map(|field| field.strip_prefix("completion-queues="));
+    let number = number.with_context(|| format!("no number of completion queues in {device}"))?;
+    Ok(number.parse()?)
 }
 
 fn limit_on_descriptors() -> Result<u64> {
