@@ -120,6 +120,7 @@ pub struct Session {
     questions: VecDeque<(u16, u16)>,
     probing: bool,
     last_heard: Millis,
+    writes: u64,
 }
 
 impl Session {
@@ -133,6 +134,7 @@ impl Session {
             questions: VecDeque::new(),
             probing: false,
             last_heard: now,
+            writes: 0,
         }
     }
 
@@ -211,7 +213,13 @@ impl Session {
         now: Millis,
     ) -> Result<(), Violation> {
         self.last_heard = now;
+        self.writes += 1;
         inbound.arrived(count).map_err(Violation::Overrun)
+    }
+
+    /// RDMA WRITEs of the peer so far.
+    pub fn writes(&self) -> u64 {
+        self.writes
     }
 
     /// The next answer to send, if one is due, and the receive slot that its
@@ -352,6 +360,16 @@ mod tests {
         session.establish();
         assert_eq!(session.duty(1099, true), Duty::Wait);
         assert_eq!(session.duty(1100, true), Duty::TimedOut);
+    }
+
+    #[test]
+    fn writes_are_counted_and_messages_are_not() {
+        let (mut session, _, receive) = open();
+        receive.announce(0x2000, 64);
+        for count in [1, 0, 63] {
+            session.immediate(count, &receive, 0).unwrap();
+        }
+        assert_eq!(session.writes(), 3);
     }
 
     #[test]

@@ -9,7 +9,9 @@
 //! turn, so that the peer need not wait until it was read.
 //!
 //! What is gained is an announcement's way there and back, tens of microseconds, for
-//! each buffer; what is lost, pinned memory and a registration on either side.
+//! each buffer; what is lost, pinned memory and a registration on either side. So who
+//! fills a buffer by few writes gets a larger one sooner: each of them bears a larger
+//! part of what an announcement costs.
 
 use crate::session::Millis;
 
@@ -22,6 +24,11 @@ const STEP: u32 = 4;
 
 /// A buffer that was full sooner after its announcement was too small.
 const QUICK: Millis = 100;
+/// The same of a buffer that at most [`FEW`] writes filled.
+const QUICK_BY_FEW: Millis = 1_000;
+/// An announcement costs about what a small request does, so that beyond so many
+/// writes it is a small part of what they cost.
+const FEW: u64 = 32;
 /// Who has two of them and takes no longer keeps both: nobody is to have one made and
 /// taken away in turn.
 const STEADY: Millis = 1_000;
@@ -33,10 +40,11 @@ pub fn wants_two(filled_in: Millis, has_two: bool) -> bool {
     filled_in < if has_two { STEADY } else { QUICK }
 }
 
-/// Size of the buffer after one of `present` bytes that was full after `filled_in`,
+/// Size of the buffer after one of `present` bytes that `writes` filled in `filled_in`,
 /// where `most` is the largest that is allowed.
-pub fn next(present: u32, most: u32, filled_in: Millis) -> u32 {
-    let next = if filled_in < QUICK {
+pub fn next(present: u32, most: u32, filled_in: Millis, writes: u64) -> u32 {
+    let quick = if writes <= FEW { QUICK_BY_FEW } else { QUICK };
+    let next = if filled_in < quick {
         present.saturating_mul(STEP)
     } else if filled_in > SLOW {
         (present / STEP).max(FIRST)
@@ -51,26 +59,35 @@ mod tests {
     use super::*;
 
     const MOST: u32 = 1024 * 1024;
+    const MANY: u64 = FEW + 1;
 
     #[test]
     fn a_busy_connection_gets_all_in_three_steps() {
-        let sizes: Vec<_> = std::iter::successors(Some(FIRST), |size| Some(next(*size, MOST, 3)))
-            .take(5)
-            .map(|size| size / 1024)
-            .collect();
+        let sizes: Vec<_> =
+            std::iter::successors(Some(FIRST), |size| Some(next(*size, MOST, 3, MANY)))
+                .take(5)
+                .map(|size| size / 1024)
+                .collect();
         assert_eq!(sizes, [16, 64, 256, 1024, 1024]);
     }
 
     #[test]
     fn a_slow_one_goes_back_to_where_it_began() {
-        assert_eq!(next(MOST, MOST, SLOW + 1), MOST / 4);
-        assert_eq!(next(FIRST, MOST, SLOW + 1), FIRST);
+        assert_eq!(next(MOST, MOST, SLOW + 1, 1), MOST / 4);
+        assert_eq!(next(FIRST, MOST, SLOW + 1, 1), FIRST);
     }
 
     #[test]
     fn one_in_between_keeps_what_it_has() {
-        assert_eq!(next(128 * 1024, MOST, QUICK), 128 * 1024);
-        assert_eq!(next(128 * 1024, MOST, SLOW), 128 * 1024);
+        assert_eq!(next(128 * 1024, MOST, QUICK, MANY), 128 * 1024);
+        assert_eq!(next(128 * 1024, MOST, SLOW, 1), 128 * 1024);
+    }
+
+    #[test]
+    fn one_that_few_writes_fill_grows_sooner() {
+        assert_eq!(next(FIRST, MOST, QUICK_BY_FEW - 1, FEW), FIRST * STEP);
+        assert_eq!(next(FIRST, MOST, QUICK_BY_FEW - 1, MANY), FIRST);
+        assert_eq!(next(FIRST, MOST, QUICK_BY_FEW, FEW), FIRST);
     }
 
     #[test]
@@ -81,7 +98,7 @@ mod tests {
 
     #[test]
     fn the_setting_is_the_most_and_nothing_overflows() {
-        assert_eq!(next(64 * 1024, 64 * 1024, 0), 64 * 1024);
-        assert_eq!(next(u32::MAX, 16 << 20, 0), 16 << 20);
+        assert_eq!(next(64 * 1024, 64 * 1024, 0, 1), 64 * 1024);
+        assert_eq!(next(u32::MAX, 16 << 20, 0, 1), 16 << 20);
     }
 }

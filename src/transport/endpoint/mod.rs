@@ -188,8 +188,13 @@ impl Endpoint {
         let control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
         let first = growth::FIRST.min(plan.receive_bytes);
         let region = Region::new(&domain, first as usize, Access::RemoteWrite)?;
-        let receive =
-            MainCell::new(Receive { region, other: None, since: None, most: plan.receive_bytes });
+        let receive = MainCell::new(Receive {
+            region,
+            other: None,
+            since: None,
+            writes_before: 0,
+            most: plan.receive_bytes,
+        });
         let (reservation, pair) = hub.reserve(ENTRIES, |queue| {
             QueuePair::new(&id, &domain, queue, SEND_DEPTH, u32::from(RECEIVE_SLOTS))
         })?;

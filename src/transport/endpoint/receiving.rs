@@ -33,6 +33,8 @@ pub(super) struct Receive {
     pub(super) other: Option<Region>,
     /// When it was announced, unless it was not yet.
     pub(super) since: Option<Millis>,
+    /// The peer's writes until then, since the connection began.
+    pub(super) writes_before: u64,
     /// The largest that one may be, in bytes.
     pub(super) most: u32,
 }
@@ -127,11 +129,13 @@ impl Endpoint {
     /// being full. `false` if the peer has to wait until that was read.
     fn turn_receive_buffer(&self) -> bool {
         let now = clock::now();
+        let writes = self.own().session.writes();
         let mut receive = self.receive.open();
         let receive = &mut *receive;
         let took = receive.since.map(|since| now - since);
         let present = receive.region.length() as u32;
-        let wanted = took.map_or(present, |took| growth::next(present, receive.most, took));
+        let by = writes - receive.writes_before;
+        let wanted = took.map_or(present, |took| growth::next(present, receive.most, took, by));
         let fits = |region: &Region| region.length() == wanted as usize;
         let has_two = receive.other.as_ref().is_some_and(fits);
         let two = took.is_some_and(|took| growth::wants_two(took, has_two));
@@ -159,6 +163,7 @@ impl Endpoint {
             METRICS.windows_ahead.add(1);
         }
         receive.since = Some(now);
+        receive.writes_before = writes;
         true
     }
 }
