@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! That clients which do nothing cost next to nothing.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use super::hostile::Holdings;
+use super::operators::completion_queues;
 use super::stalled::settle;
 use crate::cell::{Case, Cell};
-use crate::info::Info;
 use crate::matrix::Fabric;
 use crate::tools::Load;
 
@@ -41,7 +41,7 @@ fn idle_crowd(cell: &mut Cell) -> Result<()> {
 
     let crowd = cell.idle_clients(count as usize)?;
     cell.wait_info("the crowd", |info| Ok(info.number("rdma_connections_established")? == count))?;
-    let queues = completion_queues(&cell.info()?)?;
+    let queues = completion_queues(cell)?;
     ensure!(queues <= QUEUES, "{count} connections have {queues} completion queues");
     let each = cell.server().resident()?.saturating_sub(before) as f64 / count as f64;
     cell.figure("resident memory of an idle connection", format!("{:.0} KiB", each / 1024.0));
@@ -52,13 +52,6 @@ fn idle_crowd(cell: &mut Cell) -> Result<()> {
     drop(crowd);
     rest.wait_back(cell)?;
     Ok(())
-}
-
-fn completion_queues(info: &Info) -> Result<u64> {
-    let device = info.text("rdma_device0")?;
-    let number = device.split(',').find_map(|field| field.strip_prefix("completion-queues="));
-    let number = number.with_context(|| format!("no number of completion queues in {device}"))?;
-    Ok(number.parse()?)
 }
 
 fn limit_on_descriptors() -> Result<u64> {

@@ -271,9 +271,7 @@ fn stats(cell: &mut Cell) -> Result<()> {
     let registered = reply.number("registered_bytes")?;
     ensure!(registered > 0, "nothing is registered for a connection in handshake");
     limits.map("registered_bytes")?.check(&[("now", registered), ("most", 64 << 20)])?;
-    let devices = reply.get("devices")?.elements().to_vec();
-    ensure!(devices.len() == 1, "{} devices instead of one", devices.len());
-    let device = Map(devices[0].elements().to_vec());
+    let device = only_device(&reply)?;
     ensure!(device.get("ports")?.elements() == [Value::Integer(1)], "not port 1 alone");
     device.check(&[("connections", 1), ("completion-queues", 1)])?;
     ensure!(
@@ -304,6 +302,19 @@ fn stats(cell: &mut Cell) -> Result<()> {
     );
     waiting.disconnect()?;
     Ok(())
+}
+
+/// The device in what `RDMA.STATS` answered.
+fn only_device(stats: &Map) -> Result<Map> {
+    let devices = stats.get("devices")?.elements();
+    ensure!(devices.len() == 1, "{} devices instead of one", devices.len());
+    Ok(Map(devices[0].elements().to_vec()))
+}
+
+/// Completion queues of the only device.
+pub(super) fn completion_queues(cell: &Cell) -> Result<u64> {
+    let stats = Map(cell.tcp()?.words("RDMA.STATS")?.elements().to_vec());
+    only_device(&stats)?.number("completion-queues")
 }
 
 /// Who may call the commands, and what the server knows of them.
