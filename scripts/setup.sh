@@ -148,7 +148,9 @@ part_clients() {
 
 part_bench() {
     part_clients
-    need_packages strace perftest
+    need_packages perftest
+    # Where the benchmark counts system calls.
+    [[ -e /sys/kernel/tracing/events ]] || mount -t tracefs tracefs /sys/kernel/tracing
 }
 
 # The sources whose headers scripts/abi-check.sh measures.

@@ -42,6 +42,19 @@ pub struct Figures {
     pub client: f64,
 }
 
+/// What was seen of a load between two readings.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen {
+    /// Requests that the server served.
+    pub requests: u64,
+    /// Processor time of the server.
+    pub cpu: Duration,
+    /// As in [`Figures`].
+    pub server: f64,
+    /// As in [`Figures`].
+    pub client: f64,
+}
+
 /// A server with a value to read in it, and its benchmark.
 pub struct Stage<'a> {
     pub lab: &'a Lab,
@@ -115,16 +128,31 @@ impl<'a> Stage<'a> {
 
     /// Measures once.
     pub fn figures(&mut self, pace: &Pace) -> Result<Figures> {
+        let (printed, seen, ()) = self.watch(pace, |span| {
+            std::thread::sleep(span);
+            Ok(())
+        })?;
+        let [rate, p50, p99] = table(&printed)
+            .with_context(|| format!("valkey-benchmark said: {}", tail(&printed)))?;
+        ensure!(rate > 0.0, "no request was finished");
+        let cpu = seen.cpu.as_secs_f64() * 1e6 / seen.requests as f64;
+        Ok(Figures { rate, p50, p99, cpu, server: seen.server, client: seen.client })
+    }
+
+    /// Runs the load once and calls `during` while it lasts, with the time that it is to take;
+    /// what the benchmark printed, what was seen meanwhile, and what `during` answered.
+    pub fn watch<T>(
+        &mut self,
+        pace: &Pace,
+        during: impl FnOnce(Duration) -> Result<T>,
+    ) -> Result<(String, Seen, T)> {
         let (warm_up, seconds) = (pace.warm_up.to_string(), pace.seconds.to_string());
         let bound = ["--warmup", &warm_up, "--duration", &seconds];
         let mut counts = observer(self)?;
         let before = counts()?;
-        let (printed, (cpu, server, client)) =
-            self.load(&bound, |stage, load| watch(stage, load, pace, before, &mut counts))?;
-        let [rate, p50, p99] = table(&printed)
-            .with_context(|| format!("valkey-benchmark said: {}", tail(&printed)))?;
-        ensure!(rate > 0.0, "no request was finished");
-        Ok(Figures { rate, p50, p99, cpu, server, client })
+        let (printed, (seen, answer)) =
+            self.load(&bound, |stage, load| watch(stage, load, pace, before, &mut counts, during))?;
+        Ok((printed, seen, answer))
     }
 
     /// Waits until the server has ended all connections but the one that asks.
@@ -191,16 +219,16 @@ fn observer(stage: &Stage) -> Result<impl FnMut() -> Result<Counts> + use<>> {
 }
 
 /// Waits until all clients are there and served, and reads off both processes near the beginning
-/// and the end of what counts: the server's processor time for each request in microseconds, and
-/// the time that server and client were awake. `counts` reads off what the server counts, which
-/// was `before` before the load.
-fn watch(
+/// and the end of what counts, between which it calls `during`. `counts` reads off what the
+/// server counts, which was `before` before the load.
+fn watch<T>(
     stage: &Stage,
     benchmark: &mut Process,
     pace: &Pace,
     before: Counts,
     mut counts: impl FnMut() -> Result<Counts>,
-) -> Result<(f64, f64, f64)> {
+    during: impl FnOnce(Duration) -> Result<T>,
+) -> Result<(Seen, T)> {
     let begun = Instant::now();
     let clients = u64::from(stage.cell.clients);
     loop {
@@ -231,7 +259,7 @@ fn watch(
     let warm = Duration::from_secs(pace.warm_up.into()).saturating_sub(begun.elapsed());
     std::thread::sleep(warm + MARGIN);
     let first = read()?;
-    std::thread::sleep(Duration::from_secs(pace.seconds.into()) - 2 * MARGIN);
+    let answer = during(Duration::from_secs(pace.seconds.into()) - 2 * MARGIN)?;
     let last = read()?;
     ensure!(
         benchmark.status()?.is_none(),
@@ -244,11 +272,13 @@ fn watch(
     );
     let requests = last.0.calls - first.0.calls;
     ensure!(requests > 0, "no request was served within {} s", pace.seconds);
-    Ok((
-        last.1.cpu_since(&first.1).as_secs_f64() * 1e6 / requests as f64,
-        last.1.awake_since(&first.1),
-        last.2.awake_since(&first.2),
-    ))
+    let seen = Seen {
+        requests,
+        cpu: last.1.cpu_since(&first.1),
+        server: last.1.awake_since(&first.1),
+        client: last.2.awake_since(&first.2),
+    };
+    Ok((seen, answer))
 }
 
 /// `cmdstat_get:calls=…,usec=…` of `INFO commandstats`.

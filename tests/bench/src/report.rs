@@ -38,10 +38,10 @@ a server with `io-threads 4`.
   (it ran or waited for a processor). From 90 % on it is what bounds the cell; where the client
   does, a faster server can't be seen in the throughput, but in the CPU time.
 - CPU is what all threads of the server used, user and system, for each request.
-- System calls are counted by `strace -f -c` in a run of its own, since it slows a server
-  down manyfold; a slower server finds more to do at each wake-up. On the software fabric they
-  are the fabric's, which does in user space what a device and its kernel driver do elsewhere.
-  Readings of the clock are left out where they are system calls.
+- System calls are counted at the kernel's tracepoints, in a run of its own, at full speed. On
+  the software fabric they are the fabric's, which does in user space what a device and its
+  kernel driver do elsewhere: one of them for each reply is the doorbell, which wakes the
+  client's process. Readings of the clock are left out where they are system calls.
 - Memory is what is resident with so many idle connections less what was without, divided by
   their number; the first connection also brings what all of a device share. The software
   fabric's links are in it.

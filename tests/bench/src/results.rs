@@ -16,7 +16,6 @@ use crate::load::Figures;
 use crate::machine::Machine;
 use crate::stats::{Estimate, estimate};
 use crate::table::{Cell, Place};
-use crate::trace::Calls;
 
 /// One of a run's figures.
 pub type Kind = fn(&Figures) -> f64;
@@ -58,8 +57,8 @@ pub struct Results {
 pub struct Measured {
     /// Its turns: one run of each contender.
     pub turns: BTreeMap<u32, BTreeMap<Contender, Outcome<Figures>>>,
-    /// System calls for each request.
-    pub calls: BTreeMap<Contender, Outcome<Calls>>,
+    /// System calls for each request, see [`trace`](crate::trace).
+    pub calls: BTreeMap<Contender, Outcome<f64>>,
 }
 
 impl Measured {
@@ -78,13 +77,9 @@ impl Measured {
         estimate(pairs)
     }
 
-    /// All system calls of a contender for each request, without those that read the clock:
-    /// only where the kernel has no clock for user space, as with some virtual machines, does
-    /// reading it take one.
+    /// System calls of a contender for each request.
     pub fn system_calls(&self, who: Contender) -> Option<f64> {
-        const CLOCK: [&str; 2] = ["clock_gettime", "gettimeofday"];
-        let calls = self.calls.get(&who)?.as_ref().ok()?.iter();
-        Some(calls.filter(|(name, _)| !CLOCK.contains(&name.as_str())).map(|(_, n)| n).sum())
+        self.calls.get(&who)?.as_ref().ok().copied()
     }
 
     /// How a contender failed, where it did.
@@ -183,15 +178,6 @@ mod tests {
         assert_eq!((ratio.median, ratio.low, ratio.high), (3.0, 2.0, 4.0));
         assert_eq!(measured.failure(Upstream), Some("hung"));
         assert_eq!(measured.failure(Ours), None);
-    }
-
-    #[test]
-    fn readings_of_the_clock_are_no_system_calls() {
-        let calls = [("read", 1.0), ("clock_gettime", 12.0), ("gettimeofday", 3.0), ("write", 0.5)];
-        let calls = calls.map(|(name, count)| (name.to_owned(), count)).into();
-        let measured = Measured { calls: [(Ours, Ok(calls))].into(), ..Measured::default() };
-        assert_eq!(measured.system_calls(Ours), Some(1.5));
-        assert_eq!(measured.system_calls(Upstream), None);
     }
 
     #[test]

@@ -1,108 +1,110 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! System calls of the server for each request, counted by strace.
+//! System calls of the server for each request, counted at the kernel's tracepoints.
 //!
-//! A traced server is many times slower, so this is a run of its own, whose times are not
-//! looked at. It serves a few requests, and then again those and more: the difference is what
-//! the more of them took, without that for making and ending connections: it is waited for until
-//! all have ended.
+//! The server keeps nearly its full speed. A tracer that stops it at each call would slow it down
+//! manyfold: it would find more to do at each wake-up, and need fewer calls for each request
+//! than it does.
 
-use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use cells::lab::Lab;
-use cells::process::Process;
+use perf_event::events::Tracepoint;
+use perf_event::{Builder, Counter};
 
 use crate::contender::Contender;
 use crate::load::Stage;
 use crate::table::{Cell, Pace};
 
-/// System calls for each request, by name.
-pub type Calls = BTreeMap<String, f64>;
+/// Where the kernel describes its tracepoints; scripts/setup.sh mounts it.
+const TRACEPOINTS: &str = "/sys/kernel/tracing/events";
+/// The tracepoint of all system calls.
+const ALL: &str = "raw_syscalls/sys_enter";
+/// Those of readings of the clock, which are left out: only where the kernel has no clock for
+/// user space, as with some virtual machines, do they take a system call.
+const CLOCK: [&str; 2] = ["syscalls/sys_enter_clock_gettime", "syscalls/sys_enter_gettimeofday"];
 
-/// Counts the system calls of a cell whose untraced rate is known.
+/// System calls of all threads of the server for each request of a cell, in a run of its own.
 pub fn count(
     lab: &Lab,
     pace: &Pace,
     cell: &Cell,
     contender: Contender,
-    rate: f64,
     folder: &Path,
-) -> Result<Calls> {
+) -> Result<f64> {
     let mut stage = Stage::set(lab, pace, cell, contender, folder)?;
-    let few = cell.under_way();
-    // About a second's worth when traced; whole rounds of all connections.
-    let rounds = (rate * 0.2 / few as f64).min(20_000.0 / few as f64).max(1.0);
-    let more = few * rounds.ceil() as u64;
-    let before = traced(&mut stage, few)?;
-    let after = traced(&mut stage, few + more)?;
-    stage.strike()?;
-    Ok(after
-        .into_iter()
-        .map(|(name, count)| {
-            let least = before.get(&name).copied().unwrap_or(0);
-            (name, count.saturating_sub(least) as f64 / more as f64)
-        })
-        .filter(|(_, each)| *each > 0.0)
-        .collect())
-}
-
-/// Serves so many requests under strace: system calls by name.
-fn traced(stage: &mut Stage, requests: u64) -> Result<BTreeMap<String, u64>> {
-    let table = stage.folder.join("strace");
     let pid = stage.server.pid();
-    let mut command = Command::new("strace");
-    command.args(["-f", "-c", "-U", "name,calls", "-p", &pid.to_string(), "-o"]).arg(&table);
-    command.stdin(Stdio::null()).stdout(Stdio::null());
-    command.stderr(File::create(stage.folder.join("strace.errors"))?);
-    let mut strace = Process::spawn(&mut command).context("strace (run scripts/setup.sh bench)")?;
-    attached(pid, &mut strace, stage.folder)?;
-    stage.load(&["-n", &requests.to_string()], |_, _| Ok(()))?;
-    stage.wait_until_alone()?;
-    // It lets go of the server and prints its table.
-    strace.end(Duration::from_secs(20))?;
-    let text = std::fs::read_to_string(&table)?;
-    parse(&text).with_context(|| format!("strace said: {text}"))
+    let (_, seen, (calls, _counters)) = stage.watch(pace, |span| {
+        let mut counters =
+            Counters::new(&threads(pid)?).context("counting the server's system calls")?;
+        std::thread::sleep(span);
+        // To take them away takes a while, which is not to count.
+        Ok((counters.read()?, counters))
+    })?;
+    stage.strike()?;
+    ensure!(calls > 0, "no system call was counted");
+    Ok(calls as f64 / seen.requests as f64)
 }
 
-/// Waits until each thread of the process `pid` is traced.
-fn attached(pid: u32, strace: &mut Process, folder: &Path) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    loop {
-        let mut all = true;
-        for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-            let status = std::fs::read_to_string(thread?.path().join("status"))?;
-            all &= !status.contains("TracerPid:\t0\n");
+/// The threads of the process `pid`.
+fn threads(pid: u32) -> Result<Vec<i32>> {
+    std::fs::read_dir(format!("/proc/{pid}/task"))?
+        .map(|task| {
+            let name = task?.file_name();
+            let thread = name.to_str().and_then(|name| name.parse().ok());
+            thread.with_context(|| format!("the thread {name:?}"))
+        })
+        .collect()
+}
+
+/// Counters of the system calls of some threads, one for each.
+struct Counters {
+    all: Vec<Counter>,
+    clock: Vec<Counter>,
+}
+
+impl Counters {
+    /// Begins to count what these threads call.
+    fn new(threads: &[i32]) -> Result<Self> {
+        let (all, clock) = (tracepoint(ALL)?, [tracepoint(CLOCK[0])?, tracepoint(CLOCK[1])?]);
+        let mut counters = Self { all: Vec::new(), clock: Vec::new() };
+        for thread in threads {
+            counters.all.push(counter(all, *thread)?);
+            for event in clock {
+                counters.clock.push(counter(event, *thread)?);
+            }
         }
-        if all {
-            return Ok(());
-        }
-        ensure!(
-            strace.status()?.is_none() && Instant::now() < deadline,
-            "strace could not attach to the server: {}",
-            std::fs::read_to_string(folder.join("strace.errors"))?
-        );
-        std::thread::sleep(Duration::from_millis(10));
+        Ok(counters)
+    }
+
+    /// System calls so far, without readings of the clock.
+    fn read(&mut self) -> Result<u64> {
+        let sum = |counters: &mut [Counter]| -> std::io::Result<u64> {
+            counters.iter_mut().map(Counter::read).sum()
+        };
+        // The clock's first: what is called in between must not make it the larger.
+        let clock = sum(&mut self.clock)?;
+        Ok(sum(&mut self.all)? - clock)
     }
 }
 
-/// strace's table: a heading, a rule, a line for each name, a rule, a total.
-fn parse(text: &str) -> Result<BTreeMap<String, u64>> {
-    let mut calls = BTreeMap::new();
-    for line in text.lines() {
-        let mut words = line.split_whitespace();
-        let (Some(name), Some(count)) = (words.next(), words.next()) else { continue };
-        if name != "total"
-            && let Ok(count) = count.parse()
-        {
-            calls.insert(name.to_owned(), count);
-        }
-    }
-    ensure!(!calls.is_empty(), "no system call was counted");
-    Ok(calls)
+fn counter(event: Tracepoint, thread: i32) -> Result<Counter> {
+    let mut counter = Builder::new(event)
+        .observe_pid(thread)
+        .any_cpu()
+        .include_kernel()
+        .build()
+        .context("the kernel does not let us count (are you root?)")?;
+    counter.enable()?;
+    Ok(counter)
+}
+
+fn tracepoint(name: &str) -> Result<Tracepoint> {
+    let path = Path::new(TRACEPOINTS).join(name).join("id");
+    let text = std::fs::read_to_string(&path)
+        .with_context(|| format!("{} (run scripts/setup.sh bench)", path.display()))?;
+    let id = text.trim().parse().with_context(|| format!("{}: '{text}'", path.display()))?;
+    Ok(Tracepoint::with_id(id))
 }
 
 #[cfg(test)]
@@ -110,12 +112,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_is_read_without_its_total() {
-        let text = "syscall              calls\n---------------- ---------\nread   21\n\
-                    epoll_wait  4\n---------------- ---------\ntotal  25\n";
-        let calls = parse(text).unwrap();
-        assert_eq!(calls.len(), 2);
-        assert_eq!((calls["read"], calls["epoll_wait"]), (21, 4));
-        assert!(parse("").is_err());
+    fn what_a_thread_calls_is_counted_and_the_clock_is_not() {
+        // SAFETY: no arguments.
+        let mut counters = Counters::new(&[unsafe { libc::gettid() }]).unwrap();
+        let before = counters.read().unwrap();
+        for _ in 0..1000 {
+            let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+            // SAFETY: no arguments; a pointer to what it fills in.
+            unsafe {
+                libc::syscall(libc::SYS_getppid);
+                libc::syscall(libc::SYS_clock_gettime, libc::CLOCK_REALTIME, &raw mut now);
+            }
+        }
+        let counted = counters.read().unwrap() - before;
+        // Reading a counter takes a system call, too.
+        assert!((1000..1010).contains(&counted), "{counted}");
     }
 }
