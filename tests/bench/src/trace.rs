@@ -24,26 +24,42 @@ const ALL: &str = "raw_syscalls/sys_enter";
 /// user space, as with some virtual machines, do they take a system call.
 const CLOCK: [&str; 2] = ["syscalls/sys_enter_clock_gettime", "syscalls/sys_enter_gettimeofday"];
 
-/// System calls of all threads of the server for each request of a cell, in a run of its own.
-pub fn count(
-    lab: &Lab,
-    pace: &Pace,
-    cell: &Cell,
-    contender: Contender,
-    folder: &Path,
-) -> Result<f64> {
-    let mut stage = Stage::set(lab, pace, cell, contender, folder)?;
-    let pid = stage.server.pid();
-    let (_, seen, (calls, _counters)) = stage.watch(pace, |span| {
-        let mut counters =
-            Counters::new(&threads(pid)?).context("counting the server's system calls")?;
-        std::thread::sleep(span);
-        // To take them away takes a while, which is not to count.
-        Ok((counters.read()?, counters))
-    })?;
-    stage.strike()?;
-    ensure!(calls > 0, "no system call was counted");
-    Ok(calls as f64 / seen.requests as f64)
+/// The time in which system calls can be counted.
+///
+/// The first counter at a tracepoint puts it into the kernel's code, and the last one takes it
+/// out, for which the kernel waits until no processor can be in it. An emulated and busy machine
+/// takes seconds for that, and was seen to hang. So a few counters stay from the beginning to the
+/// end. Meanwhile each system call on the machine is a little slower.
+pub struct Counting(#[expect(dead_code, reason = "held")] Counters);
+
+impl Counting {
+    /// From now on system calls can be counted.
+    pub fn begin() -> Result<Self> {
+        // SAFETY: no arguments.
+        let own = unsafe { libc::gettid() };
+        Ok(Self(Counters::new(&[own]).context("counting system calls")?))
+    }
+
+    /// System calls of all threads of the server for each request of a cell, in a run of its own.
+    pub fn of(
+        &self,
+        lab: &Lab,
+        pace: &Pace,
+        cell: &Cell,
+        contender: Contender,
+        folder: &Path,
+    ) -> Result<f64> {
+        let mut stage = Stage::set(lab, pace, cell, contender, folder)?;
+        let pid = stage.server.pid();
+        let (_, seen, calls) = stage.watch(pace, |span| {
+            let mut counters = Counters::new(&threads(pid)?)?;
+            std::thread::sleep(span);
+            counters.read()
+        })?;
+        stage.strike()?;
+        ensure!(calls > 0, "no system call was counted");
+        Ok(calls as f64 / seen.requests as f64)
+    }
 }
 
 /// The threads of the process `pid`.
