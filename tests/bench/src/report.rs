@@ -96,12 +96,13 @@ impl Page<'_> {
     }
 
     fn heading(&self, text: &mut String) -> Result<()> {
-        let Results { place, machine, commit, date, wall, .. } = self.results;
+        let Results { place, machine, commit, days, wall, .. } = self.results;
+        let days = days.iter().map(String::as_str).collect::<Vec<_>>().join(" and ");
         let cells = self.results.cells.values().map(|measured| measured.turns.len());
         let turns = cells.chain(self.results.crowd.values().map(BTreeMap::len)).max().unwrap_or(0);
         write!(
             text,
-            "\n## {}\n\nCommit {commit}, {date}. {} processors ({}), {:.0} GiB, Linux {}; load \
+            "\n## {}\n\nCommit {commit}, {days}. {} processors ({}), {:.0} GiB, Linux {}; load \
              averages before: {}. Up to {turns} turns, {:.0} minutes in all.\n",
             place.title(),
             machine.processors,

@@ -2,7 +2,7 @@
 //! What was measured at one place: a JSON file that is written after every run, so that an
 //! interrupted benchmark goes on where it was, and that the report is made of.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -34,8 +34,8 @@ pub struct Results {
     pub module: String,
     /// The commit that it was built from, as git describes it.
     pub commit: String,
-    /// The day of the last run.
-    pub date: String,
+    /// The days of its runs.
+    pub days: BTreeSet<String>,
     /// The machine there.
     pub machine: Machine,
     /// The time that all of it took, in seconds.
@@ -112,7 +112,7 @@ impl Results {
             place,
             module: lab.module_sha256.clone(),
             commit: String::new(),
-            date: String::new(),
+            days: BTreeSet::new(),
             machine,
             wall: 0.0,
             cells: BTreeMap::new(),
@@ -188,7 +188,7 @@ mod tests {
             place: Place::Soft,
             module: "hash".into(),
             commit: "commit".into(),
-            date: "today".into(),
+            days: ["today".into()].into(),
             machine: Machine::here().unwrap(),
             wall: 1.5,
             cells: BTreeMap::new(),

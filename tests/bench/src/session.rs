@@ -32,7 +32,7 @@ impl<'a> Session<'a> {
     /// A go at `table` that adds to `results`.
     pub fn new(lab: &'a Lab, table: &'a Table, turns: u32, mut results: Results) -> Result<Self> {
         results.commit = cells::report::commit(&lab.repo)?;
-        results.date = cells::report::today()?;
+        results.days.insert(cells::report::today()?);
         let who = Contender::ALL.len() as u64;
         let cells = table.cells.len() as u64 * who * (u64::from(turns) + 1);
         let by_turn = who * u64::from(table.crowd.is_some()) + u64::from(table.bare);

@@ -2,8 +2,7 @@
 //! System calls of the server for each request, counted at the kernel's tracepoints.
 //!
 //! The server keeps nearly its full speed. A tracer that stops it at each call would slow it down
-//! manyfold: it would find more to do at each wake-up, and need fewer calls for each request
-//! than it does.
+//! manyfold, and so change how much it finds to do at each wake-up.
 
 use std::path::Path;
 
