@@ -189,7 +189,9 @@ TOML
 # without one, all COUNT failed.
 add_sum() {
     local sum p f s
-    sum=$(grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$' "$1" | tail -n 1) ||
+    # -a: a failed test may have shown any bytes, and of a file that is not text grep prints
+    # no line.
+    sum=$(grep -aE '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$' "$1" | tail -n 1) ||
         sum="0 passed, $2 failed, 0 skipped"
     read -r p _ f _ s _ <<<"$sum"
     ((passed += p, failed += f, skipped += s)) || true

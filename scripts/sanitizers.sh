@@ -227,7 +227,7 @@ cells() {
             say "$output:"
             head -n 60 "$output" >&2
         done || true
-    sum=$(grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$' "$work/cells" | tail -n 1) ||
+    sum=$(grep -aE '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$' "$work/cells" | tail -n 1) ||
         sum="0 passed, $# failed, 0 skipped"
     read -r p _ f _ <<<"$sum"
     ((passed += p, failed += f)) || true

@@ -51,7 +51,7 @@ machine() {
     shift 2
     "$repo/scripts/machine.sh" --timeout 1200 "$release" "$job" scripts/service.sh --inside "$@" |
         tee "$job/output" >&2 || true
-    sum=$(grep -E '^[0-9]+ passed, [0-9]+ failed$' "$job/output") || sum='0 passed, 1 failed'
+    sum=$(grep -aE '^[0-9]+ passed, [0-9]+ failed$' "$job/output") || sum='0 passed, 1 failed'
     read -r p _ f _ <<<"$sum"
     ((passed += p, failed += f)) || true
 }

@@ -219,9 +219,18 @@ fn panic_in(
         Sends(line) => {
             let mut client = cell.rdma()?;
             expect(&mut client, "PING", "PONG")?;
+            // Or a server that is slow would find room for all of a large reply, and set no
+            // write handler.
+            client.stream().hold(true)?;
             panics.ask(function)?;
-            if let Ok(reply) = client.words(line) {
-                bail!("the client is answered: {reply}");
+            let words: Vec<_> = line.split(' ').map(str::as_bytes).collect();
+            client.request(&words)?;
+            panics.wait(function, patience)?;
+            // The end of the connection is an error here, too.
+            let _ = client.stream().hold(false);
+            if let Ok(reply) = client.reply() {
+                let start: String = reply.text().chars().take(60).collect();
+                bail!("the client is answered: {start:?}");
             }
             client.stream().wait_end(Instant::now() + patience)?;
         }
