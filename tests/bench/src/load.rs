@@ -166,7 +166,6 @@ impl<'a> Stage<'a> {
                 return Ok(());
             }
             ensure!(Instant::now() < deadline, "{others} connections outlive the load");
-            // Seldom: it is counted, too.
             std::thread::sleep(Duration::from_millis(200));
         }
     }

@@ -81,7 +81,7 @@ impl fmt::Display for Cell {
 
 impl Cell {
     /// Requests under way at once.
-    pub fn under_way(&self) -> u64 {
+    fn under_way(&self) -> u64 {
         u64::from(self.clients) * u64::from(self.pipeline)
     }
 
