@@ -11,6 +11,10 @@
 #   --timeout SEC   1800 unless given; the guest is ended then, with status 124
 #   --console       shows the kernel's messages too, on stderr
 #
+# Where the command failed, or the kernel complained, the kernel's messages are kept
+# and the last line on stderr names their file. A guest that took too long has its
+# registers and stacks there.
+#
 # The guest sees this machine's files at their own places, read-only, with /tmp
 # and /run of its own, in which this repository, its cache and target folder and
 # the folder that this script was called from still show. COMMAND runs in that
@@ -23,6 +27,12 @@
 # Inside: what turns a bare kernel into a machine with an RDMA device.
 inside() {
     local job=$1
+    # Of a task that makes no progress the kernel tells, each time, and goes on: where the
+    # whole machine is emulated and shared, it may only have been slow.
+    echo 60 >/proc/sys/kernel/hung_task_timeout_secs
+    echo -1 >/proc/sys/kernel/hung_task_warnings
+    echo 1 >/proc/sys/kernel/hung_task_all_cpu_backtrace
+    echo 1 >/proc/sys/kernel/softlockup_all_cpu_backtrace
     # A machine without a kernel of its own may have no /lib/modules to link to:
     # the kernel, too, loads its modules on demand from the cache.
     echo "$job/modprobe" >/proc/sys/kernel/modprobe
@@ -64,7 +74,8 @@ own_tmp() {
 main() {
     # What the guest's own /tmp would hide of what every command here needs.
     local folders=("$repo" "$cache" "$PWD" "${CARGO_TARGET_DIR:-$repo}")
-    local rw=() memory=4G cpus=2 limit=1800 console=() release job status=0 pid out err
+    local rw=() memory=4G cpus=2 limit=1800 console=0 release job status=0 out err
+    local pid watch watched=0 messages shown
     while (($#)); do
         case $1 in
         --inside) inside "$2" ;;
@@ -73,12 +84,12 @@ main() {
         --memory) memory=$2; shift 2 ;;
         --cpus) cpus=$2; shift 2 ;;
         --timeout) limit=$2; shift 2 ;;
-        --console) console=(--show-boot-console); shift ;;
+        --console) console=1; shift ;;
         --*) die "unknown option $1" ;;
         *) break ;;
         esac
     done
-    (($#)) || { sed -n '4,19s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+    (($#)) || { sed -n '4,23s/^# \{0,1\}//p' "$0" >&2; exit 2; }
     [[ -e $cache/kernel/release && -e $cache/virtme-ng ]] || die "no kernel yet: run scripts/setup.sh guest"
     release=$(cat "$cache/kernel/release")
 
@@ -100,28 +111,80 @@ main() {
     exec 3> >(exec cat) && out=$!
     exec 4> >(exec cat >&2) && err=$!
 
+    messages=$job/messages
+    : >"$messages"
+    mkfifo "$job/monitor.in" "$job/monitor.out"
+
     # Plain emulation: where /dev/kvm exists without hardware behind it, boots
-    # under it hang. virtme-run becomes qemu and timeout passes signals on, so
+    # under it hang. timeout passes signals on to all that virtme-run starts, so
     # this pid ends this guest and no other. Where the processor has erms, memory
     # is copied by "rep movsb", which is emulated byte by byte. The clock is the
     # processor's counter, which the kernel would not trust by itself: an emulated
     # timer's is a system call and an exit for each of the server's many readings.
-    PYTHONPATH=$cache/virtme-ng timeout --kill-after=5 "$limit" \
+    # An NMI ends the kernel with the stacks of all tasks, which is for the very end.
+    PYTHONPATH=$cache/virtme-ng timeout --kill-after=5 $((limit + 120)) \
         python3 "$cache/virtme-ng/bin/virtme-run" \
         --kimg "$cache/kernel/boot/vmlinuz-$release" --mods auto --disable-kvm --force-9p \
-        --cpus "$cpus" --memory "$memory" "${rw[@]}" "${console[@]}" \
+        --cpus "$cpus" --memory "$memory" "${rw[@]}" \
         --kopt tsc=reliable --kopt clocksource=tsc \
+        --kopt ignore_loglevel --kopt nokaslr \
+        --kopt unknown_nmi_panic --kopt panic_print=0x41 \
         --qemu-opt=-cpu --qemu-opt=max,-erms,-fsrm \
+        --qemu-opt=-set --qemu-opt="chardev.console.path=$messages" \
+        --qemu-opt=-chardev --qemu-opt="pipe,id=monitor,path=$job/monitor" \
+        --qemu-opt=-mon --qemu-opt=chardev=monitor \
         --script-sh "exec bash $job/start" \
         </dev/null >&3 2>&4 3>&- 4>&- &
     pid=$!
     exec 3>&- 4>&-
-    trap 'kill "$pid" 2>/dev/null || true' TERM INT HUP
+    timeout "$limit" tail --pid="$pid" -s 0.2 -f /dev/null &
+    watch=$!
+    trap 'kill "$pid" "$watch" 2>/dev/null || true' TERM INT HUP
+    if ((console)); then
+        tail --pid="$pid" -n +1 -f "$messages" >&2 &
+        shown=$!
+    fi
+    wait "$watch" || watched=$?
+    ((watched != 124)) || last_look "$job" "$pid"
     wait "$pid" || status=$?
+    ((watched != 124)) || status=124
     # Signalled together with us, these have a status that says nothing.
-    wait "$out" "$err" || true
-    rm -r "$job"
+    wait "$out" "$err" "${shown:-$err}" || true
+    keep "$job" "$status"
     return "$status"
+}
+
+# The guest took too long. Its registers come first, which need nothing of it.
+last_look() {
+    local job=$1 pid=$2 command
+    say "the guest took too long"
+    {
+        for command in 'info registers -a' nmi; do
+            timeout 10 bash -c 'echo "$1" >"$2"' - "$command" "$job/monitor.in" || true
+        done
+        timeout 5 cat "$job/monitor.out" | grep -aE '^(CPU#|R[A-Z0-9]+ *=|CR0)' || true
+    } >"$job/registers"
+    # The kernel takes its time for the stacks, on an emulated serial line, and ends then.
+    timeout 60 tail --pid="$pid" -s 0.2 -f /dev/null || kill "$pid" 2>/dev/null || true
+    {
+        echo "--- registers, when the time was over"
+        cat "$job/registers"
+    } >>"$job/messages"
+}
+
+# What the kernel says of itself when something is wrong with it.
+complaints='soft lockup|hard LOCKUP|blocked for more than|self-detected stall|detected stalls|BUG: |Oops|WARNING: CPU|general protection|Kernel panic'
+
+# keep JOB STATUS — what the kernel said, if anything went wrong; the rest of the job goes.
+keep() {
+    local job=$1 status=$2 kept=$cache/guest-messages/${1##*.}
+    if ((status)) || grep -qaE "$complaints" "$job/messages"; then
+        mkdir -p "${kept%/*}"
+        mv "$job/messages" "$kept"
+        grep -aE "$complaints" "$kept" | head -n 20 >&2 || true
+        say "the guest's kernel: $kept"
+    fi
+    rm -r "$job"
 }
 
 main "$@"
