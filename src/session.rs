@@ -308,6 +308,12 @@ impl Session {
         self.last_heard
     }
 
+    /// A probe is to be posted for a reason of the transport's. `false` if one is out: its
+    /// completion says as much.
+    pub fn begin_probe(&mut self) -> bool {
+        !std::mem::replace(&mut self.probing, true)
+    }
+
     /// A probe could not be posted: it is tried again at the next [`duty`](Self::duty).
     pub fn probe_not_sent(&mut self) {
         self.probing = false;
@@ -431,6 +437,19 @@ mod tests {
         assert_eq!(session.duty(1101, true), Duty::Unanswered);
         let mut patient = Session { timing: Timing { answer: Millis::MAX, ..TIMING }, ..session };
         assert_eq!(patient.duty(Millis::MAX - 1, true), Duty::Wait);
+    }
+
+    #[test]
+    fn a_probe_of_the_transport_s_is_one_like_the_others() {
+        let (mut session, ..) = open();
+        assert!(session.begin_probe());
+        assert!(!session.begin_probe(), "one is out");
+        assert_eq!(session.duty(50, true), Duty::Wait);
+        assert_eq!(session.duty(550, true), Duty::Unanswered, "no sooner and no later");
+        session.probe_completed(560);
+        assert!(session.begin_probe());
+        session.probe_not_sent();
+        assert_eq!(session.duty(610, true), Duty::Probe);
     }
 
     #[test]

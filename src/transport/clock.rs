@@ -70,20 +70,25 @@ fn step(endpoint: &Arc<Endpoint>) {
     let delivered = endpoint.is_delivered();
     let duty = endpoint.own().session.duty(now(), delivered);
     match duty {
-        Duty::Probe => match endpoint.post_probe() {
-            Ok(true) => {}
-            Ok(false) => endpoint.own().session.probe_not_sent(),
-            Err(error) => {
-                endpoint.own().session.probe_not_sent();
-                log::debug!("connection of {}: {error}", endpoint.peer_text());
-            }
-        },
+        Duty::Probe => probe(endpoint),
         Duty::End => poller.remove(Arc::clone(endpoint), Reason::Server),
         Duty::TimedOut => time_out(endpoint, "its handshake was not completed in time"),
         // The answer may be among the completions that wait.
         Duty::Unanswered if poller.is_behind() => {}
         Duty::Unanswered => time_out(endpoint, "it did not answer in time"),
         Duty::Wait => {}
+    }
+}
+
+/// Posts the probe that the session counts on.
+fn probe(endpoint: &Endpoint) {
+    match endpoint.post_probe() {
+        Ok(true) => {}
+        Ok(false) => endpoint.own().session.probe_not_sent(),
+        Err(error) => {
+            endpoint.own().session.probe_not_sent();
+            log::debug!("connection of {}: {error}", endpoint.peer_text());
+        }
     }
 }
 
@@ -151,7 +156,9 @@ fn look_after(endpoint: &Arc<Endpoint>) {
         poller.attempt(endpoint, endpoint.send_answers());
         poller.attempt(endpoint, endpoint.announce_if_full());
     }
-    endpoint.shrink_if_idle();
+    if endpoint.shrink_if_idle() && endpoint.own().session.begin_probe() {
+        probe(endpoint);
+    }
     if endpoint.take_refused() {
         poller.mark_if_ready(endpoint);
     }

@@ -18,6 +18,7 @@
 mod control;
 mod receiving;
 mod sending;
+mod staging;
 
 use super::growth;
 use super::hub::Hub;

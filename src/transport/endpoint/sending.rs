@@ -3,6 +3,7 @@
 //! the memory itself.
 
 use super::control::{SMALL_STAGING, STAGING_AT};
+use super::staging::Staging;
 use super::{Endpoint, Fate};
 use crate::host::main_cell::is_main_thread;
 use crate::metrics::METRICS;
@@ -15,10 +16,6 @@ use crate::window::{Announcement, Writer};
 use std::ptr;
 use std::sync::atomic::Ordering;
 
-/// Staging memory of an endpoint that had more to send, by steps: all of it is written to
-/// in turn, so more than is needed is memory that no cache holds. The last is the window of
-/// the usual client, who is to get all of it at once.
-const LARGER_STAGING: [usize; 3] = [64 * 1024, 192 * 1024, 1024 * 1024];
 /// Most bytes of one work request: the device sends one piece while the next is copied.
 const PIECE: usize = 256 * 1024;
 
@@ -38,9 +35,7 @@ pub enum WriteOutcome {
 pub(super) struct Outgoing {
     window: Announcement,
     used: u32,
-    /// Larger staging memory: the last is in use. Work requests in flight may read from
-    /// those before, so they are kept until nothing is.
-    larger: Vec<Region>,
+    larger: Staging<Region>,
 }
 
 impl Endpoint {
@@ -142,57 +137,59 @@ impl Endpoint {
 
     /// Start and local key of the present staging memory.
     fn staging(&self, writer: &Writer<'_, Outgoing>) -> (*mut u8, u32) {
-        match writer.larger.last() {
+        match writer.larger.present() {
             Some(region) => (region.start(), region.local_key()),
             // SAFETY: inside the control region.
             None => (unsafe { self.control.start().add(STAGING_AT) }, self.control.local_key()),
         }
     }
 
-    /// Gets larger staging memory if what is free does not do for `wanted` bytes: twice as
-    /// much, so that one half is sent while the other is copied to.
+    /// Gets larger staging memory if what is free does not do for `wanted` bytes.
     fn enlarge_staging(&self, writer: &mut Writer<'_, Outgoing>, wanted: usize) {
         if wanted <= writer.free() {
             return;
         }
-        let [.., most] = LARGER_STAGING;
-        let step = LARGER_STAGING.into_iter().find(|step| *step >= 2 * wanted).unwrap_or(most);
-        let length = step.min(writer.window.length as usize);
-        if length <= writer.capacity() {
-            return;
-        }
-        match Region::new(&self.domain, length, Access::Local) {
-            Ok(region) => {
-                writer.install(region.length());
-                writer.larger.push(region);
-            }
+        let (window, capacity) = (writer.window.length as usize, writer.capacity());
+        let make = |length| Region::new(&self.domain, length, Access::Local);
+        match writer.larger.enlarge(wanted, window, capacity, make) {
+            Ok(Some(length)) => writer.install(length),
+            Ok(None) => {}
             // Slower but right with what there is.
             Err(error) => log::debug!("connection of {}: {error}", self.peer_text()),
         }
     }
 
-    /// Bytes of staging memory, unless somebody writes at this moment.
+    /// Bytes of all staging memory, unless somebody writes at this moment.
     pub fn staging_bytes(&self) -> Option<usize> {
-        self.ledger.writer().map(|mut writer| writer.capacity())
+        let writer = self.ledger.writer()?;
+        Some(SMALL_STAGING + writer.larger.all().map(Region::length).sum::<usize>())
     }
 
     /// Gives larger staging memory back, and the second receive buffer, if nothing was
-    /// written for two ticks of the slow clock and nothing is in flight. Main thread.
-    pub fn shrink_if_idle(&self) {
+    /// written for two ticks of the slow clock and nothing is in flight. Returns whether a
+    /// probe would show that: the last work requests may not be signalled, and its completion
+    /// stands for theirs. Main thread.
+    pub fn shrink_if_idle(&self) -> bool {
         let quiet = self.is_quiet();
         if quiet && self.inbound.is_other_free() {
             self.receive.open().other = None;
         }
+        let posted = self.ledger.total_posted();
         let mut own = self.own();
-        own.posted_before = [self.ledger.total_posted(), own.posted_before[0]];
+        let paused = posted == own.posted_before[0];
+        own.posted_before = [posted, own.posted_before[0]];
         drop(own);
-        if quiet
-            && let Some(mut writer) = self.ledger.idle_writer()
-            && !writer.larger.is_empty()
+        if !quiet || !self.ledger.is_idle() {
+            let keeps = |writer: Writer<'_, Outgoing>| writer.larger.present().is_some();
+            return paused && !self.ledger.is_idle() && self.ledger.writer().is_some_and(keeps);
+        }
+        if let Some(mut writer) = self.ledger.idle_writer()
+            && writer.larger.present().is_some()
         {
             writer.larger.clear();
             writer.install(SMALL_STAGING);
         }
+        false
     }
 
     /// Whether nothing was written for at least one tick of the slow clock.

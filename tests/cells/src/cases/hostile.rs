@@ -298,6 +298,46 @@ fn with_window(target: &Target, change: fn(&mut Window), request: &[u8]) -> Resu
     Ok((raw, inbox))
 }
 
+/// A window's number among those that are announced in turn, and by how much they differ.
+const TURNS: [u32; 32] = {
+    let mut turns = [0; 32];
+    let mut n = 0;
+    while n < 32 {
+        turns[n] = n as u32 + 1;
+        n += 1;
+    }
+    turns
+};
+const TURN: u32 = 32 << 10;
+
+/// Announces windows of these lengths, each when the one before is full, and asks for
+/// replies that fill them all.
+fn in_turn(target: &Target, lengths: &[u32]) -> Result<Raw> {
+    let mut raw = target.open()?;
+    let window = |raw: &Raw, length: u32| Window { length, ..raw.window() }.announcement();
+    raw.send(&window(&raw, lengths[0]))?;
+    let mut inbox = target.inbox(&mut raw)?;
+    let mut reply = format!("${BIG}\r\n").into_bytes();
+    reply.extend(pattern::value(5, BIG));
+    reply.extend(b"\r\n");
+    let all: usize = lengths.iter().map(|length| *length as usize).sum();
+    for _ in 0..all.div_ceil(reply.len()) {
+        inbox.say(&mut raw, GET_BIG)?;
+    }
+    let mut stream = reply.iter().cycle();
+    let mut filled = 0;
+    for (at, length) in lengths.iter().map(|length| *length as usize).enumerate() {
+        filled += length;
+        raw.wait_announced(filled as u64, target.soon())?;
+        let arrived = raw.memory(0, length);
+        ensure!(arrived.iter().eq(stream.by_ref().take(length)), "other bytes in window {at}");
+        if let Some(next) = lengths.get(at + 1) {
+            raw.send(&window(&raw, *next))?;
+        }
+    }
+    Ok(raw)
+}
+
 /// Windows that are none, or not the client's.
 const WINDOWS: &[Attack] = &[
     attack("no bytes", Harmless, |t| {
@@ -334,6 +374,13 @@ const WINDOWS: &[Attack] = &[
     }),
     attack("2^32-1 bytes that are not there", Failed("remote access"), |t| {
         Ok(with_window(t, |window| window.length = u32::MAX, GET_BIG)?.0)
+    }),
+    attack("each larger than the one before", Harmless, |t| in_turn(t, &TURNS.map(|n| n * TURN))),
+    attack("each smaller than the one before", Harmless, |t| {
+        in_turn(t, &TURNS.map(|n| (33 - n) * TURN))
+    }),
+    attack("larger and smaller in turn", Harmless, |t| {
+        in_turn(t, &TURNS.map(|n| if n % 2 == 0 { n * TURN } else { (33 - n) * TURN }))
     }),
     attack("an address that wraps", Violation("wraps"), |t| {
         let mut raw = t.open()?;
