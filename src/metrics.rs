@@ -168,8 +168,14 @@ metrics! {
     errors_remote,
     /// Our own side.
     errors_local,
+    /// Polls of a completion queue that failed; the next one went on, or the device was lost.
+    poll_failures,
     /// Zero-length writes posted to see whether a silent client is alive.
     probes,
+    /// Devices that were removed, or failed, while they were in use.
+    devices_lost,
+    /// Listening addresses whose device is gone, which are tried again, now.
+    listeners_waiting,
 }
 
 impl Metrics {

@@ -7,13 +7,21 @@
 //! ever have outstanding. A reservation is given back only when the queue was
 //! seen empty after the queue pair was destroyed, so that a completion which
 //! lingers still has its place.
+//!
+//! A hub ends before its device does, or with it: a device that was removed, or that fails,
+//! is *retired*. The poller forgets such a hub at once, so that no connection comes to it
+//! any more, and the connections that are left hold it until the last of them is gone. Until
+//! then librdmacm must not close the device, nor later while nobody is connected: so the hub
+//! keeps the id of the connection that it was made for, which is bound to the device.
 
 use super::pace::{Nanos, Pace};
 use crate::host::MainCell;
 use crate::host::reply::Reply;
+use crate::metrics::METRICS;
 use crate::verbs::Error;
-use crate::verbs::cm::{Device, Limits};
+use crate::verbs::cm::{Device, Id, IdKey, Limits};
 use crate::verbs::completion::{Batch, Completion, CompletionChannel, CompletionQueue};
+use std::sync::Arc;
 
 /// Entries of a device's queues, in the order in which they are made: for 77 connections,
 /// for 154 and so on, twice as many each time up to 2,473, or to the device's limit. Few
@@ -26,6 +34,10 @@ const SIZES: [u32; 6] = [8191, 16_383, 32_767, 65_535, 131_071, 262_143];
 /// few enough that the event loop gets its turn.
 const BATCHES_PER_PASS: usize = 64;
 
+/// Polls of a queue that fail one right after the other until the queue is given up. One may
+/// be about a single completion that the provider could not make sense of.
+const FAILURES: u32 = 3;
+
 /// See the module's text. Main thread only.
 #[derive(Debug)]
 pub struct Hub {
@@ -33,10 +45,16 @@ pub struct Hub {
     queues: MainCell<Vec<Shared>>,
     channel: CompletionChannel,
     device: Device,
+    /// Holds the device open, so it goes after what was made there.
+    anchor: Arc<Id>,
+    /// Tells it from all hubs that there were.
+    number: usize,
     limits: Limits,
     name: String,
     vector: u32,
     pace: MainCell<Pace>,
+    /// Where completions are taken to, unless that is being done.
+    batch: MainCell<Option<Box<Batch>>>,
 }
 
 #[derive(Debug)]
@@ -75,12 +93,19 @@ pub enum Progress {
 }
 
 impl Hub {
-    /// Opens a device for connections, whose completions may be waited for as long as
-    /// `patience`.
+    /// Opens the device of `anchor` for connections, whose completions may be waited for as
+    /// long as `patience`. No two hubs have the same number.
     ///
     /// # Errors
-    /// If the device does not answer or a descriptor can't be had.
-    pub fn new(device: Device, completion_vector: i32, patience: Nanos) -> Result<Self, Error> {
+    /// If there is no device, it does not answer, or a descriptor can't be had.
+    pub fn new(
+        anchor: &Arc<Id>,
+        number: usize,
+        completion_vector: i32,
+        patience: Nanos,
+    ) -> Result<Self, Error> {
+        let device =
+            anchor.device().ok_or(Error { action: "find the device", errno: libc::ENODEV })?;
         let limits = device.limits()?;
         let vector = match u32::try_from(completion_vector) {
             Ok(vector) => vector % limits.vectors,
@@ -91,10 +116,13 @@ impl Hub {
             queues: MainCell::new(Vec::new()),
             channel: CompletionChannel::new(device)?,
             device,
+            anchor: Arc::clone(anchor),
+            number,
             limits,
             name: device.name(),
             vector,
             pace: MainCell::new(Pace::new(patience)),
+            batch: MainCell::default(),
         })
     }
 
@@ -103,9 +131,25 @@ impl Hub {
         self.pace.open()
     }
 
-    /// The device.
+    /// The device, which is open as long as the hub is there.
     pub fn device(&self) -> Device {
         self.device
+    }
+
+    /// Whether the id is bound to this hub's device.
+    pub fn serves(&self, id: &Id) -> bool {
+        self.anchor.shares_device(id)
+    }
+
+    /// The id that the hub keeps, whose events concern the device alone once its connection
+    /// is over.
+    pub fn anchor(&self) -> IdKey {
+        self.anchor.key()
+    }
+
+    /// The hub's number.
+    pub fn number(&self) -> usize {
+        self.number
     }
 
     /// The device's name.
@@ -151,16 +195,18 @@ impl Hub {
         with: impl FnOnce(&CompletionQueue) -> Result<T, Error>,
     ) -> Result<(usize, T), Error> {
         let mut queues = self.queues.open();
+        let most = self.limits.completion_entries;
+        if most < entries {
+            let action = "reserve completion queue entries: the device's queues are too small";
+            return Err(Error { action, errno: libc::ENOSPC });
+        }
         let free = |shared: &Shared| shared.capacity - shared.reserved >= entries;
         // The last is the largest: the connections that are busy should have one in common.
         let index = match queues.iter().rposition(free) {
             Some(index) => index,
             None => {
-                let wish = SIZES[queues.len().min(SIZES.len() - 1)];
-                let capacity = wish.max(entries).min(self.limits.completion_entries);
-                let (channel, number) = (&self.channel, queues.len());
-                let queue =
-                    CompletionQueue::new(self.device, channel, capacity, self.vector, number)?;
+                let wish = SIZES[queues.len().min(SIZES.len() - 1)].clamp(entries, most);
+                let (queue, capacity) = self.new_queue(queues.len(), wish, entries)?;
                 queue.arm()?;
                 let (fired, armed) = (false, true);
                 queues.push(Shared { queue, capacity, reserved: 0, stale: 0, fired, armed });
@@ -172,20 +218,44 @@ impl Hub {
         Ok((index, made))
     }
 
+    /// A queue, of as many entries as can be had: of `wish`, or else half as many, and so on
+    /// down to `least`. A device that has no memory for a large one may have it for a small.
+    fn new_queue(
+        &self,
+        number: usize,
+        wish: u32,
+        least: u32,
+    ) -> Result<(CompletionQueue, u32), Error> {
+        let mut capacity = wish;
+        loop {
+            let tried =
+                CompletionQueue::new(self.device, &self.channel, capacity, self.vector, number);
+            match tried {
+                Ok(queue) => return Ok((queue, capacity)),
+                Err(error) if capacity == least => return Err(error),
+                Err(_) => capacity = (capacity / 2).max(least),
+            }
+        }
+    }
+
     /// The queue pair of a reservation is gone.
     pub fn release(&self, index: usize, entries: u32) {
         self.queues.open()[index].stale += entries;
     }
 
     /// Takes the events off the channel: their queues fired.
-    pub fn take_events(&self) {
+    ///
+    /// # Errors
+    /// If the device is gone.
+    pub fn take_events(&self) -> Result<(), Error> {
         let mut queues = self.queues.open();
         // One-shot arming: there is at most one event for each queue.
         for _ in 0..queues.len() {
-            let Some(number) = self.channel.take_event() else { break };
+            let Some(number) = self.channel.take_event()? else { break };
             queues[number].fired = true;
             queues[number].armed = false;
         }
+        Ok(())
     }
 
     /// Takes every queue for fired, in case that an event was lost.
@@ -221,17 +291,38 @@ impl Hub {
     /// # Errors
     /// If a queue can't be polled: its connections are lost.
     pub fn poll(&self, which: Which, mut each: impl FnMut(Completion)) -> Result<Progress, Error> {
+        let mut batch = self.batch.open().take().unwrap_or_default();
+        let progress = self.poll_into(&mut batch, which, &mut each);
+        *self.batch.open() = Some(batch);
+        progress
+    }
+
+    fn poll_into(
+        &self,
+        batch: &mut Batch,
+        which: Which,
+        each: &mut impl FnMut(Completion),
+    ) -> Result<Progress, Error> {
         let mut progress = Progress::Empty;
         let count = self.queues.open().len();
-        let mut batch = Batch::default();
         for index in 0..count {
             if which == Which::Fired && !self.queues.open()[index].is_due() {
                 continue;
             }
+            let mut failures = 0;
             for round in 0.. {
                 // The cell is closed again before `each` runs.
-                self.queues.open()[index].queue.poll(&mut batch)?;
-                batch.iter().for_each(&mut each);
+                let polled = self.queues.open()[index].queue.poll(batch);
+                batch.iter().for_each(&mut *each);
+                if let Err(error) = polled {
+                    METRICS.poll_failures.add(1);
+                    failures += 1;
+                    if failures == FAILURES {
+                        return Err(error);
+                    }
+                    continue;
+                }
+                failures = 0;
                 if !batch.is_full() {
                     let shared = &mut self.queues.open()[index];
                     shared.reserved -= std::mem::take(&mut shared.stale);

@@ -10,12 +10,14 @@
 use super::address::resolve;
 use super::endpoint::{Endpoint, Reason};
 use super::valve::Valve;
-use super::{Transport, clock};
+use super::{Transport, clock, relisten};
 use crate::config::Settings;
 use crate::host::layout::{ConnectionType91, EventLoop, Listener81, MAX_BINDS, RdmaSettings};
 use crate::metrics::METRICS;
+use crate::verbs::Error;
 use crate::verbs::cm::{Device, EventChannel, EventKind, Id, IdKey};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 
 /// Connection requests that wait in the kernel; it caps the number itself.
@@ -47,8 +49,10 @@ pub struct Listeners {
 #[derive(Debug)]
 struct Listener {
     // Before the channel, which must outlive its ids.
-    _id: Id,
+    /// None while the device of its address is gone.
+    id: Option<Id>,
     channel: EventChannel,
+    address: SocketAddr,
     /// The number of the descriptor that the server has.
     given: RawFd,
 }
@@ -66,6 +70,42 @@ impl Listeners {
             pointers: Box::new([std::ptr::null_mut(); MAX_BINDS]),
             refusals: Valve::new(1),
         }
+    }
+
+    /// The device of a listener was removed, and the listener with it. Its descriptor, which
+    /// the server has, is good for the next one.
+    fn lose(&mut self, id: IdKey) {
+        let lost = |listener: &&mut Listener| listener.id.as_ref().is_some_and(|it| it.key() == id);
+        if let Some(listener) = self.open.iter_mut().find(lost) {
+            listener.id = None;
+            METRICS.listeners_waiting.add(1);
+            let what = format!(
+                "the RDMA device of {} was removed: listening there again as soon as it is back",
+                listener.address
+            );
+            Transport::get().poller.say_trouble(log::Level::Warn, &what);
+            relisten::begin();
+        }
+    }
+
+    /// Tries to listen where a device was removed. Returns whether that is to be tried again.
+    pub fn listen_again(&mut self) -> bool {
+        let mut waiting = false;
+        for listener in self.open.iter_mut().filter(|listener| listener.id.is_none()) {
+            match listening(&listener.channel, listener.address) {
+                Ok(id) => {
+                    listener.id = Some(id);
+                    METRICS.listeners_waiting.sub(1);
+                    let what = format!("listening on {} again", listener.address);
+                    Transport::get().poller.say_trouble(log::Level::Info, &what);
+                }
+                Err(error) => {
+                    log::debug!("not listening on {} yet: {error}", listener.address);
+                    waiting = true;
+                }
+            }
+        }
+        waiting
     }
 
     /// Gives the server its descriptors, as many as there are names.
@@ -273,11 +313,25 @@ fn device_hint() -> String {
 fn open(address: &str, port: u16) -> Result<(Listener, OwnedFd), String> {
     let address = resolve(address, port)?;
     let channel = EventChannel::new().map_err(|error| error.to_string())?;
-    let id = Id::new(&channel).map_err(|error| error.to_string())?;
-    id.listen(address, BACKLOG).map_err(|error| error.to_string())?;
+    let id = listening(&channel, address).map_err(|error| error.to_string())?;
     let descriptor = duplicate(channel.fd())?;
     let given = descriptor.as_raw_fd();
-    Ok((Listener { _id: id, channel, given }, descriptor))
+    Ok((Listener { id: Some(id), channel, address, given }, descriptor))
+}
+
+/// An id that listens, and tells the channel.
+fn listening(channel: &EventChannel, address: SocketAddr) -> Result<Id, Error> {
+    let id = Id::new(channel)?;
+    id.listen(address, BACKLOG)?;
+    Ok(id)
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if self.id.is_none() {
+            METRICS.listeners_waiting.sub(1);
+        }
+    }
 }
 
 /// Another descriptor of the same.
@@ -361,10 +415,7 @@ pub fn on_readable(_el: *mut EventLoop, fd: RawFd) {
             Ok(Some(event)) => match event.kind {
                 // SAFETY: a connection request that nobody took over yet.
                 EventKind::ConnectRequest => unsafe { accept(event.id) },
-                EventKind::DeviceRemoval => {
-                    let what = "the RDMA device of a listener was removed";
-                    transport.poller.say_trouble(log::Level::Warn, what);
-                }
+                EventKind::DeviceRemoval => transport.listeners.open().lose(event.id),
                 EventKind::AddressChange => {
                     let what = "the address of a listener changed";
                     transport.poller.say_trouble(log::Level::Info, what);

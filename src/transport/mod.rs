@@ -8,6 +8,7 @@
 //! * [`connection`]: the server's `connection` of our type.
 //! * [`poller`]: completions in, handlers called, the ready queue.
 //! * [`listener`]: listening and accepting.
+//! * [`relisten`]: listening again where the device was removed.
 //! * [`rebind`]: the settings that change what is listened on in 8.0.
 //! * [`clock`]: what the time asks for.
 //! * [`watchdog`]: connections that are stuck.
@@ -34,6 +35,7 @@ pub mod pace;
 pub mod panics;
 pub mod poller;
 pub mod rebind;
+mod relisten;
 pub mod status;
 pub mod table;
 pub mod valve;

@@ -294,6 +294,13 @@ impl Id {
         (!context.is_null()).then_some(Device(context))
     }
 
+    /// Whether both ids are served by the same opened device.
+    pub fn shares_device(&self, other: &Self) -> bool {
+        // SAFETY: live ids. Each holds its context open, so two contexts never have
+        // one address.
+        unsafe { !(*self.raw).verbs.is_null() && (*self.raw).verbs == (*other.raw).verbs }
+    }
+
     /// The device's port, once there is one.
     pub fn port(&self) -> u8 {
         // SAFETY: a live id.
@@ -337,8 +344,11 @@ fn parameters() -> rdma_conn_param {
     }
 }
 
-/// An open RDMA device, by its context, which librdmacm keeps open for good.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// An open RDMA device, by its context. librdmacm opens it, and closes it once the device
+/// was removed and no id is bound to it any more. So whoever keeps a device, or makes
+/// something on it, keeps an id that is bound to it as well, for longer. Not comparable: a
+/// context that is opened later may have the address of one that was closed.
+#[derive(Clone, Copy, Debug)]
 pub struct Device(pub(super) *mut ibv_context);
 
 /// What a device can do, as far as the transport asks.
@@ -351,8 +361,9 @@ pub struct Limits {
 }
 
 impl Device {
-    /// Shows `each` all devices that the connection manager can use. Those that nothing
-    /// else uses are open until this returns and no longer.
+    /// Shows `each` all devices that the connection manager can use, which are open until
+    /// this returns. librdmacm looks at what devices there are now, and closes those that
+    /// were removed and that nothing uses any more.
     pub fn for_each(mut each: impl FnMut(Self)) {
         let mut count = 0;
         // SAFETY: a place for the count; the list is NULL-terminated and ours to free.
@@ -409,8 +420,8 @@ impl Device {
     }
 }
 
-// SAFETY: a context may be used from any thread (libibverbs is thread-safe) and
-// is never closed.
+// SAFETY: a context may be used from any thread (libibverbs is thread-safe); who keeps
+// it keeps it open, see the type's text.
 unsafe impl Send for Device {}
 // SAFETY: as above.
 unsafe impl Sync for Device {}

@@ -5,9 +5,9 @@ use super::cm::{Device, set_nonblocking};
 use super::{Error, library};
 use rdma_sys::*;
 use std::ffi::CStr;
-use std::mem::MaybeUninit;
 use std::os::fd::RawFd;
 use std::ptr;
+use std::{fmt, mem};
 
 /// A descriptor that polls readable when an armed queue gets a completion.
 #[derive(Debug)]
@@ -39,18 +39,26 @@ impl CompletionChannel {
 
     /// Takes one event off the channel and acknowledges it. Returns the number of the queue
     /// that it was of, if there was one.
-    pub fn take_event(&self) -> Option<usize> {
+    ///
+    /// # Errors
+    /// `EIO` if the device was removed: there will be no event any more, and the
+    /// descriptor polls as in error for ever.
+    pub fn take_event(&self) -> Result<Option<usize>, Error> {
         let mut cq = ptr::null_mut();
         let mut context = ptr::null_mut();
         // SAFETY: a live channel and places for the answer; the queue is live,
         // since destroying one takes its events off the channel.
         unsafe {
             if library::ibv_get_cq_event(self.raw, &mut cq, &mut context) != 0 {
-                return None;
+                let error = Error::last("take completion events");
+                return match error.errno {
+                    libc::EAGAIN | libc::EINTR => Ok(None),
+                    _ => Err(error),
+                };
             }
             library::ibv_ack_cq_events(cq, 1);
         }
-        Some(context.addr())
+        Ok(Some(context.addr()))
     }
 }
 
@@ -192,33 +200,65 @@ impl CompletionQueue {
         Error::check_number("arm a completion queue", unsafe { ibv_req_notify_cq(self.raw, 0) })
     }
 
-    /// Takes up to [`BATCH`] completions into `batch`, in place of what it held.
+    /// Takes up to [`BATCH`] completions into `batch`, in place of what it held. Those that
+    /// the provider had taken before it failed are in it even after an error.
     ///
     /// # Errors
-    /// If the queue can't be polled, which means that it overran or its device is gone.
+    /// If a completion can't be read, the queue overran, or its device is gone.
     pub fn poll(&self, batch: &mut Batch) -> Result<(), Error> {
+        batch.clear();
         // SAFETY: a live queue and room for BATCH completions.
-        let count = unsafe { ibv_poll_cq(self.raw, BATCH as i32, batch.raw.as_mut_ptr().cast()) };
-        batch.count = usize::try_from(count).unwrap_or(0);
-        if count < 0 { Err(Error::last("poll a completion queue")) } else { Ok(()) }
+        let count = unsafe { ibv_poll_cq(self.raw, BATCH as i32, batch.raw.as_mut_ptr()) };
+        match usize::try_from(count) {
+            Ok(count) => {
+                batch.count = count;
+                Ok(())
+            }
+            Err(_) => {
+                batch.count = batch.raw.iter().take_while(|wc| wc.wr_id != UNTOUCHED).count();
+                // Providers do not set `errno` here.
+                Err(Error { action: "poll a completion queue", errno: libc::EIO })
+            }
+        }
     }
 }
 
-/// Completions that were taken together.
+/// The id of no work request: one that the provider did not write.
+const UNTOUCHED: u64 = u64::MAX;
+
+/// Completions that were taken together. One is made for good and used again and again: a
+/// queue is looked at far more often than it has completions.
 pub struct Batch {
-    /// The first `count` are filled in. The rest is not even cleared: a queue is looked at
-    /// far more often than it has completions.
-    raw: [MaybeUninit<ibv_wc>; BATCH],
+    /// The first `count` are those of the last poll; the others are [`UNTOUCHED`].
+    raw: [ibv_wc; BATCH],
     count: usize,
+}
+
+impl fmt::Debug for Batch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.iter()).finish()
+    }
 }
 
 impl Default for Batch {
     fn default() -> Self {
-        Self { raw: [const { MaybeUninit::uninit() }; BATCH], count: 0 }
+        // SAFETY: a completion is plain numbers.
+        let mut batch = Self { raw: unsafe { mem::zeroed() }, count: BATCH };
+        batch.clear();
+        batch
     }
 }
 
 impl Batch {
+    /// Forgets what it holds. The status is one of a failure: should a provider write half a
+    /// completion, then that is not taken for a success.
+    fn clear(&mut self) {
+        for wc in &mut self.raw[..mem::take(&mut self.count)] {
+            wc.wr_id = UNTOUCHED;
+            wc.status = ibv_wc_status::IBV_WC_GENERAL_ERR;
+        }
+    }
+
     /// Whether it holds as many as it can, so that there may be more.
     pub fn is_full(&self) -> bool {
         self.count == BATCH
@@ -226,11 +266,9 @@ impl Batch {
 
     /// Each of them, in their order.
     pub fn iter(&self) -> impl Iterator<Item = Completion> {
-        self.raw[..self.count].iter().map(|wc| {
-            // SAFETY: `poll` filled the first `count`; they are plain numbers.
-            let wc = unsafe { wc.assume_init_ref() };
-            Completion { work_request: wc.wr_id, outcome: outcome(wc) }
-        })
+        self.raw[..self.count]
+            .iter()
+            .map(|wc| Completion { work_request: wc.wr_id, outcome: outcome(wc) })
     }
 }
 

@@ -42,6 +42,7 @@ pub use sending::WriteOutcome;
 use std::net::SocketAddr;
 use std::ptr;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 /// Payload work requests that may be in flight.
@@ -72,9 +73,9 @@ pub struct Endpoint {
     peer: Option<SocketAddr>,
     local: Option<SocketAddr>,
     own: MainCell<Own>,
-    // Before the id: the kernel's id must not outlive what hangs on it.
+    // Before the id and the hub: one of them holds the device open.
     domain: ProtectionDomain,
-    id: Id,
+    id: Arc<Id>,
     hub: MainCell<Rc<Hub>>,
     reservation: usize,
 }
@@ -182,9 +183,8 @@ impl Endpoint {
     /// Makes the endpoint of a connection request or of a resolved id.
     ///
     /// # Errors
-    /// The first of its parts that could not be had. The id goes with the attempt,
-    /// which refuses the request that it may stand for.
-    pub fn new(id: Id, hub: Rc<Hub>, plan: Plan) -> Result<Self, Error> {
+    /// The first of its parts that could not be had.
+    pub fn new(id: Arc<Id>, hub: Rc<Hub>, plan: Plan) -> Result<Self, Error> {
         let domain = ProtectionDomain::new(hub.device())?;
         let control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
         let first = growth::FIRST.min(plan.receive_bytes);

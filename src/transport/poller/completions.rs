@@ -11,14 +11,14 @@ use crate::transport::hub::{Hub, Progress, Which};
 use crate::transport::key::{Key, Work};
 use crate::transport::pace::Nanos;
 use crate::verbs::completion::{Completion, Outcome};
-use log::Level;
 use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::Arc;
 
 impl Poller {
     /// Takes what completed on a hub, and looks until `deadline` if that is nothing. Returns
     /// whether there was something.
-    pub(super) fn wait_for_completions(&self, hub: &Hub, deadline: Nanos) -> bool {
+    pub(super) fn wait_for_completions(&self, hub: &Rc<Hub>, deadline: Nanos) -> bool {
         loop {
             if self.take_completions(hub, Which::All) > 0 {
                 METRICS.waits_fruitful.add(1);
@@ -33,7 +33,7 @@ impl Poller {
     }
 
     /// Returns how many there were.
-    pub(super) fn take_completions(&self, hub: &Hub, which: Which) -> u64 {
+    pub(super) fn take_completions(&self, hub: &Rc<Hub>, which: Which) -> u64 {
         let count = Cell::new(0);
         let progress = hub.poll(which, |completion| {
             count.set(count.get() + 1);
@@ -47,15 +47,7 @@ impl Poller {
         match progress {
             Ok(Progress::Empty) => {}
             Ok(Progress::More) => *self.unfinished.open() = true,
-            Err(error) => {
-                let what = format!("device {}: {error}; its connections end", hub.name());
-                self.say_trouble(Level::Error, &what);
-                for endpoint in self.endpoints() {
-                    if endpoint.id().device() == Some(hub.device()) {
-                        self.lose(&endpoint, Fate::Gone, Reason::Error);
-                    }
-                }
-            }
+            Err(error) => self.retire(hub, &error.to_string()),
         }
         count.get()
     }

@@ -3,20 +3,35 @@
 //! server or of a failure, with a line in the log, and their removal.
 
 use super::Poller;
+use crate::host::api;
 use crate::metrics::METRICS;
 use crate::session::Violation;
 use crate::transport::endpoint::{Endpoint, Fate, Reason, Stage};
-use crate::transport::hub::Which;
+use crate::transport::hub::{Hub, Which};
 use crate::transport::{clock, outgoing};
 use crate::verbs::Error;
 use crate::verbs::cm::{Event, EventKind};
 use log::Level;
+use std::rc::Rc;
 use std::sync::Arc;
 
 impl Poller {
     /// What happened to a connection, or to one that is being opened.
     pub(super) fn connection_event(&self, event: Event) {
         let found = self.registry.open().find_by_id(&event.id);
+        if event.kind == EventKind::DeviceRemoval {
+            // Each id is told; the hub's own is there even if nobody is connected.
+            let hubs = self.hubs.open();
+            let of_hub = |hub: &&Rc<Hub>| match &found {
+                Some(endpoint) => Rc::ptr_eq(&endpoint.hub(), hub),
+                None => hub.anchor() == event.id,
+            };
+            let hub = hubs.iter().find(of_hub).cloned();
+            drop(hubs);
+            if let Some(hub) = hub {
+                self.retire(&hub, "it was removed");
+            }
+        }
         let Some(endpoint) = found else {
             outgoing::event(event);
             return;
@@ -48,11 +63,6 @@ impl Poller {
                 self.say_lost(&endpoint, &why);
                 self.lose(&endpoint, Fate::Gone, Reason::Error);
             }
-            EventKind::DeviceRemoval => {
-                let what = format!("device of the connection of {} removed", endpoint.peer_text());
-                self.say_trouble(Level::Warn, &what);
-                self.lose(&endpoint, Fate::Gone, Reason::Error);
-            }
             EventKind::AddressChange => {
                 let what = format!("address of the connection of {} changed", endpoint.peer_text());
                 self.say_trouble(Level::Info, &what);
@@ -60,8 +70,32 @@ impl Poller {
             EventKind::AddressResolved
             | EventKind::RouteResolved
             | EventKind::ConnectRequest
+            | EventKind::DeviceRemoval
             | EventKind::Other => {}
         }
+    }
+
+    /// A device was removed, or can't be used any more: forgets its hub, so that its
+    /// descriptor, which would be readable for ever, is not looked at, and ends its
+    /// connections. What hangs on the device goes with the last of them. A device that comes
+    /// back, even the same, gets a new hub.
+    pub(super) fn retire(&self, hub: &Rc<Hub>, why: &str) {
+        {
+            let mut hubs = self.hubs.open();
+            let Some(index) = hubs.iter().position(|it| Rc::ptr_eq(it, hub)) else { return };
+            hubs.remove(index);
+        }
+        api::unwatch(hub.fd());
+        // Copies of that descriptor among them; they grow again as they are needed.
+        self.echoes.open().shrink(true);
+        METRICS.devices_lost.add(1);
+        let mut ended = 0;
+        for endpoint in self.endpoints().iter().filter(|it| Rc::ptr_eq(&it.hub(), hub)) {
+            self.lose(endpoint, Fate::Gone, Reason::Error);
+            ended += 1;
+        }
+        let what = format!("device {} is lost: {why}; its {ended} connections end", hub.name());
+        self.say_trouble(Level::Warn, &what);
     }
 
     /// Disconnects and frees an endpoint that no connection of the server has any more.

@@ -39,6 +39,7 @@ use crate::metrics::METRICS;
 use crate::verbs::Error;
 use crate::verbs::cm::{Device, EventChannel, Id, IdKey};
 use log::Level;
+use redis_module::raw;
 use registry::Registry;
 use std::collections::VecDeque;
 use std::ffi::{c_int, c_void};
@@ -58,7 +59,10 @@ const LOSSES_PER_MINUTE: u32 = 30;
 /// See the module's text. Main thread only, all of it.
 #[derive(Debug)]
 pub struct Poller {
+    /// Of the devices that are there; see `Poller::retire`.
     hubs: MainCell<Vec<Rc<Hub>>>,
+    /// Hubs that there were so far.
+    hubs_made: MainCell<usize>,
     registry: MainCell<Registry<IdKey, Arc<Endpoint>>>,
     ready: MainCell<VecDeque<Key>>,
     doomed: MainCell<Vec<Key>>,
@@ -103,6 +107,7 @@ impl Poller {
         }
         Ok(Self {
             hubs: MainCell::default(),
+            hubs_made: MainCell::default(),
             registry: MainCell::default(),
             ready: MainCell::default(),
             doomed: MainCell::default(),
@@ -134,21 +139,31 @@ impl Poller {
         &self.channel
     }
 
-    /// The hub of a device, opened if this is its first connection.
+    /// The hub of an id's device, opened if this is its first connection.
     ///
     /// # Errors
-    /// If the device can't be opened.
-    pub fn hub(&self, device: Device) -> Result<Rc<Hub>, Error> {
+    /// If there is no device or it can't be opened.
+    fn hub_of(&self, id: &Arc<Id>) -> Result<Rc<Hub>, Error> {
         let mut hubs = self.hubs.open();
-        if let Some(hub) = hubs.iter().find(|hub| hub.device() == device) {
+        if let Some(hub) = hubs.iter().find(|hub| hub.serves(id)) {
             return Ok(Rc::clone(hub));
         }
         let (vector, patience) = {
             let settings = Transport::get().settings.open();
             (settings.completion_vector, settings.busy_poll)
         };
-        let hub = Rc::new(Hub::new(device, vector, patience * 1000)?);
-        if !api::watch(hub.fd(), on_completions, hubs.len()) {
+        let mut made = self.hubs_made.open();
+        *made += 1;
+        let hub = match Hub::new(id, *made, vector, patience * 1000) {
+            Ok(hub) => Rc::new(hub),
+            Err(error) => {
+                // librdmacm may take a device that is back for the one that was removed, where
+                // it knows the two by their GUID alone: it looks at what there is now.
+                Device::for_each(|_| {});
+                return Err(error);
+            }
+        };
+        if !api::watch(hub.fd(), on_completions, hub.number()) {
             return Err(Error { action: "watch the device's completions", errno: libc::ERANGE });
         }
         log::debug!("device {} opened", hub.name());
@@ -156,7 +171,17 @@ impl Poller {
         Ok(hub)
     }
 
-    /// The devices that have or had connections, as `INFO rdma` shows them.
+    /// The hub of a number, unless it is retired.
+    fn find_hub(&self, number: usize) -> Option<Rc<Hub>> {
+        self.hubs.open().iter().find(|hub| hub.number() == number).cloned()
+    }
+
+    /// The hub at a place, in the order of their making.
+    fn nth_hub(&self, index: usize) -> Option<Rc<Hub>> {
+        self.hubs.open().get(index).cloned()
+    }
+
+    /// The devices that have or had connections and are there, as `INFO rdma` shows them.
     pub fn devices(&self) -> Vec<Reply> {
         let endpoints = self.endpoints();
         let hubs = self.hubs.open().clone();
@@ -176,9 +201,17 @@ impl Poller {
     /// # Errors
     /// If a part of it can't be had.
     pub fn enter(&self, id: Id) -> Result<Arc<Endpoint>, Error> {
+        let id = Arc::new(id);
+        let entered = self.enter_on(self.hub_of(&id)?, &id);
+        if entered.is_err() {
+            // The hub may keep the id, and the peer would wait for an answer.
+            id.reject();
+        }
+        entered
+    }
+
+    fn enter_on(&self, hub: Rc<Hub>, id: &Arc<Id>) -> Result<Arc<Endpoint>, Error> {
         let transport = Transport::get();
-        let device = id.device().ok_or(Error { action: "find the device", errno: libc::ENODEV })?;
-        let hub = self.hub(device)?;
         let key = self.registry.open().reserve();
         let key = key.ok_or(Error { action: "enter an endpoint", errno: libc::EMFILE })?;
         let (receive_bytes, timing) = {
@@ -186,7 +219,7 @@ impl Poller {
             (settings.rx_size, settings.timing)
         };
         let plan = Plan { key, receive_bytes, timing, now: clock::now() };
-        match Endpoint::new(id, hub, plan) {
+        match Endpoint::new(Arc::clone(id), hub, plan) {
             Ok(endpoint) => {
                 let endpoint = Arc::new(endpoint);
                 let (id, entry) = (endpoint.id_key(), Arc::clone(&endpoint));
@@ -263,9 +296,9 @@ impl Poller {
         let _pass = self.pass();
         *self.job_sent.open() = false;
         let unfinished = std::mem::take(&mut *self.unfinished.open());
-        let hubs = self.hubs.open().len();
-        for index in 0..hubs {
-            let hub = Rc::clone(&self.hubs.open()[index]);
+        for index in 0.. {
+            // One that is retired meanwhile makes the others move up: the next pass has them.
+            let Some(hub) = self.nth_hub(index) else { break };
             if !hub.is_armed() {
                 // First what is there, or the event would come at once.
                 let found = self.take_completions(&hub, Which::Fired) > 0;
@@ -296,8 +329,10 @@ impl Poller {
             }
             self.take_completions(hub, Which::Fired);
         }
-        let busy = self.ready.open().len();
-        self.echoes.open().grow(hub.fd(), busy);
+        if self.find_hub(hub.number()).is_some() {
+            let busy = self.ready.open().len();
+            self.echoes.open().grow(hub.fd(), busy);
+        }
         let served = self.serve_ready();
         hub.pace().passed(served, clock::nanos());
     }
@@ -339,22 +374,24 @@ impl Poller {
     }
 
     /// Takes what completed on the queues of a hub that fired, without calling any handler.
-    fn look_at(&self, hub: &Hub) {
+    fn look_at(&self, hub: &Rc<Hub>) {
         self.take_events(hub);
         self.arm(hub);
         self.take_completions(hub, Which::Fired);
     }
 
-    fn take_events(&self, hub: &Hub) {
-        hub.take_events();
+    fn take_events(&self, hub: &Rc<Hub>) {
+        if let Err(error) = hub.take_events() {
+            self.retire(hub, &error.to_string());
+        }
         hub.pace().taken();
     }
 
     /// What completes from here on fires the descriptor again; what completed before is to
     /// be taken now.
-    fn arm(&self, hub: &Hub) {
+    fn arm(&self, hub: &Rc<Hub>) {
         if let Err(error) = hub.arm() {
-            self.say_trouble(Level::Error, &format!("device {}: {error}", hub.name()));
+            self.retire(hub, &error.to_string());
         }
     }
 
@@ -395,11 +432,16 @@ unsafe extern "C" fn on_connection_event(_fd: c_int, _data: *mut c_void, _mask: 
     guard("connection event", (), || Transport::get().poller.run_connection_events());
 }
 
-unsafe extern "C" fn on_completions(_fd: c_int, data: *mut c_void, _mask: c_int) {
+unsafe extern "C" fn on_completions(_fd: c_int, data: *mut c_void, mask: c_int) {
     guard("completion", (), || {
         let poller = &Transport::get().poller;
-        let hub = poller.hubs.open().get(data as usize).cloned();
-        if let Some(hub) = hub {
+        let Some(hub) = poller.find_hub(data as usize) else { return };
+        // Nobody asked whether it is writable: so the event loop says that it is in error.
+        if mask & raw::REDISMODULE_EVENTLOOP_WRITABLE as c_int != 0 {
+            let _pass = poller.pass();
+            poller.retire(&hub, "its completion channel is closed");
+            poller.serve_ready();
+        } else {
             poller.run_completions(&hub);
         }
     });
