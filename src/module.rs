@@ -58,6 +58,7 @@ pub unsafe extern "C" fn ValkeyModule_OnLoad(
                 return ERR;
             }
             api::start(ctx);
+            api::take_nothing_away(ctx);
             match load(ctx, argv, argc) {
                 Ok(()) => OK,
                 Err(why) => {

@@ -31,6 +31,26 @@ pub unsafe fn start(load_context: *mut raw::RedisModuleCtx) {
     }
 }
 
+/// What else a server may do with a module in it, as `valkeymodule.h` numbers it. Of a module
+/// that does not say so it is believed that it can't bear it, and then nobody may.
+const MAY_LOAD_BESIDE_OLD_DATA: c_int = 1 << 2;
+const MAY_MIGRATE_SLOTS: c_int = 1 << 5;
+
+/// Promises the server, as far as it knows them, what a module without keys of its own can
+/// promise: that it may load a replica's data while the old data is served, and move slots
+/// to another node key by key.
+///
+/// # Safety
+/// `ctx` is the context that the server passed while loading.
+pub unsafe fn take_nothing_away(ctx: *mut raw::RedisModuleCtx) {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        let known = raw::RedisModule_GetModuleOptionsAll.expect("server API")();
+        let options = (MAY_LOAD_BESIDE_OLD_DATA | MAY_MIGRATE_SLOTS) & known;
+        raw::RedisModule_SetModuleOptions.expect("server API")(ctx, options);
+    }
+}
+
 /// Whether the server is still starting: it reads its configuration and listens later.
 pub fn is_starting() -> bool {
     let starting = raw::REDISMODULE_CTX_FLAGS_SERVER_STARTUP as c_int;

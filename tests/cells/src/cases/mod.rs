@@ -3,6 +3,7 @@
 
 use crate::cell::Case;
 
+mod abilities;
 mod basics;
 mod churn;
 mod config;
@@ -22,6 +23,7 @@ mod stock_clients;
 /// Every case there is.
 pub fn all() -> impl Iterator<Item = &'static Case> {
     [
+        abilities::CASES,
         basics::CASES,
         sizes::CASES,
         stock_clients::CASES,
