@@ -5,7 +5,8 @@
 //! descriptors come out, on which it calls our accept handler. What it gets are
 //! *copies* of the event channels' descriptors: it may deregister and close them
 //! by its own functions, at a rebind, at shutdown, in 8.0 which knows no other way,
-//! and nothing of ours is closed by that.
+//! and nothing of ours is closed by that. So a change of port or address that can't be
+//! had leaves what was listened on: it is only given to the server again.
 
 use super::address::resolve;
 use super::endpoint::{Endpoint, Reason};
@@ -18,7 +19,7 @@ use crate::verbs::Error;
 use crate::verbs::cm::{Device, EventChannel, EventKind, Id, IdKey};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 
 /// Connection requests that wait in the kernel; it caps the number itself.
 const BACKLOG: i32 = 1024;
@@ -40,8 +41,9 @@ pub struct Listeners {
     by_own: bool,
     /// Whether the next `listen` is for that, and not for a directive.
     next_by_own: bool,
-    /// The names that `bindaddr` of the server's structure points to, for `INFO`.
-    names: Vec<CString>,
+    /// Whether it was tried that a first client can be served.
+    memory_tried: bool,
+    /// What `bindaddr` of the server's structure points to, for `INFO`.
     pointers: Box<[*mut c_char; MAX_BINDS]>,
     refusals: Valve,
 }
@@ -53,7 +55,9 @@ struct Listener {
     id: Option<Id>,
     channel: EventChannel,
     address: SocketAddr,
-    /// The number of the descriptor that the server has.
+    /// The address in the operator's words.
+    name: CString,
+    /// The number of the descriptor that the server has, or −1.
     given: RawFd,
 }
 
@@ -66,7 +70,7 @@ impl Listeners {
             own_port: settings.port,
             by_own: false,
             next_by_own: false,
-            names: Vec::new(),
+            memory_tried: false,
             pointers: Box::new([std::ptr::null_mut(); MAX_BINDS]),
             refusals: Valve::new(1),
         }
@@ -77,8 +81,7 @@ impl Listeners {
     fn lose(&mut self, id: IdKey) {
         let lost = |listener: &&mut Listener| listener.id.as_ref().is_some_and(|it| it.key() == id);
         if let Some(listener) = self.open.iter_mut().find(lost) {
-            listener.id = None;
-            METRICS.listeners_waiting.add(1);
+            listener.stop();
             let what = format!(
                 "the RDMA device of {} was removed: listening there again as soon as it is back",
                 listener.address
@@ -92,10 +95,8 @@ impl Listeners {
     pub fn listen_again(&mut self) -> bool {
         let mut waiting = false;
         for listener in self.open.iter_mut().filter(|listener| listener.id.is_none()) {
-            match listening(&listener.channel, listener.address) {
-                Ok(id) => {
-                    listener.id = Some(id);
-                    METRICS.listeners_waiting.sub(1);
+            match listener.start() {
+                Ok(()) => {
                     let what = format!("listening on {} again", listener.address);
                     Transport::get().poller.say_trouble(log::Level::Info, &what);
                 }
@@ -108,25 +109,197 @@ impl Listeners {
         waiting
     }
 
-    /// Gives the server its descriptors, as many as there are names.
+    /// Gives the server a descriptor of each listener.
+    ///
+    /// # Errors
+    /// If none is left; then the server has none of them.
     ///
     /// # Safety
     /// `listener` is the server's own, of our type.
-    unsafe fn give(&mut self, listener: *mut Listener81, descriptors: Vec<OwnedFd>) {
-        let names: Vec<_> = self.names.iter().map(|name| name.as_ptr().cast_mut()).collect();
-        self.pointers[..names.len()].copy_from_slice(&names);
-        // SAFETY: by the caller's promise. `INFO` prints `bindaddr` for each descriptor,
-        // so it must name what is listened on; the server frees none of it.
+    unsafe fn give(&mut self, listener: *mut Listener81) -> Result<(), String> {
+        let copies = self.open.iter().map(|it| duplicate(it.channel.fd()));
+        let copies = copies.collect::<Result<Vec<_>, _>>()?;
+        for (index, (ours, copy)) in self.open.iter_mut().zip(copies).enumerate() {
+            ours.given = copy.into_raw_fd();
+            self.pointers[index] = ours.name.as_ptr().cast_mut();
+            // SAFETY: by the caller's promise; there are no more than the server has room
+            // for.
+            unsafe { (&raw mut (*listener).fd).cast::<c_int>().add(index).write(ours.given) };
+        }
+        // SAFETY: as above. `INFO` prints `bindaddr` for each descriptor, so it must name
+        // what is listened on; the server frees none of it.
         unsafe {
-            for (index, descriptor) in descriptors.into_iter().enumerate() {
-                (&raw mut (*listener).fd)
-                    .cast::<c_int>()
-                    .add(index)
-                    .write(descriptor.into_raw_fd());
-                (*listener).count = index as c_int + 1;
-            }
+            (*listener).count = self.open.len() as c_int;
             (*listener).bindaddr = (&raw mut *self.pointers).cast();
             (*listener).bindaddr_count = (*listener).count;
+        }
+        Ok(())
+    }
+
+    /// Listens on `binds` and nothing else. What is listened on already goes on without a
+    /// gap.
+    ///
+    /// # Errors
+    /// In words. Then it listens where it did before.
+    fn change(&mut self, binds: &[String], port: u16) -> Result<(), String> {
+        // The server has closed its descriptors: their numbers are free for others.
+        self.open.iter_mut().for_each(|it| it.given = -1);
+        let mut change = Change::default();
+        let result = self.choose(binds, port, &mut change);
+        let Change { opened, aside, chosen } = change;
+        if result.is_err() {
+            drop(opened);
+            self.restore(aside);
+        } else {
+            let all = std::mem::take(&mut self.open).into_iter().chain(opened);
+            let mut all: Vec<_> = all.filter(|it| chosen.contains(&it.address)).collect();
+            all.sort_by_key(|it| chosen.iter().position(|address| *address == it.address));
+            self.open = all;
+        }
+        result
+    }
+
+    /// Opens what is missing, and says which addresses are wanted.
+    ///
+    /// # Errors
+    /// In words.
+    fn choose(&mut self, binds: &[String], port: u16, change: &mut Change) -> Result<(), String> {
+        for bind in binds {
+            let (optional, name) = match bind.strip_prefix('-') {
+                Some(rest) => (true, rest),
+                None => (false, bind.as_str()),
+            };
+            match self.find_or_open(name, port, change) {
+                Ok(address) => change.chosen.push(address),
+                Err(why) if optional => {
+                    log::debug!("not listening on {name} port {port}, which is optional: {why}");
+                }
+                Err(why) => return Err(format!("cannot listen on {name} port {port}: {why}")),
+            }
+        }
+        if change.chosen.is_empty() {
+            let hint = device_hint();
+            return Err(format!("none of the optional addresses could be listened on ({hint})"));
+        }
+        if !self.memory_tried {
+            if change.opened.iter().any(|it| it.device().is_none()) {
+                try_all_devices()?;
+            }
+            self.memory_tried = true;
+        }
+        Ok(())
+    }
+
+    /// The address of a name, which is listened on if it was not.
+    ///
+    /// # Errors
+    /// In words.
+    fn find_or_open(
+        &mut self,
+        name: &str,
+        port: u16,
+        change: &mut Change,
+    ) -> Result<SocketAddr, String> {
+        let address = resolve(name, port)?;
+        if change.chosen.contains(&address) {
+            return Err(String::from("the address is named twice"));
+        }
+        if self.open.iter().any(|it| it.address == address) {
+            return Ok(address);
+        }
+        let channel = EventChannel::new().map_err(|error| error.to_string())?;
+        let id = listening(&channel, address).or_else(|error| {
+            // All addresses and one of them can't be listened on at a time.
+            if error.errno == libc::EADDRINUSE && self.make_room(port, change) {
+                listening(&channel, address)
+            } else {
+                Err(error)
+            }
+        });
+        let id = id.map_err(|error| match error.errno {
+            libc::EADDRINUSE => error.to_string(),
+            _ => format!("{error} ({})", device_hint()),
+        })?;
+        if let (Some(device), false) = (id.device(), self.memory_tried) {
+            Endpoint::try_memory(device)?;
+        }
+        let name = CString::new(name).unwrap_or_default();
+        change.opened.push(Listener { id: Some(id), channel, address, name, given: -1 });
+        Ok(address)
+    }
+
+    /// Stops listening on this port where it is not wanted any more. Returns whether that
+    /// changed anything.
+    fn make_room(&mut self, port: u16, change: &mut Change) -> bool {
+        let unwanted = |it: &mut Listener| {
+            it.address.port() == port && it.id.is_some() && !change.chosen.contains(&it.address)
+        };
+        let before = change.aside.len();
+        change.aside.extend(self.open.extract_if(.., unwanted));
+        change.aside[before..].iter_mut().for_each(Listener::stop);
+        change.aside.len() > before
+    }
+
+    /// Listens again where it made room for a change that failed.
+    fn restore(&mut self, aside: Vec<Listener>) {
+        for mut listener in aside {
+            if let Err(error) = listener.start() {
+                log::error!("not listening on {} for now: {error}", listener.address);
+                relisten::begin();
+            }
+            self.open.push(listener);
+        }
+    }
+}
+
+/// A change of what is listened on, while it is tried.
+#[derive(Default)]
+struct Change {
+    opened: Vec<Listener>,
+    /// What made room for others.
+    aside: Vec<Listener>,
+    /// The addresses that are wanted and listened on.
+    chosen: Vec<SocketAddr>,
+}
+
+impl Listener {
+    /// The device of its address; none where it listens on all.
+    fn device(&self) -> Option<Device> {
+        self.id.as_ref().and_then(Id::device)
+    }
+
+    /// Listens no more, for the time being.
+    fn stop(&mut self) {
+        self.id = None;
+        METRICS.listeners_waiting.add(1);
+    }
+
+    /// Listens again.
+    ///
+    /// # Errors
+    /// As the connection manager's.
+    fn start(&mut self) -> Result<(), Error> {
+        self.id = Some(listening(&self.channel, self.address)?);
+        METRICS.listeners_waiting.sub(1);
+        Ok(())
+    }
+}
+
+/// Whether a client could be served by one device at least. What the others lack is said.
+///
+/// # Errors
+/// In words, of the first, if none can.
+fn try_all_devices() -> Result<(), String> {
+    let (mut fit, mut unfit) = (false, Vec::new());
+    Device::for_each(|device| match Endpoint::try_memory(device) {
+        Ok(()) => fit = true,
+        Err(why) => unfit.push(why),
+    });
+    match unfit.first() {
+        Some(why) if !fit => Err(why.clone()),
+        _ => {
+            unfit.iter().for_each(|why| log::warn!("{why}"));
+            Ok(())
         }
     }
 }
@@ -160,19 +333,14 @@ pub unsafe fn listen(listener: *mut Listener81) -> bool {
     let result = unsafe { attempt(listener) };
     if let Err(why) = &result {
         log::error!("{why}");
+        // After a setting that did not work the server goes back to the one before. Until
+        // then `INFO` shows what is listened on, and `close` is called: if the module's own
+        // port is in use, which to the server is port 0, that one sees to the rest.
         let mut listeners = Transport::get().listeners.open();
-        listeners.open.clear();
-        listeners.names.clear();
-        // After a setting that did not work the server goes back to the one before. To it
-        // that was port 0, if the module's own port was in use, and it does not even call
-        // us, unless it has something to close: then `close` sees to the rest.
-        if was_by_own && Transport::get().line.has_directives() {
-            listeners.by_own = true;
-            if let Ok(place) = duplicate(Transport::get().poller.channel().fd()) {
-                listeners.names.push(c"(none)".to_owned());
-                // SAFETY: as above.
-                unsafe { listeners.give(listener, vec![place]) };
-            }
+        listeners.by_own = was_by_own;
+        // SAFETY: as above.
+        if let Err(why) = unsafe { listeners.give(listener) } {
+            log::error!("{why}");
         }
     }
     result.is_ok()
@@ -181,7 +349,7 @@ pub unsafe fn listen(listener: *mut Listener81) -> bool {
 /// Listens on what the server or the module was told.
 ///
 /// # Errors
-/// In words. What was opened by then is still open.
+/// In words. What was listened on before is listened on still.
 ///
 /// # Safety
 /// As [`listen`].
@@ -214,42 +382,9 @@ unsafe fn attempt(listener: *mut Listener81) -> Result<(), String> {
     } else {
         EVERYWHERE.map(str::to_owned).to_vec()
     };
-    Endpoint::try_memory(transport.settings.open().rx_size)
-        .map_err(|why| format!("cannot serve clients: {why}"))?;
-    listeners.open.clear();
-    listeners.names.clear();
-    let mut given = Vec::new();
-    for bind in &binds {
-        let (optional, address) = match bind.strip_prefix('-') {
-            Some(rest) => (true, rest),
-            None => (false, bind.as_str()),
-        };
-        match open(address, port as u16) {
-            Ok((opened, descriptor)) => {
-                listeners.open.push(opened);
-                listeners.names.push(CString::new(address).unwrap_or_default());
-                given.push(descriptor);
-            }
-            Err(error) if optional => {
-                log::debug!("not listening on {address} port {port}, which is optional: {error}");
-            }
-            Err(error) => {
-                return Err(format!(
-                    "cannot listen on {address} port {port}: {error} ({})",
-                    device_hint()
-                ));
-            }
-        }
-    }
-    if given.is_empty() {
-        return Err(format!(
-            "none of the optional addresses could be listened on ({})",
-            device_hint()
-        ));
-    }
+    listeners.change(&binds, port as u16)?;
     // SAFETY: as above.
-    unsafe { listeners.give(listener, given) };
-    Ok(())
+    unsafe { listeners.give(listener) }
 }
 
 /// The addresses that the server was told, unless they are our own names.
@@ -309,16 +444,6 @@ fn device_hint() -> String {
     }
 }
 
-/// Opens one listener and a descriptor of it for the server.
-fn open(address: &str, port: u16) -> Result<(Listener, OwnedFd), String> {
-    let address = resolve(address, port)?;
-    let channel = EventChannel::new().map_err(|error| error.to_string())?;
-    let id = listening(&channel, address).map_err(|error| error.to_string())?;
-    let descriptor = duplicate(channel.fd())?;
-    let given = descriptor.as_raw_fd();
-    Ok((Listener { id: Some(id), channel, address, given }, descriptor))
-}
-
 /// An id that listens, and tells the channel.
 fn listening(channel: &EventChannel, address: SocketAddr) -> Result<Id, Error> {
     let id = Id::new(channel)?;
@@ -361,18 +486,11 @@ pub unsafe fn reopen() -> bool {
         (*listener).port = c_int::from(port);
         (*listener).bindaddr_count = 0;
         let changed = transport.symbols.change_listener(listener);
-        if port == 0 || !changed {
-            close_ours();
+        if port == 0 {
+            transport.listeners.open().open.clear();
         }
         changed
     }
-}
-
-/// Gives up what is listened on, after the server closed its copies.
-pub fn close_ours() {
-    let listeners = &Transport::get().listeners;
-    let open = std::mem::take(&mut listeners.open().open);
-    drop(open);
 }
 
 /// `ConnectionType.closeListener`, of 8.1 and on.
@@ -389,15 +507,17 @@ pub unsafe fn close(listener: *mut Listener81) {
             close_listener(listener);
         }
     }
-    close_ours();
-    let mut listeners = transport.listeners.open();
     // SAFETY: by the caller's promise. A port of 0 comes here for two reasons: the
     // operator set rdma-port to 0, or set rdma-bind while rdma-port was 0 all along
-    // and the arguments' port is in use. The second must not stop us listening.
+    // and the arguments' port is in use. The second must not stop us listening. Where there
+    // is a port the server calls `listen` next, which sees what of the old ones is wanted.
     unsafe {
+        let mut listeners = transport.listeners.open();
         if (*listener).port == 0 && listeners.by_own {
             (*listener).port = c_int::from(listeners.own_port);
             listeners.next_by_own = true;
+        } else if (*listener).port == 0 {
+            listeners.open.clear();
         }
     }
 }

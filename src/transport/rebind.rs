@@ -6,8 +6,9 @@
 //! API. Their defaults are the module's arguments; what the configuration file or
 //! `CONFIG SET` says wins over those.
 
+use super::Transport;
 use super::guard::guard;
-use super::{Transport, listener};
+use super::listener::{self, Listeners};
 use crate::host::api;
 use crate::host::layout::MAX_BINDS;
 use redis_module::configuration::{
@@ -31,11 +32,11 @@ impl ConfigurationValue<i64> for Port {
     fn set(&self, _: &ConfigurationContext, port: i64) -> Result<(), RedisError> {
         guard("rdma.port", FAILED, || {
             let port = u16::try_from(port).map_err(|_| RedisError::Str("not a port"))?;
-            let argument = std::mem::replace(&mut Transport::get().listeners.open().own_port, port);
-            if api::is_starting() && argument != 0 && argument != port {
-                log::info!("the directive rdma.port {port} wins over the argument port={argument}");
+            let before = std::mem::replace(&mut Transport::get().listeners.open().own_port, port);
+            if api::is_starting() && before != 0 && before != port {
+                log::info!("the directive rdma.port {port} wins over the argument port={before}");
             }
-            apply()
+            apply(|listeners| listeners.own_port = before)
         })
     }
 }
@@ -55,23 +56,27 @@ impl ConfigurationValue<RedisString> for Bind {
             if bind.len() > MAX_BINDS {
                 return Err(RedisError::Str("at most 16 addresses"));
             }
-            Transport::get().listeners.open().own_bind = bind;
-            apply()
+            let before = std::mem::replace(&mut Transport::get().listeners.open().own_bind, bind);
+            apply(|listeners| listeners.own_bind = before)
         })
     }
 }
 
-/// Listens as told now. While the server starts it does so by itself later.
-fn apply() -> Result<(), RedisError> {
+/// Listens as told now, or, if that can't be, as before. While the server starts it does so
+/// by itself later.
+fn apply(undo: impl FnOnce(&mut Listeners)) -> Result<(), RedisError> {
     if api::is_starting() {
         return Ok(());
     }
     // SAFETY: the server's own listener of our registered type, on the main thread.
     if unsafe { listener::reopen() } {
-        Ok(())
-    } else {
-        Err(RedisError::Str("cannot listen there; the server's log says why"))
+        return Ok(());
     }
+    undo(&mut Transport::get().listeners.open());
+    // The server has closed its descriptors of the old listeners, which are there still.
+    // SAFETY: as above.
+    unsafe { listener::reopen() };
+    Err(RedisError::Str("cannot listen there; the server's log says why"))
 }
 
 /// Registers the two settings and takes over what the configuration file says.

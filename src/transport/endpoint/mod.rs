@@ -154,30 +154,25 @@ pub struct Plan {
 }
 
 impl Endpoint {
-    /// Registers, on each device, as much memory as one connection needs, and gives it
+    /// Registers on a device as much memory as one connection begins with, and gives it
     /// back: so that a limit which admits no client shows before the first one comes.
     ///
     /// # Errors
-    /// In words, for the first device that refuses.
-    pub fn try_memory(receive_bytes: u32) -> Result<(), String> {
-        let mut result = Ok(());
-        Device::for_each(|device| {
-            let tried = memory::uncounted(|| {
-                let domain = ProtectionDomain::new(device)?;
-                let _control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
-                Region::new(&domain, receive_bytes as usize, Access::RemoteWrite).map(drop)
-            });
-            if let (Err(error), Ok(())) = (tried, &result) {
-                let bytes = CONTROL_BYTES + receive_bytes as usize;
-                result = Err(format!(
-                    "a connection needs {bytes} bytes of registered memory (rx-size and {} KiB), \
-                     but on {} the server {error}",
-                    CONTROL_BYTES / 1024,
-                    device.name(),
-                ));
-            }
-        });
-        result
+    /// In words.
+    pub fn try_memory(device: Device) -> Result<(), String> {
+        memory::uncounted(|| {
+            let domain = ProtectionDomain::new(device)?;
+            let _control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
+            Region::new(&domain, growth::FIRST as usize, Access::RemoteWrite).map(drop)
+        })
+        .map_err(|error| {
+            format!(
+                "cannot serve clients: a connection begins with {} bytes of registered memory, but \
+                 on {} the server {error}",
+                CONTROL_BYTES + growth::FIRST as usize,
+                device.name(),
+            )
+        })
     }
 
     /// Makes the endpoint of a connection request or of a resolved id.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Every way to say where to listen and how, at start and while the server runs.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -10,7 +10,7 @@ use client::{Client, pattern};
 
 use super::basics::expect;
 use crate::cell::{Case, Cell};
-use crate::server::{free_port, host};
+use crate::server::{Server, free_port, host};
 
 pub const CASES: &[Case] = &[
     Case::new("config-arguments", arguments).unstarted(),
@@ -20,6 +20,9 @@ pub const CASES: &[Case] = &[
     Case::new("config-both", both).unstarted(),
     Case::new("config-set-port", set_port),
     Case::new("config-set-bind", set_bind),
+    Case::new("config-set-full", set_full)
+        .with(|settings| settings.arguments.push("max-registered=2m".to_owned())),
+    Case::new("config-set-fails", set_fails),
     Case::new("config-rewrite", rewrite),
 ];
 
@@ -239,6 +242,126 @@ fn set_bind(cell: &mut Cell) -> Result<()> {
     expect(&mut stays, "PING", "PONG")?;
     cell.info()?;
     traffic.stop()
+}
+
+/// Another address and port when hardly any memory may be registered any more: neither
+/// needs any, and what can't be had leaves what there is.
+fn set_full(cell: &mut Cell) -> Result<()> {
+    let old = cell.settings.rdma;
+    let mut idle = Vec::new();
+    // 32 KiB each: there is room for 24 more, and for none that had all of its buffer.
+    for _ in 0..40 {
+        idle.push(cell.rdma()?);
+    }
+    cell.wait_info("forty clients", |info| Ok(info.number("rdma_connections_established")? == 40))?;
+    let command = format!("CONFIG SET {} 192.0.2.77", setting(cell, "bind"));
+    let reply = cell.tcp()?.words(&command)?;
+    ensure!(reply.is_error(), "{command}: {reply}");
+    at(cell, old).context("after a setting that failed")?;
+    listens(cell, &[old])?;
+    let new = SocketAddr::new(old.ip(), free_port()?);
+    let command = format!("CONFIG SET {} {}", setting(cell, "port"), new.port());
+    expect(&mut cell.tcp()?, &command, "OK")?;
+    at(cell, new)?;
+    refused(cell, old)?;
+    listens(cell, &[new])?;
+    for client in &mut idle {
+        expect(client, "PING", "PONG")?;
+    }
+    cell.moved(40 * 14, 40 * 7);
+    Ok(())
+}
+
+/// A change that can't be had: an error, and everything is as before, also what is said of it.
+fn set_fails(cell: &mut Cell) -> Result<()> {
+    let old = cell.settings.rdma;
+    let second = cell.lab.second_address.context("a fabric with one address")?;
+    let second = SocketAddr::new(second, old.port());
+    let (port, bind) = (setting(cell, "port"), setting(cell, "bind"));
+    let mut observer = cell.tcp()?;
+    let mut stays = cell.rdma()?;
+
+    // Somebody else's port.
+    let mut settings = cell.settings.clone();
+    settings.port = free_port()?;
+    settings.rdma = SocketAddr::new(old.ip(), free_port()?);
+    settings.arguments(&[&format!("bind={}", old.ip()), &format!("port={}", settings.rdma.port())]);
+    let folder = cell.folder().join("other");
+    let mut other = Server::start(cell.lab, &cell.id.server, &folder, &settings)?;
+    let taken = settings.rdma;
+
+    let mut set = |line: &str| observer.words(&format!("CONFIG SET {line}"));
+    // Twice: first the arguments' port is in use, then, where there are directives, theirs.
+    for round in 0..2 {
+        for change in [
+            format!("{port} {}", taken.port()),
+            format!("{bind} 192.0.2.77"),
+            format!("{port} {} {bind} 192.0.2.77", taken.port()),
+            format!("{bind} {}", "192.0.2.77 ".repeat(2).trim_end()),
+        ] {
+            let reply = set(&change)?;
+            ensure!(reply.is_error(), "CONFIG SET {change}: {reply}");
+            at(cell, old).with_context(|| format!("round {round}, after CONFIG SET {change}"))?;
+            refused(cell, second)?;
+            listens(cell, &[old])?;
+        }
+        expect(&mut stays, "PING", "PONG")?;
+        let reply = set(&format!("{bind} {} {port} {}", old.ip(), old.port()))?;
+        ensure!(reply.text() == "OK", "CONFIG SET to what is there: {reply}");
+    }
+
+    // Everywhere and one address on the same port: they can't be had at a time, so what is
+    // there makes room, and has to come back.
+    ensure!(set(&format!("{bind} *"))?.text() == "OK", "CONFIG SET {bind} *");
+    let everywhere = [SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), old.port())];
+    at(cell, second)?;
+    listens(cell, &everywhere)?;
+    let some = format!("{} 192.0.2.77", old.ip());
+    let mut set =
+        |text: &str| observer.command(&[b"CONFIG", b"SET", bind.as_bytes(), text.as_bytes()]);
+    let reply = set(&some)?;
+    ensure!(reply.is_error(), "CONFIG SET {bind} {some}: {reply}");
+    at(cell, second).context("after a setting that failed, everywhere")?;
+    listens(cell, &everywhere)?;
+    let reply = set(&old.ip().to_string())?;
+    ensure!(reply.text() == "OK", "CONFIG SET {bind}: {reply}");
+    at(cell, old)?;
+    refused(cell, second)?;
+    listens(cell, &[old])?;
+    expect(&mut stays, "PING", "PONG")?;
+
+    // The port is free again.
+    ensure!(other.stop()?.success(), "the other server's end");
+    expect(&mut observer, &format!("CONFIG SET {port} {}", taken.port()), "OK")?;
+    at(cell, taken)?;
+    refused(cell, old)?;
+    listens(cell, &[taken])
+}
+
+/// That `INFO` and `CONFIG GET` say that it listens there and nowhere else.
+fn listens(cell: &Cell, addresses: &[SocketAddr]) -> Result<()> {
+    let port = addresses[0].port();
+    let told = |address: &SocketAddr| match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => "*".to_owned(),
+        ip => host(ip),
+    };
+    let info = cell.info()?;
+    let names: Vec<String> = addresses.iter().map(|it| format!("bind={}", told(it))).collect();
+    let wanted = format!("name=rdma,{},port={port}", names.join(","));
+    let line = ["listener2", "listener3"]
+        .iter()
+        .find_map(|name| info.text(name).ok().filter(|line| line.starts_with("name=rdma")));
+    ensure!(line == Some(&wanted), "INFO says {line:?} and not {wanted}");
+    let name = setting(cell, "port");
+    let said = cell.tcp()?.words(&format!("CONFIG GET {name}"))?;
+    let said = said.elements().get(1).map(|value| value.text());
+    // On 8.1 and 9.1 the directive knows nothing of the arguments' port.
+    let arguments = cell.settings.rdma.port() == port && cell.id.server != "8.0";
+    ensure!(
+        said == Some(port.to_string()) || arguments && said.as_deref() == Some("0"),
+        "CONFIG GET {name} says {said:?}, and it listens on {port}"
+    );
+    Ok(())
 }
 
 /// What CONFIG REWRITE writes starts the server again, listening at the same place.

@@ -114,11 +114,11 @@ fn low_memlock(cell: &mut Cell) -> Result<()> {
         "--bounding-set=-ipc_lock",
         "--inh-caps=-ipc_lock",
         "prlimit",
-        "--memlock=65536:65536",
+        "--memlock=16384:16384",
     ];
     cell.settings.prefix = prefix.map(str::to_owned).to_vec();
     let line = refusal(cell, &["rdma", "memlock"])?;
-    cell.figure("64 KiB of locked memory", line);
+    cell.figure("16 KiB of locked memory", line);
     Ok(())
 }
 
