@@ -521,6 +521,8 @@ unsafe extern "C" fn update_state(connection: *mut Connection) {
             && !in_child()
         {
             let poller = &Transport::get().poller;
+            // If the job was a read, what it read is carried out right after this.
+            poller.carries_out(&endpoint);
             poller.attempt(&endpoint, endpoint.announce_if_full());
             poller.mark_if_ready(&endpoint);
         }

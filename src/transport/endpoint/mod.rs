@@ -90,6 +90,8 @@ pub struct Own {
     pub queued: bool,
     /// Whether it was parked with something to do.
     pub parked: bool,
+    /// The poller's turn in which commands of the connection were carried out last.
+    pub carried_out: Option<u64>,
     /// Why it ends, once that is known.
     pub reason: Option<Reason>,
     /// The system's error number if it could not be established.
@@ -212,6 +214,7 @@ impl Endpoint {
                 connection: ptr::null_mut(),
                 queued: false,
                 parked: false,
+                carried_out: None,
                 reason: None,
                 failure: libc::ECONNREFUSED,
                 stage: None,

@@ -79,6 +79,9 @@ pub struct Poller {
     unfinished: MainCell<bool>,
     /// The server gave an I/O thread a job since the last pass before its sleep began.
     job_sent: MainCell<bool>,
+    /// Passes before a sleep that are over: after each of them, and before anything else is
+    /// written, the server syncs its append-only file if it has to.
+    turn: MainCell<u64>,
     echoes: MainCell<Echoes>,
     /// The endpoint whose connection the server accepts at this moment.
     accepting: MainCell<Option<Arc<Endpoint>>>,
@@ -118,6 +121,7 @@ impl Poller {
             channel: EventChannel::new()?,
             unfinished: MainCell::default(),
             job_sent: MainCell::default(),
+            turn: MainCell::default(),
             echoes: MainCell::default(),
             accepting: MainCell::default(),
             losses: MainCell::new(Valve::new(LOSSES_PER_MINUTE)),
@@ -309,7 +313,9 @@ impl Poller {
                 self.take_completions(&hub, Which::Fired);
             }
         }
-        if self.is_pending() { self.serve_ready() } else { 0 }
+        let served = if self.is_pending() { self.serve_ready() } else { 0 };
+        *self.turn.open() += 1;
+        served
     }
 
     /// A pass for the completions of one hub.

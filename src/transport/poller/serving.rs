@@ -103,13 +103,38 @@ impl Poller {
         }
         self.attempt(endpoint, endpoint.announce_if_full());
         if endpoint.has_work() {
-            if endpoint.progress() != before {
+            if self.waits_for_sync(endpoint) {
+                self.mark_ready(endpoint);
+                // The next turn begins with it, before more of its commands are carried out.
+                self.wake_loop();
+            } else if endpoint.progress() != before {
                 self.mark_ready(endpoint);
             } else {
                 endpoint.own().parked = true;
                 METRICS.parked.add(1);
             }
         }
+    }
+
+    /// The server carries out commands of this connection now, or may. Their replies have to
+    /// wait for the sync of the append-only file, if one is due.
+    pub fn carries_out(&self, endpoint: &Endpoint) {
+        endpoint.own().carried_out = Some(*self.turn.open());
+    }
+
+    /// Whether the write handler has something to do and must not be called before the server
+    /// has synced its append-only file: it would take replies along that tell of writes which
+    /// are not in it yet.
+    fn waits_for_sync(&self, endpoint: &Endpoint) -> bool {
+        let own = endpoint.own();
+        let (connection, carried_out) = (own.connection, own.carried_out);
+        drop(own);
+        // SAFETY: an endpoint's connection is live until the server closes it, which clears
+        // the pointer.
+        !connection.is_null()
+            && unsafe { has_write_barrier(connection) && (*connection).write_handler.is_some() }
+            && carried_out == Some(*self.turn.open())
+            && endpoint.is_writable()
     }
 
     fn call_read(&self, endpoint: &Arc<Endpoint>) {
@@ -130,7 +155,14 @@ impl Poller {
                     }
                     (handler, _) => handler,
                 };
-                if handler.is_none() || !call_handler(connection, handler) {
+                if handler.is_none() {
+                    return;
+                }
+                self.carries_out(endpoint);
+                let stays = call_handler(connection, handler);
+                // Once more: a handler may have had the event loop run meanwhile.
+                self.carries_out(endpoint);
+                if !stays {
                     return;
                 }
             }
@@ -143,7 +175,7 @@ impl Poller {
 
     fn call_write(&self, endpoint: &Arc<Endpoint>) {
         let connection = endpoint.own().connection;
-        if connection.is_null() {
+        if connection.is_null() || self.waits_for_sync(endpoint) {
             return;
         }
         // SAFETY: live, see `mark_if_ready`; no cell is open during the call.

@@ -9,6 +9,7 @@ mod churn;
 mod config;
 mod crowd;
 mod deadlock;
+mod durable;
 mod hostile;
 mod lifecycle;
 mod operators;
@@ -28,6 +29,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         sizes::CASES,
         stock_clients::CASES,
         deadlock::CASES,
+        durable::CASES,
         stalled::CASES,
         hostile::CASES,
         soak::CASES,
