@@ -73,6 +73,7 @@ impl Cell<'_> {
             let bytes = load.requests * load.size;
             match *test {
                 "set" => self.moved(bytes, load.requests * 5),
+                "ping_mbulk" => self.moved(load.requests * 14, load.requests * 7),
                 _ => self.moved(load.requests * 20, bytes),
             }
         }
@@ -81,8 +82,13 @@ impl Cell<'_> {
 
     /// Starts `valkey-benchmark --rdma` on a load that lasts until it is dropped.
     pub fn traffic(&self, clients: usize, size: usize) -> Result<Traffic> {
-        let load =
-            Load { tests: vec!["set", "get"], requests: 1_000_000_000, clients, size, pipeline: 1 };
+        let load = Load {
+            tests: vec!["set", "get"],
+            requests: 1_000_000_000,
+            clients,
+            size,
+            ..Load::default()
+        };
         let mut command = self.benchmark_command(&load);
         command.arg("-l");
         let output = std::fs::File::create(self.folder().join("traffic"))?;
@@ -106,6 +112,7 @@ impl Cell<'_> {
         command.args(["-c", &load.clients.to_string()]);
         command.args(["-d", &load.size.to_string()]);
         command.args(["-P", &load.pipeline.to_string()]);
+        command.args(["-k", if load.reconnect { "0" } else { "1" }]);
         command
     }
 }
@@ -122,6 +129,15 @@ pub struct Load {
     pub size: usize,
     /// Requests that a connection sends before it waits for replies.
     pub pipeline: usize,
+    /// A connection for each request.
+    pub reconnect: bool,
+}
+
+impl Default for Load {
+    fn default() -> Self {
+        let (requests, clients, size, pipeline) = (1, 1, 3, 1);
+        Self { tests: Vec::new(), requests, clients, size, pipeline, reconnect: false }
+    }
 }
 
 /// What `valkey-benchmark` says of a test.

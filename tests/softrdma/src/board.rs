@@ -16,6 +16,7 @@
 
 use crate::fork;
 use crate::sys::{self, Fd};
+use crate::tally;
 use std::collections::{HashMap, VecDeque};
 use std::io::Result;
 use std::os::fd::RawFd;
@@ -194,12 +195,29 @@ struct Numbers {
 }
 
 impl Numbers {
-    fn get(&mut self, below: u32) -> Option<u32> {
-        if self.free.len() <= RESTING && self.used + 1 < below {
-            self.used += 1;
-            return Some(self.used);
+    /// One that is usable: of those that have rested, else a new one, else of those that rest.
+    fn get(&mut self, below: u32, usable: impl Fn(u32) -> bool) -> Option<u32> {
+        self.used_before(self.free.len().saturating_sub(RESTING), &usable)
+            .or_else(|| self.fresh(below))
+            .or_else(|| self.used_before(self.free.len(), &usable))
+    }
+
+    fn used_before(&mut self, tries: usize, usable: impl Fn(u32) -> bool) -> Option<u32> {
+        for _ in 0..tries {
+            let number = self.free.pop_front()?;
+            if usable(number) {
+                return Some(number);
+            }
+            self.free.push_back(number);
         }
-        self.free.pop_front()
+        None
+    }
+
+    fn fresh(&mut self, below: u32) -> Option<u32> {
+        (self.used + 1 < below).then(|| {
+            self.used += 1;
+            self.used
+        })
     }
 }
 
@@ -229,7 +247,7 @@ impl Own {
 
     /// A hook for a completion queue.
     pub fn new_hook(&self) -> Option<u32> {
-        let hook = self.hooks.lock().unwrap().get(HOOKS)?;
+        let hook = self.hooks.lock().unwrap().get(HOOKS, |_| true)?;
         self.board.take(hook, |_| ());
         self.board.set_mood(hook, Mood::Away);
         Some(hook)
@@ -243,16 +261,17 @@ impl Own {
     /// A number for a queue pair, which stands for its slips.
     pub fn new_pair(&self) -> Option<u32> {
         let mut pairs = self.pairs.lock().unwrap();
+        let before = pairs.used;
         // A slip that a late or killed process left hanging can't be hung again.
-        let usable = |pair| (0..EACH).all(|which| self.board.is_free(slip(pair, which)));
-        for _ in 0..SLIPS / EACH {
-            let pair = pairs.get(SLIPS / EACH)?;
-            if usable(pair) {
-                return Some(pair);
-            }
-            pairs.free.push_back(pair);
+        let pair = pairs.get(SLIPS / EACH, |pair| self.is_clear(pair));
+        if pairs.used > before {
+            tally::NUMBERS.count();
         }
-        None
+        pair
+    }
+    /// True if none of a queue pair's slips hangs anywhere.
+    pub fn is_clear(&self, pair: u32) -> bool {
+        (0..EACH).all(|which| self.board.is_free(slip(pair, which)))
     }
     pub fn free_pair(&self, pair: u32) {
         self.pairs.lock().unwrap().free.push_back(pair);

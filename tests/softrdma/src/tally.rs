@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! Counts of work, for tests: what a message costs must not depend on who is idle.
+//! Counts of work, for tests: what a message costs must not depend on who is idle, nor what a
+//! connection takes on who was there before.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -7,6 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub static LOOKS: Tally = Tally(AtomicU64::new(0));
 /// How often the progress thread did so because it was called.
 pub static CALLS: Tally = Tally(AtomicU64::new(0));
+/// How many numbers for queue pairs were made; giving one out again makes none.
+pub static NUMBERS: Tally = Tally(AtomicU64::new(0));
 
 /// A count of this process.
 pub struct Tally(AtomicU64);

@@ -7,7 +7,7 @@ mod common;
 use common::*;
 use rdma_sys::rdma_cm_event_type::*;
 use rdma_sys::*;
-use softrdma::tally::{CALLS, LOOKS};
+use softrdma::tally::{CALLS, LOOKS, NUMBERS};
 use std::collections::HashMap;
 use std::ptr::null_mut;
 use std::sync::Mutex;
@@ -209,6 +209,49 @@ fn queue_pairs_that_went_leave_nothing_in_the_way() {
         let (_, calls) = Farm::new(count).cost(count, 5);
         assert!(calls < 0.25, "{calls} calls for a message among {count}");
     }
+}
+
+/// Some clients destroy their completion queue first, are refused as long as its queue pair is
+/// there, and never come back to it, with news from the other side unread.
+#[test]
+fn a_process_connects_as_often_as_it_likes() {
+    let _alone = ALONE.lock();
+    let (client_cm, server_cm) = (Cm::new(), Cm::new());
+    let (listener, port) = server_cm.listen("127.0.0.1:0");
+    let small = Options { send_wr: 4, recv_wr: 4, cqe: 8, buffer: SIZE, ..Options::default() };
+    let numbers = NUMBERS.so_far();
+    for _ in 0..200 {
+        let id = client_cm.resolve(&format!("127.0.0.1:{port}"));
+        // SAFETY: a live identifier.
+        let context = unsafe { (*id).verbs };
+        let leaked = [Queue::new(context, 8), Queue::new(context, 8)];
+        let with = |queue| Options { queue: Some(queue), ..small.clone() };
+        let client = Side::new(id, with(leaked[0]));
+        assert_eq!(connect(client.id, &client.options), 0);
+        let request = server_cm.expect(RDMA_CM_EVENT_CONNECT_REQUEST);
+        let server = Side::new(request.id, with(leaked[1]));
+        assert_eq!(accept(server.id, &server.options), 0);
+        client_cm.expect(RDMA_CM_EVENT_ESTABLISHED);
+        server_cm.expect(RDMA_CM_EVENT_ESTABLISHED);
+        for side in [&client, &server] {
+            side.recv(1, &[side.sge(0, SIZE)]);
+        }
+        for side in [&client, &server] {
+            assert_eq!(side.post(Wr::send(2, &[side.sge(0, SIZE)])), 0);
+        }
+        for queue in leaked {
+            // SAFETY: a live queue, which this leaves as it is.
+            assert_eq!(unsafe { ibv_destroy_cq(queue.cq) }, libc::EBUSY);
+        }
+        client.disconnect();
+        server_cm.expect(RDMA_CM_EVENT_DISCONNECTED);
+        server.disconnect();
+        client_cm.expect(RDMA_CM_EVENT_DISCONNECTED);
+    }
+    // SAFETY: no longer in use.
+    unsafe { rdma_destroy_id(listener) };
+    let numbers = NUMBERS.so_far() - numbers;
+    assert!(numbers < 100, "{numbers} numbers for 400 queue pairs, two at a time");
 }
 
 /// Both ends are in this process, so that it takes nearly 20,000 descriptors.

@@ -32,7 +32,8 @@ fn idle_crowd(cell: &mut Cell) -> Result<()> {
     };
     ensure!(count >= 100, "the limit on open files leaves room for {count} connections");
     let requests = if cell.lab.is_slow() { 2000 } else { 20_000 };
-    let load = Load { tests: vec!["set", "get"], requests, clients: 50, size: 64, pipeline: 1 };
+    let load =
+        Load { tests: vec!["set", "get"], requests, clients: 50, size: 64, ..Load::default() };
     // Brings the server's pools, and ours, to their working size.
     cell.benchmark(&load, cell.lab.cell_limit())?;
     settle(cell)?;

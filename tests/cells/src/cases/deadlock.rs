@@ -42,7 +42,8 @@ fn guard(cell: &mut Cell) -> Result<()> {
 /// While the only client waits, nothing but the end of an I/O thread's job goes on, and no
 /// descriptor tells the server of that.
 fn jobs_collected(cell: &mut Cell) -> Result<()> {
-    let load = Load { tests: vec!["set"], requests: 500, clients: 1, size: 1 << 20, pipeline: 1 };
+    let load =
+        Load { tests: vec!["set"], requests: 500, clients: 1, size: 1 << 20, ..Load::default() };
     // If one job in ten waits for the clock, it takes longer.
     cell.benchmark(&load, Duration::from_secs(30))?;
     let jobs = cell.info()?.number("rdma_reads_io")?;
@@ -55,7 +56,7 @@ fn jobs_collected(cell: &mut Cell) -> Result<()> {
 const PING_LIMIT: Duration = Duration::from_secs(10);
 
 fn load(requests: usize, clients: usize, size: usize) -> Load {
-    Load { tests: vec!["set", "get"], requests, clients, size, pipeline: 1 }
+    Load { tests: vec!["set", "get"], requests, clients, size, ..Load::default() }
 }
 
 fn deadlock(cell: &mut Cell, requests: usize, clients: usize, size: usize) -> Result<()> {

@@ -40,7 +40,8 @@ fn others_are_served(cell: &mut Cell, idle: f64) -> Result<()> {
     cell.check_idle(idle, "with a stalled reader")?;
     expect(&mut cell.tcp()?, "PING", "PONG")?;
     expect(&mut cell.rdma()?, "PING", "PONG")?;
-    let load = Load { tests: vec!["set", "get"], requests: 500, clients: 5, size: 64, pipeline: 1 };
+    let load =
+        Load { tests: vec!["set", "get"], requests: 500, clients: 5, size: 64, ..Load::default() };
     cell.benchmark(&load, cell.lab.patience())?;
     Ok(())
 }

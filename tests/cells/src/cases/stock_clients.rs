@@ -13,6 +13,7 @@ use crate::tools::Load;
 pub const CASES: &[Case] = &[
     Case::new("cli", cli),
     Case::new("benchmark", benchmark),
+    Case::new("reconnects", reconnects),
     Case::new("offload", offload).with(Settings::io_threads_as_they_are),
 ];
 
@@ -24,6 +25,7 @@ fn offload(cell: &mut Cell) -> Result<()> {
         clients: 50,
         size: 512,
         pipeline: 8,
+        ..Load::default()
     };
     let deadline = Instant::now() + cell.lab.patience();
     let (mut reads, mut writes) = (0, 0);
@@ -80,8 +82,41 @@ fn benchmark(cell: &mut Cell) -> Result<()> {
         (medium, 50, 40 << 10, 1),
         (large, 10, 1 << 20, 1),
     ] {
-        let load = Load { tests: vec!["set", "get"], requests, clients, size, pipeline };
+        let tests = vec!["set", "get"];
+        let load = Load { tests, requests, clients, size, pipeline, ..Load::default() };
         cell.benchmark(&load, cell.lab.cell_limit().max(Duration::from_secs(60)))?;
     }
+    Ok(())
+}
+
+/// Clients that connect anew for each request, as scripts do that call `valkey-cli`; and a
+/// crowd right after another crowd went.
+fn reconnects(cell: &mut Cell) -> Result<()> {
+    // Where I/O threads spin for want of processors, a connection takes tens of milliseconds.
+    let few = if cell.lab.is_slow() || cell.has_io_threads() { 150 } else { 600 };
+    let reconnecting = |tests, clients, requests| Load {
+        tests,
+        clients,
+        requests,
+        size: 64,
+        reconnect: true,
+        ..Load::default()
+    };
+    let limit = cell.lab.cell_limit();
+    cell.benchmark(&reconnecting(vec!["ping_mbulk"], 1, few), limit)?;
+    cell.benchmark(&reconnecting(vec!["set"], 20, 2 * few), limit)?;
+    let crowd = if cell.lab.is_slow() { 100 } else { 1000 };
+    let load = Load {
+        tests: vec!["set", "get"],
+        clients: crowd,
+        requests: 2 * crowd,
+        size: 64,
+        ..Load::default()
+    };
+    cell.benchmark(&load, limit)?;
+    let connections = cell.info()?.number("total_connections_received")?;
+    let least = (3 * few + 2 * crowd) as u64;
+    ensure!(connections >= least, "{connections} connections, not {least}");
+    cell.figure("connections", connections);
     Ok(())
 }

@@ -280,7 +280,7 @@ impl Cq {
 
     /// Makes progress on the queue pairs for which there is news; true if there was any.
     /// Without `patient`, what another thread is at is left for the next time.
-    fn look(&self, patient: bool) -> bool {
+    pub fn look(&self, patient: bool) -> bool {
         let board = &board::own().board;
         let mut any = false;
         board.take(self.hook, |slip| {

@@ -277,6 +277,12 @@ impl Qp {
         QPS.lock().unwrap().get_or_insert_default().remove(&self.num);
         unlay(self.num);
         PAIRS.write().unwrap()[self.pair as usize] = Weak::new();
+        // Nobody may look at its queues again: libvalkey tries to destroy its queue first, is
+        // refused, and forgets it. News that hang there would keep the slips for good.
+        if !board::own().is_clear(self.pair) {
+            self.send_cq.look(true);
+            self.recv_cq.look(true);
+        }
         board::own().free_pair(self.pair);
     }
 
