@@ -13,7 +13,7 @@
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-passed=0 failed=0
+passed=0 failed=0 skipped=0
 
 main() {
     local job
@@ -28,7 +28,7 @@ main() {
         case $job in address | thread | valgrind) "job_$job" ;; *) die "unknown job '$job'" ;; esac
     done
     ((failed)) || rm -r "$work"
-    printf '%d passed, %d failed, 0 skipped\n' "$passed" "$failed"
+    printf '%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
     ((!failed))
 }
 
@@ -217,7 +217,7 @@ passes() {
 # cells CACHE MODULE SELECTOR… — cells on the servers of another cache. What a sanitizer
 # said stands in a server's output, which is kept when its cell has failed.
 cells() {
-    local lab=$1 module=$2 sum p f
+    local lab=$1 module=$2
     shift 2
     XDG_CACHE_HOME=$lab SOFTRDMA_NO_BUILD=1 TMPDIR=$work "$repo/scripts/softrdma.sh" \
         "$built/release/cells" --fabric soft --level full --module "$module" "$@" \
@@ -227,10 +227,7 @@ cells() {
             say "$output:"
             head -n 60 "$output" >&2
         done || true
-    sum=$(grep -aE '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$' "$work/cells" | tail -n 1) ||
-        sum="0 passed, $# failed, 0 skipped"
-    read -r p _ f _ <<<"$sum"
-    ((passed += p, failed += f)) || true
+    add_sum "$work/cells" "$#"
 }
 
 main "$@"
