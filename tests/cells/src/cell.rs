@@ -124,8 +124,13 @@ impl<'a> Cell<'a> {
         Ok(())
     }
 
-    /// Ends the server, looks for crashes, and puts the log's end to a failure.
-    fn finish(&mut self, result: Result<()>) -> Result<()> {
+    /// Ends the server, looks for crashes, and puts the log's end to a failure, and what a
+    /// server that does not answer is at.
+    fn finish(&mut self, mut result: Result<()>) -> Result<()> {
+        let silence = self.server.as_mut().filter(|_| result.is_err()).and_then(Server::silence);
+        if let Some(scene) = silence {
+            result = result.context(format!("the server does not answer; {scene}"));
+        }
         let ended = self.stop();
         let last = self.folder.join(format!("server-{}", self.servers_started));
         let log = std::fs::read_to_string(last.join("log")).unwrap_or_default();

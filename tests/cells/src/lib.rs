@@ -5,6 +5,7 @@
 pub mod info;
 pub mod lab;
 pub mod matrix;
+pub mod ports;
 pub mod process;
 pub mod report;
 pub mod server;

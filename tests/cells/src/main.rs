@@ -31,7 +31,7 @@ struct Options {
     /// scripts/guest.sh.
     #[arg(long, required_unless_present = "report")]
     fabric: Option<Fabric>,
-    /// How much of the matrix.
+    /// How much of the matrix, where no selector says which cells.
     #[arg(long, default_value = "full")]
     level: Level,
     /// The list of expected cells.
@@ -50,10 +50,13 @@ struct Options {
     /// Writes what the state says of the whole matrix to this file, and runs nothing.
     #[arg(long, requires = "state")]
     report: Option<PathBuf>,
+    /// Runs the chosen cells so many times over, or until one fails: for what fails rarely.
+    #[arg(long, default_value_t = 1, conflicts_with = "state")]
+    rounds: usize,
     /// Prints the chosen cells and runs none.
     #[arg(long)]
     list: bool,
-    /// Which cells: CASE, or CASE/SERVER/FABRIC/IO-THREADS with any of them left out; `*` at
+    /// Which cells, of whatever level: CASE, or CASE/SERVER/FABRIC/IO-THREADS with any of them left out; `*` at
     /// the end of a part stands for any rest.
     selectors: Vec<Selector>,
 }
@@ -80,7 +83,7 @@ fn run(options: &Options) -> Result<bool> {
         return Ok(true);
     }
     let fabric = options.fabric.expect("clap asks for it when there is no report to write");
-    let chosen = matrix::select(cells, fabric, options.level, &options.selectors);
+    let chosen = matrix::select(cells, fabric, options.level, &options.selectors)?;
     if options.list {
         for cell in &chosen {
             println!("{}", cell.id);
@@ -96,12 +99,13 @@ fn run(options: &Options) -> Result<bool> {
     let commit = report::commit(&repo)?;
     let date = report::today()?;
 
-    let progress = ProgressBar::new(chosen.len() as u64).with_style(ProgressStyle::with_template(
+    let rounds = chosen.len() * options.rounds;
+    let progress = ProgressBar::new(rounds as u64).with_style(ProgressStyle::with_template(
         "{pos}/{len} cells, {elapsed} so far, about {eta} to go: {msg}",
     )?);
     progress.enable_steady_tick(Duration::from_secs(1));
     let mut totals = Totals::default();
-    for cell in &chosen {
+    for cell in chosen.iter().cycle().take(rounds) {
         progress.set_message(cell.id.to_string());
         let earlier = state.as_ref().and_then(|state| state.passed(&cell.id, &lab.module_sha256));
         let line = if let Some(why) = &cell.skip {
@@ -123,6 +127,9 @@ fn run(options: &Options) -> Result<bool> {
         };
         progress.suspend(|| println!("{line}"));
         progress.inc(1);
+        if options.rounds > 1 && totals.failed > 0 {
+            break;
+        }
     }
     progress.finish_and_clear();
     if totals.failed == 0 {

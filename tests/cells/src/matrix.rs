@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! The list of expected cells, as `tests/matrix.toml` writes it down.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 use std::str::FromStr;
 
@@ -95,7 +95,7 @@ pub struct Expected {
 }
 
 /// A choice of cells: parts separated by `/`, each of which has to be one of the cell's own
-/// (case, server line, fabric, io-threads). A part may end in `*`.
+/// (case, server line, fabric, io-threads). A part may end in `*`. It chooses from all levels.
 #[derive(Clone, Debug)]
 pub struct Selector(Vec<String>);
 
@@ -109,6 +109,12 @@ impl FromStr for Selector {
             "a selector is CASE, or CASE/SERVER/FABRIC/IO-THREADS with any of them left out"
         );
         Ok(Self(parts))
+    }
+}
+
+impl fmt::Display for Selector {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(&self.0.join("/"))
     }
 }
 
@@ -163,26 +169,52 @@ pub fn read(text: &str, known: &[&str]) -> Result<Vec<Expected>> {
     Ok(cells)
 }
 
-/// The cells of one run, in the matrix's order.
+/// The cells of one run, in the matrix's order: those of the level, or those that a selector
+/// names. A selector that names none on any fabric is an error, which says what there is.
 pub fn select(
-    cells: Vec<Expected>,
+    mut cells: Vec<Expected>,
     fabric: Fabric,
     level: Level,
     selectors: &[Selector],
-) -> Vec<Expected> {
-    let listed = match fabric {
-        Fabric::Hw => Fabric::Vm,
-        other => other,
-    };
-    let mut chosen = cells;
-    chosen.retain(|cell| cell.id.fabric == listed && cell.level <= level);
-    for cell in &mut chosen {
-        cell.id.fabric = fabric;
-    }
-    chosen.retain(|cell| {
-        selectors.is_empty() || selectors.iter().any(|selector| selector.matches(&cell.id))
+) -> Result<Vec<Expected>> {
+    // A device of this machine runs the cells of the virtual one.
+    let hw = cells.iter().filter(|cell| cell.id.fabric == Fabric::Vm).cloned().map(|mut cell| {
+        cell.id.fabric = Fabric::Hw;
+        cell
     });
-    chosen
+    let hw: Vec<_> = hw.collect();
+    cells.extend(hw);
+    for selector in selectors {
+        ensure!(
+            cells.iter().any(|cell| selector.matches(&cell.id)),
+            "'{selector}' selects no cell. There are\n{}",
+            parts(&cells)
+        );
+    }
+    cells.retain(|cell| {
+        cell.id.fabric == fabric
+            && match selectors {
+                [] => cell.level <= level,
+                _ => selectors.iter().any(|selector| selector.matches(&cell.id)),
+            }
+    });
+    Ok(cells)
+}
+
+/// What a selector's parts can be, though not in every combination.
+fn parts(cells: &[Expected]) -> String {
+    let all = |part: fn(&CellId) -> String| -> String {
+        let parts: BTreeSet<String> = cells.iter().map(|cell| part(&cell.id)).collect();
+        parts.into_iter().collect::<Vec<_>>().join(" ")
+    };
+    format!(
+        "cases: {}\nservers: {}\nfabrics: {}\nio-threads: {}\nbut not each with each: \
+         --list shows the cells",
+        all(|id| id.case.clone()),
+        all(|id| id.server.clone()),
+        all(|id| id.fabric.to_string()),
+        all(|id| id.io_threads.to_string())
+    )
 }
 
 #[cfg(test)]
@@ -206,12 +238,14 @@ mod tests {
         skip = "not yet"
     "#;
 
-    fn chosen(fabric: Fabric, level: Level, selectors: &[&str]) -> Vec<String> {
+    fn tried(fabric: Fabric, level: Level, selectors: &[&str]) -> Result<Vec<String>> {
         let selectors: Vec<Selector> = selectors.iter().map(|s| s.parse().unwrap()).collect();
-        select(read(TEXT, &["a", "b"]).unwrap(), fabric, level, &selectors)
-            .iter()
-            .map(|cell| cell.id.to_string())
-            .collect()
+        let chosen = select(read(TEXT, &["a", "b"])?, fabric, level, &selectors)?;
+        Ok(chosen.iter().map(|cell| cell.id.to_string()).collect())
+    }
+
+    fn chosen(fabric: Fabric, level: Level, selectors: &[&str]) -> Vec<String> {
+        tried(fabric, level, selectors).unwrap()
     }
 
     #[test]
@@ -226,6 +260,23 @@ mod tests {
     fn selectors_name_parts_of_a_cell() {
         assert_eq!(chosen(Fabric::Hw, Level::Quick, &["a/8.0"]), ["a/8.0/hw/1", "a/8.0/hw/4"]);
         assert_eq!(chosen(Fabric::Vm, Level::Full, &["8", "a/9*/4"]), ["a/9.1/vm/4", "b/8.1/vm/8"]);
+    }
+
+    #[test]
+    fn a_selector_chooses_from_all_levels() {
+        assert_eq!(chosen(Fabric::Vm, Level::Quick, &["b/8.1"]), ["b/8.1/vm/8"]);
+    }
+
+    #[test]
+    fn a_selector_that_names_nothing_is_an_error_that_says_what_there_is() {
+        // Of another fabric than this run's, there may be some in the next.
+        assert!(chosen(Fabric::Soft, Level::Full, &["a/vm", "b/8.1", "a/hw"]).is_empty());
+        for wrong in ["c", "a/8.1", "a/8.0/vm/2", "a/8.0/9.1"] {
+            let error = tried(Fabric::Vm, Level::Full, &["a", wrong]).unwrap_err().to_string();
+            for part in [wrong, "cases: a b", "servers: 8.0 8.1 9.1", "io-threads: 1 4 8"] {
+                assert!(error.contains(part), "no '{part}' in {error}");
+            }
+        }
     }
 
     #[test]

@@ -56,10 +56,15 @@ impl Process {
         }
     }
 
+    /// Asks it to end; `None` if it does not within `patience`.
+    pub fn ask_to_end(&mut self, patience: Duration) -> Result<Option<ExitStatus>> {
+        self.signal(libc::SIGTERM);
+        self.wait(patience)
+    }
+
     /// Ends it: politely first, after `patience` by force.
     pub fn end(&mut self, patience: Duration) -> Result<ExitStatus> {
-        self.signal(libc::SIGTERM);
-        if let Some(status) = self.wait(patience)? {
+        if let Some(status) = self.ask_to_end(patience)? {
             return Ok(status);
         }
         self.signal(libc::SIGKILL);
@@ -76,27 +81,52 @@ impl Drop for Process {
     }
 }
 
-/// What each thread of process `pid` is at, as the kernel has it: name, state, where in the
-/// kernel it sleeps, and the number and arguments of its system call. For whoever finds a
+/// What each thread of process `pid` is at, as the kernel has it: name, state, the processor
+/// time that it takes within a second, where in the kernel it sleeps, the number and arguments
+/// of its system call, and its stack in the kernel, which root may see. For whoever finds a
 /// message about a program that hung, and nothing else of it.
 pub fn threads(pid: u32) -> String {
     let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
     let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
         return "  gone\n".to_owned();
     };
+    let tasks: Vec<PathBuf> = tasks.flatten().map(|task| task.path()).collect();
+    let ticks = |task: &PathBuf| cpu_ticks(&read(task.join("stat"))).unwrap_or_default();
+    let before: Vec<_> = tasks.iter().map(ticks).collect();
+    std::thread::sleep(Duration::from_secs(1));
     let mut text = String::new();
-    for task in tasks.flatten().map(|task| task.path()) {
+    for (task, before) in tasks.iter().zip(before) {
         let status = read(task.join("status"));
         let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
+        let after = ticks(task);
         text += &format!(
-            "  {}: {}, in {}, system call {}\n",
+            "  {}: {}, {} ticks as user and {} in the kernel, in {}, system call {}\n",
             field("Name:").unwrap_or_default().trim(),
             field("State:").unwrap_or_default().trim(),
+            after.0.saturating_sub(before.0),
+            after.1.saturating_sub(before.1),
             read(task.join("wchan")),
             read(task.join("syscall")).trim(),
         );
+        let stack = read(task.join("stack"));
+        text += &stack.lines().map(|line| format!("    {line}\n")).collect::<String>();
     }
     text
+}
+
+/// The processor time in a `stat` of the kernel's, as user and in the kernel, in ticks.
+pub fn cpu_ticks(stat: &str) -> Option<(u64, u64)> {
+    // The name in brackets may hold anything; utime and stime are 12 and 13 after it.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    Some((fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
+}
+
+/// Has the kernel write to its log what its processors are at, which tasks it has blocked, and
+/// the stacks of all. For a machine that is ours alone.
+pub fn kernel_tells() {
+    for what in ["l", "w", "t"] {
+        let _ = std::fs::write("/proc/sysrq-trigger", what);
+    }
 }
 
 /// What a finished program printed.
@@ -197,8 +227,16 @@ mod tests {
         let limit = Duration::from_millis(200);
         let result = run_beside(&mut command, b"", &folder, limit, || "the scene".to_owned());
         let message = result.err().expect("it did not finish").to_string();
-        for part in ["did not finish", "sleep: S (sleeping)", "system call", "the scene"] {
+        let parts = ["did not finish", "sleep: S (sleeping), 0 ticks", "system call", "the scene"];
+        for part in parts {
             assert!(message.contains(part), "no '{part}' in {message}");
         }
+    }
+
+    #[test]
+    fn processor_time_is_found_behind_any_name() {
+        let stat = "7 (a) b) R 1 7 7 0 -1 4194560 90 0 0 0 12 345 0 0 20 0 1 0";
+        assert_eq!(cpu_ticks(stat), Some((12, 345)));
+        assert_eq!(cpu_ticks("7 (a"), None);
     }
 }

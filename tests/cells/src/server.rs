@@ -2,7 +2,7 @@
 //! A stock server with the module in it: how it is configured, started, watched and ended.
 
 use std::fs::File;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -12,7 +12,9 @@ use client::{Client, tcp};
 
 use crate::info::Info;
 use crate::lab::{LOOPBACK, Lab};
-use crate::process::{Process, tail, threads};
+use crate::matrix::Fabric;
+pub use crate::ports::free_port;
+use crate::process::{Process, cpu_ticks, kernel_tells, tail, threads};
 
 /// How long a server may take until it answers.
 const START: Duration = Duration::from_secs(60);
@@ -104,16 +106,12 @@ impl Settings {
     }
 }
 
-/// A port that nobody listens on now.
-pub fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind((LOOPBACK, 0))?.local_addr()?.port())
-}
-
 /// A server process.
 pub struct Server {
     process: Process,
     folder: PathBuf,
     settings: Settings,
+    fabric: Fabric,
 }
 
 impl Server {
@@ -134,6 +132,7 @@ impl Server {
             process: Process::spawn(&mut command)?,
             folder: folder.to_owned(),
             settings: settings.clone(),
+            fabric: lab.fabric,
         })
     }
 
@@ -211,8 +210,13 @@ impl Server {
     }
 
     /// What it is at, for the message of a failure: its threads, what it says of its RDMA
-    /// connections if it answers, and its descriptors.
+    /// connections if it answers, and its descriptors. In the virtual machine the kernel tells
+    /// what it is at as well, in its own log.
     pub fn scene(&self) -> String {
+        let threads = threads(self.pid());
+        if self.fabric == Fabric::Vm {
+            kernel_tells();
+        }
         let answer = |words: &str| -> String {
             let asked = self.tcp(Duration::from_secs(2)).and_then(|mut tcp| Ok(tcp.words(words)?));
             asked.map_or_else(|error| format!("{error:#}"), |reply| reply.to_string())
@@ -227,8 +231,7 @@ impl Server {
             .collect();
         links.sort();
         format!(
-            "the server's threads:\n{}RDMA.CLIENTS: {}\n{}\nits descriptors: {}",
-            threads(self.pid()),
+            "the server's threads:\n{threads}RDMA.CLIENTS: {}\n{}\nits descriptors: {}",
             answer("RDMA.CLIENTS"),
             said.join(" "),
             links.join(" ")
@@ -279,9 +282,22 @@ impl Server {
             .with_context(|| format!("the server did not end within {} s", timeout.as_secs()))
     }
 
+    /// The scene, if it is there and does not answer: whatever failed, failed by that.
+    pub fn silence(&mut self) -> Option<String> {
+        let runs = matches!(self.is_running(), Ok(true));
+        let pong = || -> Result<bool> {
+            let mut client = self.tcp(Duration::from_secs(10))?;
+            Ok(client.command(&[b"PING"]).is_ok())
+        };
+        (runs && !matches!(pong(), Ok(true))).then(|| self.scene())
+    }
+
     /// Shuts it down.
     pub fn stop(&mut self) -> Result<ExitStatus> {
-        self.process.end(STOP)
+        let status = self.process.ask_to_end(STOP)?;
+        status.with_context(|| {
+            format!("the server did not end within {} s\n{}", STOP.as_secs(), self.scene())
+        })
     }
 
     /// The signs of a crash in its log.
@@ -330,13 +346,10 @@ impl Server {
     pub fn main_thread_cpu(&self) -> Result<Duration> {
         let pid = self.pid();
         let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/stat"))?;
-        // The name in brackets may hold anything; utime and stime are 12 and 13 after it.
-        let after = stat.rsplit_once(')').context("no name in stat")?.1;
-        let fields: Vec<&str> = after.split_whitespace().collect();
-        let ticks: u64 = fields[11].parse::<u64>()? + fields[12].parse::<u64>()?;
+        let (user, kernel) = cpu_ticks(&stat).context("no times in stat")?;
         // SAFETY: sysconf has no preconditions.
         let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as f64;
-        Ok(Duration::from_secs_f64(ticks as f64 / per_second))
+        Ok(Duration::from_secs_f64((user + kernel) as f64 / per_second))
     }
 
     /// The files mapped into it whose name ends in `name`, as this process can open them.
