@@ -147,7 +147,9 @@ unsafe extern "C" fn conn_create_accepted(_fd: c_int, _private: *mut c_void) -> 
     })
 }
 
-/// As shutdown(2) of both directions: the peer is told, the connection stays to be closed.
+/// As shutdown(2) of both directions, for this side: nothing is read or written any more. The
+/// peer is told when the connection is closed, after it got what was written: the server shuts
+/// down right before it closes, wherever a forked child may have a copy of a socket.
 unsafe extern "C" fn shutdown(connection: *mut Connection) {
     guard_on("shutdown", connection, (), || {
         if in_child() {
@@ -155,8 +157,8 @@ unsafe extern "C" fn shutdown(connection: *mut Connection) {
         }
         // SAFETY: the server passes a live connection.
         if let Some(endpoint) = unsafe { (*ours(connection)).endpoint.clone() } {
-            endpoint.worsen(Fate::Gone);
-            endpoint.id().disconnect();
+            endpoint.shut_down();
+            Transport::get().poller.mark_if_ready(&endpoint);
         }
     });
 }

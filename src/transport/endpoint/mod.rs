@@ -43,7 +43,7 @@ use std::net::SocketAddr;
 use std::ptr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Payload work requests that may be in flight.
 const PAYLOAD_DEPTH: usize = 32;
@@ -68,6 +68,8 @@ pub struct Endpoint {
     fate: SharedFate,
     /// The send queue refused a work request that it should have taken.
     refused: AtomicBool,
+    /// The server has shut the connection down, and will close it.
+    shut: AtomicBool,
     activity: Activity,
     key: Key,
     peer: Option<SocketAddr>,
@@ -92,6 +94,8 @@ pub struct Own {
     pub parked: bool,
     /// The poller's turn in which commands of the connection were carried out last.
     pub carried_out: Option<u64>,
+    /// Whether it is among those that are to be removed.
+    pub doomed: bool,
     /// Why it ends, once that is known.
     pub reason: Option<Reason>,
     /// The system's error number if it could not be established.
@@ -205,6 +209,7 @@ impl Endpoint {
             control,
             fate: SharedFate::default(),
             refused: AtomicBool::new(false),
+            shut: AtomicBool::new(false),
             activity: Activity::new(plan.now),
             key: plan.key,
             peer: id.peer_address(),
@@ -215,6 +220,7 @@ impl Endpoint {
                 queued: false,
                 parked: false,
                 carried_out: None,
+                doomed: false,
                 reason: None,
                 failure: libc::ECONNREFUSED,
                 stage: None,
@@ -290,6 +296,16 @@ impl Endpoint {
         self.fate.worsen(fate);
     }
 
+    /// Nothing is read or written any more. What was written is delivered all the same.
+    pub fn shut_down(&self) {
+        self.shut.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the server has shut the connection down.
+    pub(super) fn is_shut(&self) -> bool {
+        self.shut.load(Ordering::Relaxed)
+    }
+
     /// The send window, for the session.
     pub fn outbound(&self) -> &SendWindow {
         &self.outbound
@@ -320,6 +336,11 @@ impl Endpoint {
     /// The hub of its device. Main thread.
     pub fn hub(&self) -> Rc<Hub> {
         Rc::clone(&self.hub.open())
+    }
+
+    /// The hub's number of its completion queue.
+    pub fn queue(&self) -> usize {
+        self.reservation
     }
 
     /// A number that grows with every byte read and work request posted.

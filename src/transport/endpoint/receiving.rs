@@ -42,7 +42,7 @@ pub(super) struct Receive {
 impl Endpoint {
     /// Whether the read handler has something to do.
     pub fn is_readable(&self) -> bool {
-        self.inbound.unread() > 0 || self.fate() != Fate::Alive
+        self.inbound.unread() > 0 || self.fate() != Fate::Alive || self.is_shut()
     }
 
     /// Copies received bytes to `to`. Any thread, one at a time.
@@ -53,6 +53,9 @@ impl Endpoint {
         let fate = self.fate();
         if fate == Fate::Broken {
             return ReadOutcome::Broken;
+        }
+        if self.is_shut() {
+            return ReadOutcome::End;
         }
         let Some((address, waiting)) = self.inbound.readable() else {
             return if fate == Fate::Gone { ReadOutcome::End } else { ReadOutcome::Again };

@@ -66,6 +66,9 @@ impl Endpoint {
             Fate::Gone => return WriteOutcome::Bytes(total),
             Fate::Broken => return WriteOutcome::Broken,
         }
+        if self.is_shut() {
+            return WriteOutcome::Broken;
+        }
         let Some(mut writer) = self.ledger.writer() else {
             return WriteOutcome::Again;
         };

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use client::resp::{Client, Stream, encode};
 use client::{Value, pattern, rdma};
 
@@ -14,7 +14,8 @@ pub const CASES: &[Case] = &[
     Case::new("waiting", waiting),
     Case::new("reply-off", reply_off),
     Case::new("pipeline", pipeline),
-    Case::new("last-words", last_words),
+    Case::new("last-words", last_words)
+        .with(|settings| settings.arguments.push("linger-time=200".to_owned())),
     Case::new("listed", listed),
 ];
 
@@ -137,15 +138,34 @@ fn pipeline(cell: &mut Cell) -> Result<()> {
     Ok(())
 }
 
-/// What a server says right before it closes arrives all the same.
+/// What a server says right before it closes arrives all the same, also while a child of its
+/// runs: then it shuts connections down before it closes them.
 fn last_words(cell: &mut Cell) -> Result<()> {
-    for _ in 0..5 {
+    let value = pattern::value(4, 900_000);
+    cell.tcp()?.command(&[b"SET", b"long", &value])?;
+    last_words_of_all_kinds(cell, &value)?;
+
+    // Left to itself the child would be done before the first connection is.
+    let mut admin = cell.tcp()?;
+    for key in 0..100 {
+        expect(&mut admin, &format!("SET key:{key} x"), "OK")?;
+    }
+    expect(&mut admin, "CONFIG SET rdb-key-save-delay 1000000", "OK")?;
+    ensure!(!admin.words("BGSAVE")?.is_error(), "BGSAVE");
+    cell.wait_info("the child", |info| Ok(info.number("rdb_bgsave_in_progress")? == 1))?;
+    last_words_of_all_kinds(cell, &value).context("while a child runs")?;
+    ensure!(cell.info()?.number("rdb_bgsave_in_progress")? == 1, "the child ended too early");
+    Ok(())
+}
+
+fn last_words_of_all_kinds(cell: &mut Cell, long: &[u8]) -> Result<()> {
+    for _ in 0..3 {
         let mut client = cell.rdma()?;
         client.request(&[b"QUIT"])?;
         ensure!(client.reply()?.text() == "OK", "QUIT");
         expect_end(&mut client)?;
     }
-    for _ in 0..5 {
+    for _ in 0..3 {
         let mut client = cell.rdma()?;
         client.send(b"*1\r\n$-7\r\n")?;
         let reply = client.reply()?;
@@ -153,17 +173,17 @@ fn last_words(cell: &mut Cell) -> Result<()> {
         expect_end(&mut client)?;
     }
     // A long answer, and the connection's end right behind it.
-    let value = pattern::value(4, 900_000);
-    cell.tcp()?.command(&[b"SET", b"long", &value])?;
-    let mut client = cell.rdma()?;
-    let mut requests = Vec::new();
-    encode(&mut requests, &[b"GET", b"long"]);
-    encode(&mut requests, &[b"QUIT"]);
-    client.send(&requests)?;
-    ensure!(client.reply()? == Value::Bulk(value), "GET before QUIT");
-    ensure!(client.reply()?.text() == "OK", "QUIT after GET");
-    expect_end(&mut client)?;
-    cell.moved(0, 900_000);
+    for _ in 0..3 {
+        let mut client = cell.rdma()?;
+        let mut requests = Vec::new();
+        encode(&mut requests, &[b"GET", b"long"]);
+        encode(&mut requests, &[b"QUIT"]);
+        client.send(&requests)?;
+        ensure!(client.reply()? == Value::Bulk(long.to_owned()), "GET before QUIT");
+        ensure!(client.reply()?.text() == "OK", "QUIT after GET");
+        expect_end(&mut client)?;
+        cell.moved(0, long.len());
+    }
     cell.wait_info("all connections gone", |info| {
         Ok(info.number("rdma_connections_established")? == 0
             && info.number("rdma_connections_lingering")? == 0)
