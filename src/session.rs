@@ -106,8 +106,15 @@ pub enum Duty {
 enum Phase {
     Handshake { deadline: Millis },
     Open,
-    Lingering { deadline: Millis, delivered: Option<Millis> },
+    Lingering { deadline: Millis, since: Millis },
 }
+
+/// A probe that took no longer found nothing in its way: what was posted before it had
+/// arrived already, or arrived with it.
+const PROMPT: Millis = 100;
+
+/// Least time for delivering a refusal, whatever the time to read it is.
+const REFUSAL: Millis = 500;
 
 /// See the module's text.
 #[derive(Debug)]
@@ -118,8 +125,11 @@ pub struct Session {
     announced: bool,
     /// `select` and receive slot of the questions that wait for an answer.
     questions: VecDeque<(u16, u16)>,
-    probing: bool,
+    /// When the probe that is out was asked for.
+    probed: Option<Millis>,
     last_heard: Millis,
+    /// When something that was written is known to have arrived last.
+    arrived: Millis,
     writes: u64,
 }
 
@@ -132,8 +142,9 @@ impl Session {
             established: false,
             announced: false,
             questions: VecDeque::new(),
-            probing: false,
+            probed: None,
             last_heard: now,
+            arrived: 0,
             writes: 0,
         }
     }
@@ -237,22 +248,28 @@ impl Session {
         }
     }
 
-    /// The server closed the connection. `quiet` says that nothing was written for
-    /// so long that the peer has had its time already.
-    pub fn close(&mut self, quiet: bool, now: Millis) {
-        let deadline = now + if quiet { 0 } else { self.timing.delivery };
-        self.phase = Phase::Lingering { deadline, delivered: None };
+    /// The server closed the connection, to which it had written at the time `written` last.
+    /// `served` says whether it had read anything from it: a peer that it only refused is
+    /// waited for no longer than it takes to read why.
+    pub fn close(&mut self, written: Millis, served: bool, now: Millis) {
+        let Timing { delivery, linger, .. } = self.timing;
+        let patience = if served { delivery } else { linger.max(REFUSAL).min(delivery) };
+        self.phase = Phase::Lingering { deadline: now + patience, since: written };
     }
 
-    /// The peer's device acknowledged something, so it lives.
-    pub fn heard(&mut self, now: Millis) {
+    /// Something that was written has arrived, so the peer lives.
+    pub fn payload_completed(&mut self, now: Millis) {
         self.last_heard = now;
+        self.arrived = now;
     }
 
     /// A probe completed: everything posted before it has arrived, and the peer lives.
     pub fn probe_completed(&mut self, now: Millis) {
-        self.probing = false;
+        let late = self.probed.take().is_some_and(|since| now > since + PROMPT);
         self.last_heard = now;
+        if late {
+            self.arrived = now;
+        }
     }
 
     /// What the time asks for. `delivered` says that no work request is in flight.
@@ -262,7 +279,7 @@ impl Session {
             Phase::Handshake { .. } => Duty::Wait,
             Phase::Open => {
                 let silent_since = self.last_heard + self.timing.liveness;
-                if self.probing {
+                if self.probed.is_some() {
                     // The device gives up at some time, but not Soft-RoCE: it takes the seven
                     // tries that clients choose for tries without end.
                     let over = now >= silent_since.saturating_add(self.timing.answer);
@@ -271,23 +288,24 @@ impl Session {
                 if now < silent_since {
                     return Duty::Wait;
                 }
-                self.probing = true;
+                self.probed = Some(now);
                 Duty::Probe
             }
-            Phase::Lingering { deadline, delivered: since } => {
+            Phase::Lingering { deadline, since } => {
                 if now >= *deadline {
                     return Duty::End;
                 }
                 if !delivered {
-                    if self.probing {
+                    if self.probed.is_some() {
                         return Duty::Wait;
                     }
                     // The last work requests may not be signalled: the probe's
                     // completion stands for theirs.
-                    self.probing = true;
+                    self.probed = Some(now);
                     return Duty::Probe;
                 }
-                let since = *since.get_or_insert(now);
+                // From the last write on the peer has had its time, unless that arrived late.
+                let since = self.arrived.max(*since);
                 if now >= since + self.timing.linger { Duty::End } else { Duty::Wait }
             }
         }
@@ -300,7 +318,7 @@ impl Session {
 
     /// Whether a probe is out that was not answered yet.
     pub fn is_probing(&self) -> bool {
-        self.probing
+        self.probed.is_some()
     }
 
     /// When the peer last gave a sign of life.
@@ -310,13 +328,25 @@ impl Session {
 
     /// A probe is to be posted for a reason of the transport's. `false` if one is out: its
     /// completion says as much.
-    pub fn begin_probe(&mut self) -> bool {
-        !std::mem::replace(&mut self.probing, true)
+    pub fn begin_probe(&mut self, now: Millis) -> bool {
+        let none = self.probed.is_none();
+        self.probed.get_or_insert(now);
+        none
     }
 
     /// A probe could not be posted: it is tried again at the next [`duty`](Self::duty).
     pub fn probe_not_sent(&mut self) {
-        self.probing = false;
+        self.probed = None;
+    }
+
+    /// Whether the server has closed the connection.
+    pub fn is_lingering(&self) -> bool {
+        matches!(self.phase, Phase::Lingering { .. })
+    }
+
+    /// Whether its handshake has taken too long, as far as is known.
+    pub fn is_overdue(&self, now: Millis) -> bool {
+        matches!(self.phase, Phase::Handshake { deadline } if now >= deadline)
     }
 
     /// Whether the session needs the fast clock: it is short-lived now.
@@ -442,12 +472,12 @@ mod tests {
     #[test]
     fn a_probe_of_the_transport_s_is_one_like_the_others() {
         let (mut session, ..) = open();
-        assert!(session.begin_probe());
-        assert!(!session.begin_probe(), "one is out");
+        assert!(session.begin_probe(20));
+        assert!(!session.begin_probe(30), "one is out");
         assert_eq!(session.duty(50, true), Duty::Wait);
         assert_eq!(session.duty(550, true), Duty::Unanswered, "no sooner and no later");
         session.probe_completed(560);
-        assert!(session.begin_probe());
+        assert!(session.begin_probe(570));
         session.probe_not_sent();
         assert_eq!(session.duty(610, true), Duty::Probe);
     }
@@ -455,26 +485,66 @@ mod tests {
     #[test]
     fn closing_waits_for_delivery_and_then_for_the_reader() {
         let (mut session, ..) = open();
-        session.close(false, 1000);
+        session.close(1000, true, 1000);
         assert!(!session.is_open());
         assert_eq!(session.duty(1000, false), Duty::Probe);
         assert_eq!(session.duty(1050, false), Duty::Wait);
         session.probe_completed(1060);
-        assert_eq!(session.duty(1060, true), Duty::Wait);
-        assert_eq!(session.duty(1079, true), Duty::Wait);
-        assert_eq!(session.duty(1080, true), Duty::End);
+        assert_eq!(session.duty(1000 + 19, true), Duty::Wait, "prompt: counted from the write");
+        assert_eq!(session.duty(1000 + 20, true), Duty::End);
     }
 
     #[test]
-    fn closing_is_bounded_and_immediate_when_nothing_was_said() {
+    fn what_arrived_late_is_read_later() {
         let (mut session, ..) = open();
-        session.close(false, 1000);
+        session.close(1000, true, 1000);
+        assert_eq!(session.duty(1000, false), Duty::Probe);
+        let late = 1000 + PROMPT + 1;
+        session.probe_completed(late);
+        assert_eq!(session.duty(late + 19, true), Duty::Wait);
+        assert_eq!(session.duty(late + 20, true), Duty::End);
+
+        // The same of a probe that was out already, and of bytes that were signalled.
+        let (mut session, ..) = open();
+        assert_eq!(session.duty(50, false), Duty::Probe);
+        session.close(40, true, 990);
+        assert_eq!(session.duty(990, false), Duty::Wait);
+        session.probe_completed(1000);
+        assert_eq!(session.duty(1019, true), Duty::Wait);
+        let (mut session, ..) = open();
+        session.payload_completed(1000);
+        session.close(40, true, 1001);
+        assert_eq!(session.duty(1019, true), Duty::Wait);
+        assert_eq!(session.duty(1020, true), Duty::End);
+    }
+
+    #[test]
+    fn closing_is_bounded() {
+        let (mut session, ..) = open();
+        session.close(1000, true, 1000);
         assert_eq!(session.duty(1000, false), Duty::Probe);
         assert_eq!(session.duty(1199, false), Duty::Wait);
         assert_eq!(session.duty(1200, false), Duty::End, "a peer that takes nothing");
 
+        let timing = Timing { delivery: 10_000, ..TIMING };
+        let mut refused = Session::new(timing, 0);
+        refused.close(1000, false, 1000);
+        assert_eq!(refused.duty(1000, false), Duty::Probe);
+        assert_eq!(refused.duty(1000 + REFUSAL - 1, false), Duty::Wait);
+        assert_eq!(refused.duty(1000 + REFUSAL, false), Duty::End, "a refused one, sooner");
+    }
+
+    #[test]
+    fn closing_is_immediate_when_the_peer_has_had_its_time() {
         let (mut session, ..) = open();
-        session.close(true, 1000);
-        assert_eq!(session.duty(1000, true), Duty::End);
+        session.close(0, true, 1000);
+        assert_eq!(session.duty(1000, true), Duty::End, "nothing was ever written");
+
+        // Written long ago, and not known to have arrived: a round trip tells.
+        let (mut session, ..) = open();
+        session.close(900, true, 1000);
+        assert_eq!(session.duty(1000, false), Duty::Probe);
+        session.probe_completed(1001);
+        assert_eq!(session.duty(1001, true), Duty::End);
     }
 }

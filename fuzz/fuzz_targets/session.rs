@@ -50,7 +50,7 @@ fuzz_target!(|steps: Vec<Step>| {
     let mut session = Session::new(TIMING, 0);
     let (inbound, outbound) = (ReceiveWindow::new(), SendWindow::default());
     let ledger = SendLedger::new(DEPTH, STAGING, ());
-    let mut now = 0;
+    let (mut now, mut written) = (0, 0);
     let mut slots: VecDeque<u16> = (0..64).collect();
     let mut held: VecDeque<(u16, u16)> = VecDeque::new();
     // Of our buffer: what the peer may still write, and what was not read.
@@ -106,6 +106,7 @@ fuzz_target!(|steps: Vec<Step>| {
                     used += chunk.length as u32;
                     outbound.publish_left(window.length - used);
                     in_flight.push_back(writer.enter(chunk.length).0);
+                    written = now;
                     assert!(in_flight.len() <= DEPTH);
                 }
                 None
@@ -116,6 +117,7 @@ fuzz_target!(|steps: Vec<Step>| {
                     let sequence = in_flight[which];
                     in_flight.drain(..=which);
                     assert!(ledger.retire((sequence + 1) & 0x00ff_ffff));
+                    session.payload_completed(now);
                 }
                 None
             }
@@ -141,8 +143,8 @@ fuzz_target!(|steps: Vec<Step>| {
                 }
                 None
             }
-            Step::Close(quiet) => {
-                session.close(quiet, now);
+            Step::Close(served) => {
+                session.close(written, served, now);
                 None
             }
             Step::Wait(time) => {

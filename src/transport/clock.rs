@@ -53,7 +53,7 @@ fn read(clock: libc::clockid_t) -> Nanos {
 
 /// Watches an endpoint that is in handshake or lingers, from now on.
 pub fn attend(endpoint: &Arc<Endpoint>) {
-    step(endpoint);
+    step(endpoint, now(), false);
     let mut clocks = CLOCKS.open();
     clocks.attended.push(endpoint.key());
     if !std::mem::replace(&mut clocks.fast_runs, true) {
@@ -64,19 +64,19 @@ pub fn attend(endpoint: &Arc<Endpoint>) {
     }
 }
 
-/// Does what an endpoint's session asks for now.
-fn step(endpoint: &Arc<Endpoint>) {
-    let poller = &Transport::get().poller;
+/// Does what an endpoint's session asks for now. `caught_up` says that whatever waited at that
+/// time was looked at: nobody is given up for what may be the server's own delay.
+pub fn step(endpoint: &Arc<Endpoint>, now: Millis, caught_up: bool) {
     let delivered = endpoint.is_delivered();
-    let duty = endpoint.own().session.duty(now(), delivered);
+    let duty = endpoint.own().session.duty(now, delivered);
     match duty {
         Duty::Probe => probe(endpoint),
-        Duty::End => poller.remove(Arc::clone(endpoint), Reason::Server),
-        Duty::TimedOut => time_out(endpoint, "its handshake was not completed in time"),
-        // The answer may be among the completions that wait.
-        Duty::Unanswered if poller.is_behind() => {}
-        Duty::Unanswered => time_out(endpoint, "it did not answer in time"),
-        Duty::Wait => {}
+        Duty::End => Transport::get().poller.doom(endpoint),
+        Duty::TimedOut if caught_up => {
+            time_out(endpoint, "its handshake was not completed in time")
+        }
+        Duty::Unanswered if caught_up => time_out(endpoint, "it did not answer in time"),
+        Duty::TimedOut | Duty::Unanswered | Duty::Wait => {}
     }
 }
 
@@ -93,12 +93,12 @@ fn probe(endpoint: &Endpoint) {
 }
 
 fn time_out(endpoint: &Arc<Endpoint>, why: &str) {
+    let poller = &Transport::get().poller;
     // Once: its removal may be a pass away.
     if endpoint.fate() == Fate::Alive {
-        let poller = &Transport::get().poller;
         poller.say_lost(endpoint, why);
-        poller.lose(endpoint, Fate::Gone, Reason::Timeout);
     }
+    poller.lose(endpoint, Fate::Gone, Reason::Timeout);
 }
 
 unsafe extern "C" fn on_fast(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
@@ -106,10 +106,16 @@ unsafe extern "C" fn on_fast(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     let is_transient =
         |key: &Key| poller.find(*key).is_some_and(|it| it.own().session.is_transient());
     guard("fast clock", (), || {
-        let attended = CLOCKS.open().attended.clone();
-        for endpoint in attended.into_iter().filter(is_transient).filter_map(|key| poller.find(key))
-        {
-            guard_endpoint("one endpoint's fast clock", &endpoint, || step(&endpoint));
+        let keys = CLOCKS.open().attended.clone();
+        let attended: Vec<_> = keys.into_iter().filter_map(|key| poller.find(key)).collect();
+        let now = now();
+        let overdue = |endpoint: &Arc<Endpoint>| endpoint.own().session.is_overdue(now);
+        // What completes a handshake may wait since before its time was over.
+        let caught_up = attended.iter().any(overdue) && poller.catch_up();
+        for endpoint in attended.iter().filter(|it| it.own().session.is_transient()) {
+            guard_endpoint("one endpoint's fast clock", endpoint, || {
+                step(endpoint, now, caught_up);
+            });
         }
     });
     // Whatever became of that, the clock goes on.
@@ -129,10 +135,13 @@ unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     let poller = &Transport::get().poller;
     guard("slow clock", (), || {
         // A notification that the device lost costs a second, and not all its connections.
-        poller.run_quietly();
+        let now = now();
+        let caught_up = poller.catch_up();
         let endpoints = poller.endpoints();
         for endpoint in &endpoints {
-            guard_endpoint("one endpoint's slow clock", endpoint, || look_after(endpoint));
+            guard_endpoint("one endpoint's slow clock", endpoint, || {
+                look_after(endpoint, now, caught_up);
+            });
         }
     });
     // Whatever became of that, the clock goes on.
@@ -148,19 +157,19 @@ unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
 }
 
 /// What an endpoint needs once a second.
-fn look_after(endpoint: &Arc<Endpoint>) {
+fn look_after(endpoint: &Arc<Endpoint>, now: Millis, caught_up: bool) {
     let poller = &Transport::get().poller;
-    step(endpoint);
+    step(endpoint, now, caught_up);
     // What a full send queue refused, and no completion will bring back.
     if endpoint.fate() == Fate::Alive && endpoint.awaits_control_slot() {
         poller.attempt(endpoint, endpoint.send_answers());
         poller.attempt(endpoint, endpoint.announce_if_full());
     }
-    if endpoint.shrink_if_idle() && endpoint.own().session.begin_probe() {
+    if endpoint.shrink_if_idle() && endpoint.own().session.begin_probe(now) {
         probe(endpoint);
     }
     if endpoint.take_refused() {
         poller.mark_if_ready(endpoint);
     }
-    watchdog::look_at(endpoint, SLOW, now());
+    watchdog::look_at(endpoint, SLOW, now);
 }

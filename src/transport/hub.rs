@@ -67,6 +67,9 @@ struct Shared {
     /// Whether it may hold completions that nothing will tell of: its event was taken, or
     /// a pass left some, or it was armed and not looked at since.
     fired: bool,
+    /// Completions that were taken. Where none was left, as many as could have been there
+    /// count as taken.
+    taken: u64,
     /// Whether the next completion is told, or was and waits in the channel.
     armed: bool,
 }
@@ -208,8 +211,15 @@ impl Hub {
                 let wish = SIZES[queues.len().min(SIZES.len() - 1)].clamp(entries, most);
                 let (queue, capacity) = self.new_queue(queues.len(), wish, entries)?;
                 queue.arm()?;
-                let (fired, armed) = (false, true);
-                queues.push(Shared { queue, capacity, reserved: 0, stale: 0, fired, armed });
+                queues.push(Shared {
+                    queue,
+                    capacity,
+                    reserved: 0,
+                    stale: 0,
+                    fired: false,
+                    taken: 0,
+                    armed: true,
+                });
                 queues.len() - 1
             }
         };
@@ -241,6 +251,17 @@ impl Hub {
     /// The queue pair of a reservation is gone.
     pub fn release(&self, index: usize, entries: u32) {
         self.queues.open()[index].stale += entries;
+    }
+
+    /// When so many completions of a queue were taken, those that are there now are among them.
+    pub fn horizon(&self, index: usize) -> u64 {
+        let shared = &self.queues.open()[index];
+        shared.taken + u64::from(shared.capacity)
+    }
+
+    /// Whether a queue's completions were taken up to a [`horizon`](Self::horizon).
+    pub fn is_beyond(&self, index: usize, horizon: u64) -> bool {
+        self.queues.open()[index].taken >= horizon
     }
 
     /// Takes the events off the channel: their queues fired.
@@ -323,14 +344,16 @@ impl Hub {
                     continue;
                 }
                 failures = 0;
+                let shared = &mut self.queues.open()[index];
+                shared.taken += batch.iter().count() as u64;
                 if !batch.is_full() {
-                    let shared = &mut self.queues.open()[index];
+                    shared.taken += u64::from(shared.capacity);
                     shared.reserved -= std::mem::take(&mut shared.stale);
                     shared.fired = false;
                     break;
                 }
                 if round == BATCHES_PER_PASS {
-                    self.queues.open()[index].fired = true;
+                    shared.fired = true;
                     progress = Progress::More;
                     break;
                 }

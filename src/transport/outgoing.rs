@@ -242,7 +242,7 @@ fn wait_for<T>(deadline: Instant, mut done: impl FnMut() -> Option<T>) -> Option
         }
         if is_main_thread() {
             sleep_until_readable(&poller.descriptors(), left);
-            poller.run_quietly();
+            poller.catch_up();
         } else {
             // The poller is at work on the main thread and can't be waited for by a
             // descriptor of its own.

@@ -37,6 +37,8 @@ pub struct Activity {
     /// When the connection began.
     pub begun: Millis,
     sent: AtomicU64,
+    /// When a write took bytes last.
+    written: AtomicU64,
     /// 0, or one more than the time, twice, and the shortage in the lowest bit.
     held_back: AtomicU64,
 }
@@ -44,12 +46,18 @@ pub struct Activity {
 impl Activity {
     /// Nothing yet.
     pub fn new(begun: Millis) -> Self {
-        Self { begun, sent: AtomicU64::new(0), held_back: AtomicU64::new(0) }
+        Self {
+            begun,
+            sent: AtomicU64::new(0),
+            written: AtomicU64::new(0),
+            held_back: AtomicU64::new(0),
+        }
     }
 
     /// A write took so many bytes: whatever held it back is over.
     pub fn wrote(&self, bytes: u64) {
         self.sent.fetch_add(bytes, Ordering::Relaxed);
+        self.written.store(clock::now(), Ordering::Relaxed);
         if self.held_back.load(Ordering::Relaxed) != 0 {
             over(self.held_back.swap(0, Ordering::Relaxed));
         }
@@ -61,11 +69,12 @@ impl Activity {
             return;
         }
         let now = ((clock::now() + 1) << 1) | shortage as u64;
-        over(self.held_back.swap(now, Ordering::Relaxed));
-        shortage.counters().0.add(1);
         if shortage == Shortage::Window {
+            // First: the main thread takes it off again as soon as it sees the shortage.
             METRICS.connections_window_full.add(1);
         }
+        over(self.held_back.swap(now, Ordering::Relaxed));
+        shortage.counters().0.add(1);
     }
 
     /// The client announced a window.
@@ -84,6 +93,11 @@ impl Activity {
     /// What holds writing back, and since when.
     pub fn held_back(&self) -> Option<(Shortage, Millis)> {
         unpack(self.held_back.load(Ordering::Relaxed))
+    }
+
+    /// When a write took bytes last; 0 if none did.
+    pub fn written(&self) -> Millis {
+        self.written.load(Ordering::Relaxed)
     }
 
     /// Bytes that writes took since the connection began.
@@ -229,6 +243,7 @@ pub fn describe(endpoint: &Endpoint) -> Reply {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::AtomicBool;
 
     #[test]
     fn a_shortage_lasts_until_bytes_flow_or_its_window_opens() {
@@ -246,5 +261,26 @@ mod tests {
         assert!(activity.held_back().is_some(), "a window is no staging memory");
         activity.wrote(7);
         assert_eq!((activity.held_back(), activity.sent()), (None, 7));
+        assert!(activity.written() >= since);
+    }
+
+    #[test]
+    fn the_gauge_of_full_windows_is_never_less_than_nothing() {
+        let activity = Activity::new(0);
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    activity.window_opened();
+                    let full = METRICS.connections_window_full.get();
+                    assert!(full < 1000, "{full} connections");
+                }
+            });
+            let begun = std::time::Instant::now();
+            while begun.elapsed().as_millis() < 300 {
+                activity.hold_back(Shortage::Window);
+            }
+            done.store(true, Ordering::Relaxed);
+        });
     }
 }

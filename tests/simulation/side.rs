@@ -72,8 +72,9 @@ pub struct Side {
     write_handler: bool,
     /// End of what the application wants to have written so far.
     wanted: u64,
-    /// Bytes that the window has taken.
+    /// Bytes that the window has taken, and when it did last.
     pub accepted: u64,
+    written: Millis,
     pub received: u64,
     asked: u32,
     pub answered: u32,
@@ -118,6 +119,7 @@ impl Side {
             write_handler: false,
             wanted: 0,
             accepted: 0,
+            written: 0,
             received: 0,
             asked: 0,
             answered: 0,
@@ -231,7 +233,7 @@ impl Side {
         self.connected = false;
         self.jobs = Jobs::default();
         let quiet = self.fate != Fate::Alive;
-        self.session.close(quiet, self.now());
+        self.session.close(self.written, true, self.now());
         if quiet {
             self.end(fabric);
         } else {
@@ -281,6 +283,8 @@ impl Side {
             }
             (Outcome::Sent, Work::Payload(sequence)) => {
                 self.ledger.retire((sequence + 1) & 0x00ff_ffff);
+                let now = self.now();
+                self.session.payload_completed(now);
                 self.mark_if_ready();
             }
             (Outcome::Sent, Work::Probe(sequence)) => {
@@ -481,6 +485,7 @@ impl Side {
                 break;
             }
             done += chunk.length;
+            self.written = self.now();
         }
         done as u64
     }

@@ -44,6 +44,7 @@ impl Poller {
             METRICS.completions.add(count.get());
             METRICS.completions_at_once_most.raise(count.get());
         }
+        self.let_go();
         match progress {
             Ok(Progress::Empty) => {}
             Ok(Progress::More) => *self.unfinished.open() = true,
@@ -71,7 +72,9 @@ impl Poller {
                 if !status.is_flush() {
                     METRICS.failed(status.failure());
                 }
-                if endpoint.fate() == Fate::Alive {
+                // Of a peer that has left nothing else is to be expected.
+                let left = endpoint.own().reason == Some(Reason::Client);
+                if endpoint.fate() == Fate::Alive && !left {
                     let why = if status.is_flush() {
                         // Nothing of ours failed: the device refused what the peer tried.
                         String::from("an access that it has no right to, or the device failed")
@@ -104,13 +107,13 @@ impl Poller {
             Outcome::Sent => match work {
                 Work::Payload(sequence) => {
                     endpoint.payload_completed((sequence + 1) & 0x00ff_ffff);
-                    endpoint.own().session.heard(clock::now());
-                    self.mark_if_ready(endpoint);
+                    endpoint.own().session.payload_completed(clock::now());
+                    self.delivered(endpoint);
                 }
                 Work::Probe(sequence) => {
                     endpoint.payload_completed(sequence);
                     endpoint.own().session.probe_completed(clock::now());
-                    self.mark_if_ready(endpoint);
+                    self.delivered(endpoint);
                 }
                 Work::Control(slot) => {
                     endpoint.control_completed(slot);
@@ -119,6 +122,16 @@ impl Poller {
                 }
                 Work::Receive(_) => {}
             },
+        }
+    }
+
+    /// Something that was written is known to have arrived.
+    fn delivered(&self, endpoint: &Arc<Endpoint>) {
+        if endpoint.own().session.is_lingering() {
+            // Perhaps that was all that it lingered for.
+            clock::step(endpoint, clock::now(), false);
+        } else {
+            self.mark_if_ready(endpoint);
         }
     }
 

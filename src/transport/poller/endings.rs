@@ -7,7 +7,7 @@ use crate::host::api;
 use crate::metrics::METRICS;
 use crate::session::Violation;
 use crate::transport::endpoint::{Endpoint, Fate, Reason, Stage};
-use crate::transport::hub::{Hub, Which};
+use crate::transport::hub::Hub;
 use crate::transport::{clock, outgoing};
 use crate::verbs::Error;
 use crate::verbs::cm::{Event, EventKind};
@@ -46,13 +46,9 @@ impl Poller {
                 }
             }
             EventKind::Disconnected | EventKind::TimewaitExit => {
-                // What it sent before it left is still to be read.
-                let hubs = self.hubs.open().clone();
-                for hub in &hubs {
-                    self.take_completions(hub, Which::All);
-                }
                 endpoint.own().reason.get_or_insert(Reason::Client);
-                self.lose(&endpoint, Fate::Gone, Reason::Client);
+                let horizon = endpoint.hub().horizon(endpoint.queue());
+                self.leaving.open().push((endpoint.key(), horizon));
             }
             EventKind::Failed | EventKind::Rejected => {
                 let why = format!("it could not be established (status {})", event.status);
@@ -98,6 +94,22 @@ impl Poller {
         self.say_trouble(Level::Warn, &what);
     }
 
+    /// Says of those who have left that they are gone, once all that they sent was seen.
+    pub(super) fn let_go(&self) {
+        if self.leaving.open().is_empty() {
+            return;
+        }
+        let leaving = std::mem::take(&mut *self.leaving.open());
+        for (key, horizon) in leaving {
+            let Some(endpoint) = self.find(key) else { continue };
+            if endpoint.hub().is_beyond(endpoint.queue(), horizon) {
+                self.lose(&endpoint, Fate::Gone, Reason::Client);
+            } else {
+                self.leaving.open().push((key, horizon));
+            }
+        }
+    }
+
     /// Disconnects and frees an endpoint that no connection of the server has any more.
     pub fn remove(&self, endpoint: Arc<Endpoint>, reason: Reason) {
         if !self.registry.open().remove(endpoint.key(), &endpoint.id_key()) {
@@ -118,11 +130,23 @@ impl Poller {
 
     /// Removes the endpoints that were given up since the last time.
     pub(super) fn remove_doomed(&self) {
-        let doomed = std::mem::take(&mut *self.doomed.open());
-        for key in doomed {
+        loop {
+            let Some(key) = self.doomed.open().pop_front() else { break };
             if let Some(endpoint) = self.find(key) {
                 self.remove(endpoint, Reason::Error);
             }
+        }
+    }
+
+    /// Has an endpoint removed that no connection of the server has any more: not here, since
+    /// completions of it may stand further on in the batch.
+    pub fn doom(&self, endpoint: &Endpoint) {
+        if std::mem::replace(&mut endpoint.own().doomed, true) {
+            return;
+        }
+        self.doomed.open().push_back(endpoint.key());
+        if *self.passes.open() == 0 {
+            self.wake_loop();
         }
     }
 
@@ -170,11 +194,7 @@ impl Poller {
         let orphan = own.connection.is_null();
         drop(own);
         if orphan {
-            // Not here: completions of this endpoint may stand further on in the batch.
-            self.doomed.open().push(endpoint.key());
-            if *self.passes.open() == 0 {
-                self.wake_loop();
-            }
+            self.doom(endpoint);
         } else {
             self.mark_ready(endpoint);
         }
@@ -184,24 +204,22 @@ impl Poller {
     /// delivered.
     pub fn close(&self, endpoint: &Arc<Endpoint>) {
         endpoint.enter_stage(Some(Stage::Lingering));
-        let quiet = endpoint.is_quiet() && endpoint.is_delivered();
-        let alive = endpoint.fate() == Fate::Alive;
-        {
-            let mut own = endpoint.own();
-            own.connection = std::ptr::null_mut();
-            own.watch.since = clock::now();
-            own.session.close(quiet || !alive, clock::now());
-            if alive {
-                own.reason.get_or_insert(Reason::Server);
-            }
+        let now = clock::now();
+        let mut own = endpoint.own();
+        own.connection = std::ptr::null_mut();
+        own.watch.since = now;
+        let left = own.reason == Some(Reason::Client);
+        let alive = endpoint.fate() == Fate::Alive && !left;
+        let served = endpoint.inbound().total_read() > 0;
+        own.session.close(endpoint.activity().written(), served, now);
+        if alive {
+            own.reason.get_or_insert(Reason::Server);
         }
-        if quiet || !alive {
-            self.doomed.open().push(endpoint.key());
-            if *self.passes.open() == 0 {
-                self.wake_loop();
-            }
-        } else {
+        drop(own);
+        if alive {
             clock::attend(endpoint);
+        } else {
+            self.doom(endpoint);
         }
     }
 }

@@ -65,7 +65,10 @@ pub struct Poller {
     hubs_made: MainCell<usize>,
     registry: MainCell<Registry<IdKey, Arc<Endpoint>>>,
     ready: MainCell<VecDeque<Key>>,
-    doomed: MainCell<Vec<Key>>,
+    doomed: MainCell<VecDeque<Key>>,
+    /// Endpoints whose peers have left, and how far their queues are to be looked at before
+    /// that is said: what a peer sent before it left is still read.
+    leaving: MainCell<Vec<(Key, u64)>>,
     /// Depth of passes: the server may call us back from inside a handler.
     passes: MainCell<u32>,
     /// Readable while something is ready that no pass will find by itself.
@@ -114,6 +117,7 @@ impl Poller {
             registry: MainCell::default(),
             ready: MainCell::default(),
             doomed: MainCell::default(),
+            leaving: MainCell::default(),
             passes: MainCell::default(),
             // SAFETY: a new descriptor, nobody else's.
             wake: unsafe { OwnedFd::from_raw_fd(wake) },
@@ -282,7 +286,10 @@ impl Poller {
 
     /// Whether the event loop must not sleep.
     pub fn is_pending(&self) -> bool {
-        self.is_behind() || *self.job_sent.open() || !self.ready.open().is_empty()
+        self.is_behind()
+            || *self.job_sent.open()
+            || !self.ready.open().is_empty()
+            || !self.doomed.open().is_empty()
     }
 
     /// The server gives an I/O thread a job.
@@ -352,31 +359,45 @@ impl Poller {
     /// Handles what happened to connections.
     fn run_connection_events(&self) {
         let _pass = self.pass();
-        for _ in 0..EVENTS_PER_GO {
-            match self.channel.next() {
-                Ok(Some(event)) => self.connection_event(event),
-                Ok(None) => break,
-                Err(error) => {
-                    self.say_trouble(Level::Warn, &error.to_string());
-                    break;
-                }
+        self.take_connection_events();
+        if !self.leaving.open().is_empty() {
+            let hubs = self.hubs.open().clone();
+            for hub in &hubs {
+                self.take_completions(hub, Which::All);
             }
         }
         self.serve_ready();
     }
 
-    /// Handles what happened to connections and what completed, without calling any
-    /// handler: for calls of the server that block, and for the clock. What became
-    /// ready is served in a pass afterwards.
-    pub fn run_quietly(&self) {
-        while let Ok(Some(event)) = self.channel.next() {
-            self.connection_event(event);
+    /// Takes what happened to connections, up to the bound of a pass. Returns whether that
+    /// was all.
+    fn take_connection_events(&self) -> bool {
+        for _ in 0..EVENTS_PER_GO {
+            match self.channel.next() {
+                Ok(Some(event)) => self.connection_event(event),
+                Ok(None) => return true,
+                Err(error) => {
+                    self.say_trouble(Level::Warn, &error.to_string());
+                    return true;
+                }
+            }
         }
+        false
+    }
+
+    /// Handles what happened to connections and what completed, up to the bound of a pass,
+    /// without calling any handler: for calls of the server that block, and for the clock.
+    /// What became ready is served in a pass afterwards. Returns whether nothing was left.
+    pub fn catch_up(&self) -> bool {
+        let all = self.take_connection_events();
+        // Every queue is looked at, whatever a pass left over.
+        *self.unfinished.open() = false;
         let hubs = self.hubs.open().clone();
         for hub in hubs {
             hub.doubt();
             self.look_at(&hub);
         }
+        all && !self.is_behind()
     }
 
     /// Takes what completed on the queues of a hub that fired, without calling any handler.
@@ -401,7 +422,7 @@ impl Poller {
         }
     }
 
-    /// The descriptors that become readable when [`run_quietly`](Self::run_quietly)
+    /// The descriptors that become readable when [`catch_up`](Self::catch_up)
     /// has something to do.
     pub fn descriptors(&self) -> Vec<RawFd> {
         let hubs = self.hubs.open();

@@ -48,8 +48,8 @@ pub const CASES: &[Case] = &[
         .with(|settings| settings.arguments.push("linger-time=300".to_owned())),
 ];
 
-const PING: &[u8] = b"*1\r\n$4\r\nPING\r\n";
-const PONG: &[u8] = b"+PONG\r\n";
+pub(super) const PING: &[u8] = b"*1\r\n$4\r\nPING\r\n";
+pub(super) const PONG: &[u8] = b"+PONG\r\n";
 /// Commands that do nothing and are not answered.
 const NOTHING: &[u8] = &[b'\n'; 100];
 /// The value `big`.
@@ -60,17 +60,17 @@ const LIMIT: usize = 36 * NEED;
 const GET_BIG: &[u8] = b"*2\r\n$3\r\nGET\r\n$3\r\nbig\r\n";
 
 /// Where an attack goes, and how long it may take.
-struct Target {
+pub(super) struct Target {
     address: SocketAddr,
     patience: Duration,
 }
 
 impl Target {
-    fn of(cell: &Cell) -> Self {
+    pub(super) fn of(cell: &Cell) -> Self {
         Self { address: cell.server().rdma_address(), patience: cell.lab.patience() }
     }
 
-    fn soon(&self) -> Instant {
+    pub(super) fn soon(&self) -> Instant {
         Instant::now() + self.patience
     }
 
@@ -79,12 +79,12 @@ impl Target {
         self.open_with(&Options::default())
     }
 
-    fn open_with(&self, options: &Options) -> Result<Raw> {
+    pub(super) fn open_with(&self, options: &Options) -> Result<Raw> {
         Ok(Raw::open(self.address, options, self.soon())?)
     }
 
     /// A connection that is the server's client, and has been answered.
-    fn join(&self) -> Result<(Raw, Inbox)> {
+    pub(super) fn join(&self) -> Result<(Raw, Inbox)> {
         let mut raw = self.open()?;
         raw.send(&raw.window().announcement())?;
         let mut inbox = self.inbox(&mut raw)?;
@@ -92,19 +92,19 @@ impl Target {
         Ok((raw, inbox))
     }
 
-    fn inbox(&self, raw: &mut Raw) -> Result<Inbox> {
+    pub(super) fn inbox(&self, raw: &mut Raw) -> Result<Inbox> {
         let window = raw.peer_window(self.soon())?;
         Ok(Inbox { window, used: 0, answered: 0 })
     }
 
     /// A PING that is answered into this side's memory, behind what came before.
-    fn ping(&self, raw: &mut Raw, inbox: &mut Inbox) -> Result<()> {
+    pub(super) fn ping(&self, raw: &mut Raw, inbox: &mut Inbox) -> Result<()> {
         inbox.say(raw, PING)?;
         self.reply(raw, inbox, PONG)
     }
 
     /// Waits for a reply behind those that came before.
-    fn reply(&self, raw: &mut Raw, inbox: &mut Inbox, wanted: &[u8]) -> Result<()> {
+    pub(super) fn reply(&self, raw: &mut Raw, inbox: &mut Inbox, wanted: &[u8]) -> Result<()> {
         raw.wait_announced((inbox.answered + wanted.len()) as u64, self.soon())?;
         let reply = raw.memory(inbox.answered, wanted.len());
         inbox.answered += wanted.len();
@@ -114,7 +114,7 @@ impl Target {
 }
 
 /// The server's window, and how far both sides have got.
-struct Inbox {
+pub(super) struct Inbox {
     window: Window,
     used: u32,
     answered: usize,
@@ -122,7 +122,7 @@ struct Inbox {
 
 impl Inbox {
     /// Writes `bytes` behind what was written before, and announces them.
-    fn say(&mut self, raw: &mut Raw, bytes: &[u8]) -> Result<()> {
+    pub(super) fn say(&mut self, raw: &mut Raw, bytes: &[u8]) -> Result<()> {
         self.claim(raw, bytes, bytes.len() as u32)
     }
 

@@ -10,6 +10,7 @@ mod config;
 mod crowd;
 mod deadlock;
 mod durable;
+mod endings;
 mod hostile;
 mod lifecycle;
 mod operators;
@@ -36,6 +37,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         churn::CASES,
         crowd::CASES,
         lifecycle::CASES,
+        endings::CASES,
         operators::CASES,
         outgoing::CASES,
         panics::CASES,
