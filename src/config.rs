@@ -7,6 +7,17 @@ use std::fmt;
 /// Bounds of the receive buffer of one connection, as the core's `rdma-rx-size` has them.
 pub const RX_SIZE: std::ops::RangeInclusive<u64> = 64 * 1024..=16 * 1024 * 1024;
 
+/// A page of memory in bytes; all memory that is registered is whole ones.
+pub const PAGE: u32 = 4096;
+
+/// The setting that is meant by `bytes` of [`RX_SIZE`]: whole pages, and no more than was
+/// asked for. A buffer is whole pages anyhow, and one that is never as large as it should
+/// be would be made anew for each window.
+pub fn receive_size(bytes: u64) -> Option<u32> {
+    let bytes = Some(bytes).filter(|bytes| RX_SIZE.contains(bytes))? as u32;
+    Some(bytes / PAGE * PAGE)
+}
+
 /// Bounds of the completion vector, as the core's `rdma-completion-vector` has them;
 /// −1 means any.
 pub const COMPLETION_VECTOR: std::ops::RangeInclusive<i64> = -1..=1024;
@@ -118,9 +129,8 @@ impl Settings {
                 "port" => settings.port = number(0, 65_535)? as u16,
                 "rx-size" => {
                     settings.rx_size = bytes(value)
-                        .filter(|n| RX_SIZE.contains(n))
-                        .ok_or_else(|| error("64k to 16m bytes"))?
-                        as u32;
+                        .and_then(receive_size)
+                        .ok_or_else(|| error("64k to 16m bytes"))?;
                 }
                 "comp-vector" => {
                     settings.completion_vector = value
@@ -202,6 +212,17 @@ mod tests {
         assert_eq!((settings.timing.liveness, settings.timing.answer), (200, 600));
         assert_eq!(parse(&["liveness-failures=0"]).unwrap().timing.answer, Millis::MAX);
         assert_eq!(parse(&[]).unwrap(), Settings::default());
+    }
+
+    #[test]
+    fn a_receive_buffer_is_whole_pages_and_no_larger_than_asked_for() {
+        for (asked, meant) in
+            [(65_536, 65_536), (100_000, 98_304), (102_400, 102_400), (16 << 20, 16 << 20)]
+        {
+            assert_eq!(receive_size(asked), Some(meant));
+            assert_eq!(parse(&[&format!("rx-size={asked}")]).unwrap().rx_size, meant);
+        }
+        assert_eq!((receive_size(65_535), receive_size((16 << 20) + 1)), (None, None));
     }
 
     #[test]

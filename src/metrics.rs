@@ -55,6 +55,7 @@ macro_rules! metrics {
                     $((stringify!($name), self.$name.get()),)*
                     ("registered_bytes", now),
                     ("registered_peak_bytes", peak),
+                    ("registrations", memory::registrations()),
                 ]
             }
         }

@@ -13,6 +13,7 @@
 //! fills a buffer by few writes gets a larger one sooner: each of them bears a larger
 //! part of what an announcement costs.
 
+use crate::config::PAGE;
 use crate::session::Millis;
 
 /// Bytes that a connection begins with.
@@ -41,13 +42,13 @@ pub fn wants_two(filled_in: Millis, has_two: bool) -> bool {
 }
 
 /// Size of the buffer after one of `present` bytes that `writes` filled in `filled_in`,
-/// where `most` is the largest that is allowed.
+/// where `most` is the largest that is allowed: whole pages, as both of these are.
 pub fn next(present: u32, most: u32, filled_in: Millis, writes: u64) -> u32 {
     let quick = if writes <= FEW { QUICK_BY_FEW } else { QUICK };
     let next = if filled_in < quick {
         present.saturating_mul(STEP)
     } else if filled_in > SLOW {
-        (present / STEP).max(FIRST)
+        (present / STEP / PAGE * PAGE).max(FIRST)
     } else {
         present
     };
@@ -94,6 +95,21 @@ mod tests {
     fn a_second_one_is_kept_longer_than_it_is_given() {
         assert!(wants_two(QUICK - 1, false) && !wants_two(QUICK, false));
         assert!(wants_two(STEADY - 1, true) && !wants_two(STEADY, true));
+    }
+
+    #[test]
+    fn whatever_the_setting_sizes_are_whole_pages_and_settle() {
+        for asked in (64 << 10..=16 << 20).step_by(997) {
+            let most = crate::config::receive_size(asked).unwrap();
+            let mut size = FIRST;
+            for took in [[1; 12], [SLOW + 1; 12]].as_flattened() {
+                let next = next(size, most, *took, MANY);
+                assert!(next.is_multiple_of(PAGE) && next <= most, "{next} of {most}");
+                size = next;
+            }
+            assert_eq!(size, FIRST);
+            assert_eq!(next(most, most, 1, MANY), most, "a busy one stays at the setting");
+        }
     }
 
     #[test]

@@ -426,9 +426,8 @@ unsafe fn core_settings(listener: *mut Listener81) -> Option<(u32, i32)> {
     }
     // SAFETY: as above.
     let (rx_size, vector) = unsafe { ((*settings).rx_size, (*settings).completion_vector) };
-    let sane = crate::config::RX_SIZE.contains(&u64::try_from(rx_size).unwrap_or(0))
-        && crate::config::COMPLETION_VECTOR.contains(&i64::from(vector));
-    sane.then_some((rx_size as u32, vector))
+    let rx_size = u64::try_from(rx_size).ok().and_then(crate::config::receive_size)?;
+    crate::config::COMPLETION_VECTOR.contains(&i64::from(vector)).then_some((rx_size, vector))
 }
 
 /// What is there to listen on, in words.

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Protection domains and registered memory.
 //!
-//! Registered memory is always a page-aligned mapping of its own: where the
-//! kernel hides registered pages from forked children, nothing else may share
-//! them. What is registered is pinned, so it is resident from the start, and
+//! Registered memory is always a page-aligned mapping of its own, which a forked child does
+//! not get. Its pages are pinned, and a kernel that makes fork safe for registered memory by
+//! itself (5.12 and newer) copies those within fork: while a server saves it would stand still
+//! for them, and have them twice. No child ever looks at them. What is registered is pinned, so it is resident from the start, and
 //! neither `maxmemory` nor the allocator's statistics see it; the counters here do.
 
 use super::cm::Device;
@@ -15,11 +16,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 static REGISTERED: AtomicU64 = AtomicU64::new(0);
 static REGISTERED_PEAK: AtomicU64 = AtomicU64::new(0);
+static REGISTRATIONS: AtomicU64 = AtomicU64::new(0);
 static REGISTERED_LIMIT: AtomicU64 = AtomicU64::new(u64::MAX);
 
 /// Bytes that are registered now, and the most that ever were at one time.
 pub fn registered() -> (u64, u64) {
     (REGISTERED.load(Ordering::Relaxed), REGISTERED_PEAK.load(Ordering::Relaxed))
+}
+
+/// Regions that were registered so far.
+pub fn registrations() -> u64 {
+    REGISTRATIONS.load(Ordering::Relaxed)
 }
 
 /// Runs `trial`, which gives back all that it registers: none of it counts among the most
@@ -122,6 +129,7 @@ impl Region {
         };
         match region {
             Ok(_) => {
+                REGISTRATIONS.fetch_add(1, Ordering::Relaxed);
                 REGISTERED_PEAK.fetch_max(total, Ordering::Relaxed);
             }
             Err(_) => {
@@ -150,6 +158,8 @@ impl Region {
         if start == libc::MAP_FAILED {
             return Err(Error::last("map memory to register"));
         }
+        // SAFETY: the mapping made above. A kernel that can't leaves it as it was.
+        unsafe { libc::madvise(start, length, libc::MADV_DONTFORK) };
         let flags = match access {
             Access::Local => ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0,
             Access::RemoteWrite => {

@@ -22,6 +22,7 @@ pub const CASES: &[Case] = &[
     // Probes for the client's sake would give it back as well, later.
     Case::new("reply-memory", reply_memory)
         .with(|settings| settings.arguments.push("liveness-interval=86400000".to_owned())),
+    Case::new("child-memory", child_memory),
     Case::new("rdma-stats", stats).with(|settings| {
         settings.arguments.push("max-handshakes=1".to_owned());
         settings.arguments.push("max-registered=64m".to_owned());
@@ -224,6 +225,47 @@ fn reply_memory(cell: &mut Cell) -> Result<()> {
     })?;
     ensure!(staging(cell)? == small, "other staging memory than at first");
     cell.figure("staging memory", format!("{seen:?}"));
+    Ok(())
+}
+
+/// What is registered is not copied into a forked child: all of it is kept out of it.
+fn child_memory(cell: &mut Cell) -> Result<()> {
+    let kept_out = |cell: &Cell| -> Result<u64> {
+        let maps = std::fs::read_to_string(format!("/proc/{}/smaps", cell.server().pid()))?;
+        let (mut private, mut size, mut sum) = (false, 0, 0);
+        for line in maps.lines() {
+            let words: Vec<_> = line.split_whitespace().collect();
+            match words[..] {
+                ["Size:", kib, ..] => size = kib.parse::<u64>()? << 10,
+                ["VmFlags:", ..] if private && words.contains(&"dc") => sum += size,
+                // A range, its rights, and of no file: the fabric shares some with others.
+                [_, rights, _, _, inode, ..] if rights.len() == 4 && !line.contains(" kB") => {
+                    private = rights.ends_with('p') && inode == "0";
+                }
+                _ => {}
+            }
+        }
+        Ok(sum)
+    };
+    let registered = |cell: &Cell| cell.info()?.number("rdma_registered_bytes");
+    // The first client brings along what the fabric keeps out for reasons of its own.
+    let mut first = cell.rdma()?;
+    expect(&mut first, "PING", "PONG")?;
+    let before = (registered(cell)?, kept_out(cell)?);
+
+    // Small buffers, large ones, two of them, and staging memory.
+    let value = pattern::value(3, 8 << 20);
+    first.command(&[b"SET", b"key", &value])?;
+    ensure!(first.command(&[b"GET", b"key"])? == Value::Bulk(value.clone()), "another value");
+    let mut others = (0..10).map(|_| cell.rdma()).collect::<Result<Vec<_>>>()?;
+    for other in &mut others {
+        expect(other, "PING", "PONG")?;
+    }
+    let (registered, kept) = (registered(cell)? - before.0, kept_out(cell)? - before.1);
+    ensure!(registered > 10 * (32 << 10), "only {registered} bytes more are registered");
+    ensure!(kept >= registered, "a child gets all but {kept} of {registered} registered bytes");
+    cell.moved(value.len(), value.len());
+    cell.figure("registered, and kept out of children", format!("{registered}, {kept}"));
     Ok(())
 }
 
