@@ -29,9 +29,10 @@ pub enum Point {
     LoseDisconnect,
     LoseTransfer,
     RemoveDevice,
+    Poll,
 }
 
-const NAMES: [(&str, Point); 15] = [
+const NAMES: [(&str, Point); 16] = [
     ("post-send", Point::PostSend),
     ("post-recv", Point::PostReceive),
     ("sq-full", Point::SendQueueFull),
@@ -47,6 +48,7 @@ const NAMES: [(&str, Point); 15] = [
     ("lose-dreq", Point::LoseDisconnect),
     ("lose-transfer", Point::LoseTransfer),
     ("remove-device", Point::RemoveDevice),
+    ("poll-fails", Point::Poll),
 ];
 
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -74,6 +76,12 @@ pub struct Plan {
     pub memlock: Option<u64>,
     /// There is no device.
     pub no_device: bool,
+    /// Milliseconds after which a device that was removed is back.
+    pub device_returns: Option<u64>,
+    /// Most entries of a completion queue that can be had.
+    pub cq_most: Option<i32>,
+    /// Entries of the largest completion queue that the device says it can do.
+    pub max_cqe: Option<i32>,
     /// The only address that the device owns.
     pub only: Option<IpAddr>,
 }
@@ -141,6 +149,9 @@ impl Plan {
         match term.split_once('=') {
             Some(("seed", n)) => self.seed = n.parse().ok()?,
             Some(("memlock", n)) => self.memlock = Some(n.parse().ok()?),
+            Some(("device-returns", n)) => self.device_returns = Some(n.parse().ok()?),
+            Some(("cq-fails-above", n)) => self.cq_most = Some(n.parse().ok()?),
+            Some(("max-cqe", n)) => self.max_cqe = Some(n.parse().ok()?),
             Some(("only", ip)) => self.only = Some(ip.parse().ok()?),
             _ if term == "no-device" => self.no_device = true,
             _ => self.faults.push(Fault::parse(term)?),

@@ -9,16 +9,22 @@ use std::collections::VecDeque;
 use std::io::Result;
 use std::os::fd::RawFd;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// See the module's documentation.
 pub struct Notices<T> {
     fd: Fd,
     queue: Mutex<VecDeque<T>>,
+    closed: AtomicBool,
 }
 
 impl<T> Notices<T> {
     pub fn new() -> Result<Self> {
-        Ok(Notices { fd: sys::event_counter()?, queue: Mutex::new(VecDeque::new()) })
+        Ok(Notices {
+            fd: sys::event_counter()?,
+            queue: Mutex::default(),
+            closed: AtomicBool::new(false),
+        })
     }
 
     pub fn fd(&self) -> RawFd {
@@ -28,6 +34,9 @@ impl<T> Notices<T> {
     /// Queues a notice and makes the descriptor readable.
     pub fn push(&self, notice: T) {
         let mut queue = self.queue.lock().unwrap();
+        if self.is_closed() {
+            return;
+        }
         queue.push_back(notice);
         sys::signal(&self.fd);
     }
@@ -57,11 +66,31 @@ impl<T> Notices<T> {
         }
     }
 
+    /// Nothing comes any more: what is queued can still be taken, then there is EIO, and the
+    /// descriptor polls as in error for ever.
+    pub fn close(&self) {
+        let _queue = self.queue.lock().unwrap();
+        self.closed.store(true, Ordering::SeqCst);
+        sys::put_in_error(&self.fd);
+    }
+
+    /// Closes the descriptor of what nobody may use any more, and which is never dropped.
+    pub fn give_up_descriptor(&self) {
+        self.fd.close_early();
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
     /// Takes the oldest notice if there is one; `signalled` says that the caller has
     /// taken a signal off already.
     fn pop_front(&self, signalled: bool) -> Option<T> {
         let mut queue = self.queue.lock().unwrap();
         let notice = queue.pop_front()?;
+        if self.is_closed() {
+            return Some(notice);
+        }
         if !signalled && !sys::take(&self.fd) {
             // The other process is between its decision and its signal, or was
             // killed there: then the descriptor is readable once for nothing.
@@ -81,6 +110,11 @@ impl<T> Notices<T> {
             if let Some(notice) = self.pop_front(signalled) {
                 return Ok(notice);
             }
+            if self.is_closed() {
+                // Who waited has taken one off.
+                sys::put_in_error(&self.fd);
+                return Err(libc::EIO);
+            }
             if pull() {
                 continue;
             }
@@ -97,6 +131,9 @@ impl<T> Notices<T> {
         let mut queue = self.queue.lock().unwrap();
         let (out, keep): (Vec<T>, Vec<T>) = queue.drain(..).partition(|n| pick(n));
         queue.extend(keep);
+        if self.is_closed() {
+            return out;
+        }
         for _ in &out {
             sys::take(&self.fd);
         }

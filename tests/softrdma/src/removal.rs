@@ -1,34 +1,41 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! The removal of the device, as a planned fault: every context learns of it,
-//! every queue pair fails, every identifier gets RDMA_CM_EVENT_DEVICE_REMOVAL,
-//! and nothing new can be made.
+//! The removal of the device, as a planned fault, and its return.
+//!
+//! As in the kernel, what the process made on the device stays in its hands, dead: channels
+//! poll in error for ever and answer EIO, nothing completes any more, nothing new can be made
+//! on it, and every identifier that is bound to it gets RDMA_CM_EVENT_DEVICE_REMOVAL.
+//! Listeners at no particular address are none of its: they rest until a device is there.
 
 use crate::cm;
+use crate::engine::engine;
 use crate::fault::{self, Point};
 use crate::verbs::context::{About, Context};
-use crate::verbs::qp;
+use crate::verbs::{device, qp};
 use rdma_sys::ibv_event_type;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-static REMOVED: AtomicBool = AtomicBool::new(false);
-
-/// True if there is no device, from the start or any more.
-pub fn no_device() -> bool {
-    fault::plan().no_device || REMOVED.load(Ordering::Relaxed)
-}
+use std::time::Duration;
 
 /// Counts a posted send towards a planned removal.
 pub fn consider() {
-    if fault::strikes(Point::RemoveDevice).is_some() && !REMOVED.swap(true, Ordering::Relaxed) {
+    if fault::strikes(Point::RemoveDevice).is_some() {
         // Not here: the caller holds a queue pair's lock.
-        crate::engine::engine().soon(|| {
-            for context in Context::all() {
-                context.notify(ibv_event_type::IBV_EVENT_DEVICE_FATAL, About::Device);
-            }
-            for qp in qp::all() {
-                qp.fatal();
-            }
-            cm::device_removed();
+        engine().soon(remove);
+    }
+}
+
+fn remove() {
+    let Some(device) = device::remove() else { return };
+    for qp in qp::all().iter().filter(|qp| std::ptr::eq(qp.context.device, device)) {
+        qp.fatal();
+    }
+    for context in Context::all().iter().filter(|context| std::ptr::eq(context.device, device)) {
+        context.notify(ibv_event_type::IBV_EVENT_DEVICE_FATAL, About::Device);
+        context.dissociate();
+    }
+    cm::device_removed(device);
+    if let Some(after) = fault::plan().device_returns {
+        engine().after(Duration::from_millis(after), || {
+            device::come_back();
+            cm::device_added();
         });
     }
 }

@@ -29,6 +29,12 @@ impl Fd {
     pub fn raw(&self) -> RawFd {
         self.raw
     }
+
+    /// Closes the descriptor of an owner that is never dropped.
+    pub fn close_early(&self) {
+        // SAFETY: the owner is not used any more.
+        unsafe { libc::close(self.raw) };
+    }
 }
 
 impl Drop for Fd {
@@ -81,6 +87,79 @@ pub fn await_signal(fd: &Fd) -> Result<()> {
     let mut n = 0u64;
     // SAFETY: eight valid bytes.
     check(unsafe { libc::read(fd.raw, (&raw mut n).cast(), 8) } as i32).map(drop)
+}
+
+fn in_error(fd: &Fd) -> bool {
+    let mut p = libc::pollfd { fd: fd.raw, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid pollfd.
+    unsafe { libc::poll(&raw mut p, 1, 0) };
+    p.revents & libc::POLLERR != 0
+}
+
+/// Makes an event counter poll as in error, for as long as nobody reads it. The kernel does so
+/// when a counter overflows, which a write can't bring about, but the completion of an
+/// asynchronous read of the file system can.
+pub fn put_in_error(fd: &Fd) {
+    /// `struct iocb` of linux/aio_abi.h.
+    #[repr(C)]
+    struct Iocb {
+        data: u64,
+        key: u32,
+        rw_flags: i32,
+        opcode: u16,
+        priority: i16,
+        file: u32,
+        buffer: u64,
+        bytes: u64,
+        offset: i64,
+        reserved: u64,
+        flags: u32,
+        counter: u32,
+    }
+    const READ: u16 = 0;
+    const TELL_COUNTER: u32 = 1;
+    if in_error(fd) {
+        return;
+    }
+    let full = u64::MAX - 1;
+    // SAFETY: valid buffers and a structure as the kernel's; the request is over when the
+    // context of the asynchronous input is destroyed.
+    unsafe {
+        // Nobody who writes to it from now on may be made to wait.
+        let flags = libc::fcntl(fd.raw, libc::F_GETFL);
+        libc::fcntl(fd.raw, libc::F_SETFL, flags | libc::O_NONBLOCK);
+        let zero = libc::open(c"/dev/zero".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
+        assert!(zero >= 0, "softrdma: no /dev/zero");
+        let mut context = 0_u64;
+        let made = libc::syscall(libc::SYS_io_setup, 1, &raw mut context);
+        assert!(made == 0, "softrdma: no asynchronous input");
+        // What is left of one that was in error already is too much to be taken off.
+        if !(0..1000).all(|_| take(fd)) {
+            libc::write(fd.raw, (&raw const full).cast(), 8);
+        }
+        let mut byte = 0_u8;
+        let mut request = Iocb {
+            data: 0,
+            key: 0,
+            rw_flags: 0,
+            opcode: READ,
+            priority: 0,
+            file: zero as u32,
+            buffer: (&raw mut byte) as u64,
+            bytes: 1,
+            offset: 0,
+            reserved: 0,
+            flags: TELL_COUNTER,
+            counter: fd.raw as u32,
+        };
+        let mut requests = [&raw mut request];
+        while !in_error(fd) {
+            let told = libc::syscall(libc::SYS_io_submit, context, 1, requests.as_mut_ptr());
+            assert!(told == 1 || told == -1 && *libc::__errno_location() == libc::EAGAIN);
+        }
+        libc::syscall(libc::SYS_io_destroy, context);
+        libc::close(zero);
+    }
 }
 
 /// Waits until a descriptor is readable; a negative timeout is none.

@@ -316,24 +316,193 @@ fn a_connection_is_lost_amid_the_transfer() {
     });
 }
 
+/// Has the device removed, which the plan `remove-device@2` brings about.
+fn remove(p: &Pair) {
+    p.client.post(Wr::write(1, &[], 0, 0));
+    p.client.done(1);
+    p.client.post(Wr::send(2, &[]).flags(0));
+    p.client_cm.expect(RDMA_CM_EVENT_DEVICE_REMOVAL);
+    // The listener's, which is bound to an address, and the connection's.
+    p.server_cm.expect(RDMA_CM_EVENT_DEVICE_REMOVAL);
+    p.server_cm.expect(RDMA_CM_EVENT_DEVICE_REMOVAL);
+}
+
+/// What epoll says of a descriptor that it watches already.
+fn epoll(epoll: i32, within: Duration) -> Option<i32> {
+    // SAFETY: a valid event.
+    unsafe {
+        let mut event = libc::epoll_event { events: 0, u64: 0 };
+        let n = libc::epoll_wait(epoll, &raw mut event, 1, within.as_millis() as i32);
+        (n == 1).then_some(event.events as i32)
+    }
+}
+
 #[test]
 fn the_device_is_removed() {
     planned("the_device_is_removed", "remove-device@2", || {
         let p = Pair::default();
         p.server.recv(5, &[]);
-        p.client.post(Wr::write(1, &[], 0, 0));
-        p.client.done(1);
-        p.client.post(Wr::send(2, &[]).flags(0));
-        p.client_cm.expect(RDMA_CM_EVENT_DEVICE_REMOVAL);
-        p.server_cm.expect(RDMA_CM_EVENT_DEVICE_REMOVAL);
+        nonblocking(p.client.channel_fd());
+        p.client.arm(false);
+        // SAFETY: descriptors and a valid event.
+        let watch = unsafe {
+            let watch = libc::epoll_create1(0);
+            let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: 0 };
+            let fd = p.client.channel_fd();
+            assert_eq!(libc::epoll_ctl(watch, libc::EPOLL_CTL_ADD, fd, &raw mut event), 0);
+            watch
+        };
+        remove(&p);
+        // In error for ever, whatever is read of it.
+        for _ in 0..3 {
+            let events = epoll(watch, Duration::from_secs(5)).expect("an event");
+            assert_ne!(events & libc::EPOLLERR, 0, "{events:x}");
+            while p.client.cq_event().is_ok() {}
+            assert_eq!(p.client.cq_event(), Err(libc::EIO));
+        }
         async_event(&p.client, std::ptr::without_provenance_mut::<u8>(1), IBV_EVENT_DEVICE_FATAL);
-        async_event(&p.client, p.server.qp, IBV_EVENT_QP_FATAL);
-        p.client.enters_error();
-        // SAFETY: a live domain and nothing that would be touched.
+        // Nothing more completes, and the kernel does nothing any more.
+        while p.client.try_poll().is_some() {}
+        p.server.recv(6, &[]);
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(p.client.try_poll().is_none() && p.server.try_poll().is_none());
+        assert_eq!(p.client.post(Wr::write(3, &[], 0, 0)), libc::EIO);
+        // SAFETY: live objects and nothing that would be touched.
         unsafe {
+            assert_eq!(ibv_req_notify_cq(p.client.cq, 0), libc::EIO);
             assert!(ibv_reg_mr(p.client.pd, p.client.addr(0) as *mut _, 8, 1).is_null());
-            assert_eq!(errno(), libc::ENODEV);
+            assert_eq!(errno(), libc::EIO);
             assert!(rdma_get_devices(null_mut()).is_null());
+            libc::close(watch);
+        }
+        // Each identifier can be bound no more, and one without an address can.
+        let mut sa = sockaddr("127.0.0.1:0");
+        let id = p.client_cm.id();
+        // SAFETY: a live identifier and an address.
+        unsafe {
+            assert_eq!(rdma_bind_addr(id, (&raw mut sa).cast()), -1);
+            assert_eq!(errno(), libc::ENODEV);
+            rdma_destroy_id(id);
+        }
+    });
+}
+
+#[test]
+fn a_device_comes_back() {
+    planned("a_device_comes_back", "remove-device@2 device-returns=200", || {
+        let mut p = Pair::default();
+        let (_everywhere, port) = p.server_cm.listen("0.0.0.0:0");
+        // SAFETY: live objects.
+        let (old, index) = unsafe {
+            let old = (*p.client.id).verbs;
+            (old, ibv_get_device_index((*old).device))
+        };
+        remove(&p);
+        std::thread::sleep(Duration::from_millis(400));
+        assert!(p.server_cm.try_event(Duration::ZERO).is_none(), "no more than these events");
+        // Who listened at an address does no more; who listened everywhere does again.
+        p.listener_gone();
+        let (client_cm, server_cm) = (Cm::new(), &p.server_cm);
+        let client = Side::new(client_cm.resolve(&format!("127.0.0.1:{port}")), Options::default());
+        assert_eq!(connect(client.id, &client.options), 0);
+        let request = server_cm.expect(RDMA_CM_EVENT_CONNECT_REQUEST);
+        let server = Side::new(request.id, Options::default());
+        assert_eq!(accept(server.id, &server.options), 0);
+        client_cm.expect(RDMA_CM_EVENT_ESTABLISHED);
+        server.recv(5, &[]);
+        client.post(Wr::send(7, &[]));
+        client.done(7);
+        server.done(5);
+        // SAFETY: live objects.
+        unsafe {
+            let new = (*client.id).verbs;
+            assert_ne!(new, old);
+            assert!(ibv_get_device_index((*new).device) > index, "it is another device");
+            // What hangs on the old one is dead, and can be destroyed.
+            assert_eq!(ibv_req_notify_cq(p.client.cq, 0), libc::EIO);
+        }
+        drop(client);
+        drop(server);
+    });
+}
+
+/// A process of its own that uses what is closed, and what it said.
+fn aborts(name: &str, plan: &str, what: &str) {
+    let out = Command::new(std::env::current_exe().expect("this program"))
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env(PART, name)
+        .env("SOFTRDMA_FAULTS", plan)
+        .output()
+        .expect("the process");
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(!out.status.success() && said.contains(what), "{} {said}", out.status);
+}
+
+#[test]
+fn a_device_that_nobody_is_bound_to_is_closed_and_a_use_is_told() {
+    const NAME: &str = "a_device_that_nobody_is_bound_to_is_closed_and_a_use_is_told";
+    if std::env::var(PART).as_deref() != Ok(NAME) {
+        return aborts(
+            NAME,
+            "remove-device@2 device-returns=100",
+            "ibv_poll_cq on a device whose ibv_context is closed",
+        );
+    }
+    let mut p = Pair::default();
+    // SAFETY: a live identifier.
+    let context = unsafe { (*p.client.id).verbs };
+    let kept = Queue::new(context, 10);
+    remove(&p);
+    std::thread::sleep(Duration::from_millis(300));
+    let look = || {
+        let mut count = 0;
+        // SAFETY: the list is freed as it was got.
+        unsafe {
+            let list = rdma_get_devices(&raw mut count);
+            assert!(!list.is_null() && count == 1 && *list != context);
+            rdma_free_devices(list);
+        }
+    };
+    // The list was compared, but identifiers still hold it.
+    look();
+    assert!(poll(kept.cq).is_none());
+    p.listener_gone();
+    drop(p);
+    // Now they do not.
+    poll(kept.cq);
+    std::process::exit(0);
+}
+
+#[test]
+fn a_poll_fails_and_what_was_taken_is_there() {
+    planned("a_poll_fails_and_what_was_taken_is_there", "poll-fails@1", || {
+        let p = Pair::default();
+        for i in 1..=4 {
+            p.client.post(Wr::write(i, &[], 0, 0));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        // SAFETY: zeroes are valid completions, for which there is room.
+        unsafe {
+            let mut wc: [ibv_wc; 4] = std::mem::zeroed();
+            assert_eq!(ibv_poll_cq(p.client.cq, 4, wc.as_mut_ptr()), -1);
+            assert_eq!(wc.map(|wc| wc.wr_id), [1, 2, 3, 0]);
+        }
+        p.client.done(4);
+    });
+}
+
+#[test]
+fn large_completion_queues_can_not_be_had() {
+    planned("large_completion_queues_can_not_be_had", "cq-fails-above=100", || {
+        let p = Pair::new(
+            Options { cqe: 50, ..Options::default() },
+            Options { cqe: 50, ..Options::default() },
+        );
+        // SAFETY: a live context.
+        unsafe {
+            let context = (*p.client.id).verbs;
+            assert!(ibv_create_cq(context, 101, null_mut(), null_mut(), 0).is_null());
+            assert_eq!(errno(), libc::ENOMEM);
         }
     });
 }

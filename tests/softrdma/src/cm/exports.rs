@@ -7,12 +7,13 @@
 
 use super::address;
 use super::channel::{self, EventChannel};
+use super::devices;
 use super::endpoint::complete;
 use super::id::CmId;
-use crate::verbs::context::cm_context;
+use crate::verbs::context::Context;
 use crate::verbs::cq::{Channel, Cq};
 use crate::verbs::exports::{ibv_create_qp, ibv_create_srq, ibv_destroy_qp, ibv_destroy_srq};
-use crate::{fork, handle, removal, sys};
+use crate::{fork, handle, sys};
 use rdma_sys::*;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::mem::size_of;
@@ -46,8 +47,11 @@ unsafe fn on<'a>(id: *mut rdma_cm_id) -> Result<&'a CmId, i32> {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn rdma_create_event_channel() -> *mut rdma_event_channel {
-    if fork::in_child() || removal::no_device() {
+    if fork::in_child() {
         return null(libc::ENODEV);
+    }
+    if let Err(code) = devices::initialise() {
+        return null(code);
     }
     crate::engine::engine();
     EventChannel::new().map_or_else(|| null(libc::EMFILE), handle::into_c)
@@ -287,16 +291,21 @@ pub unsafe extern "C" fn rdma_get_dst_port(id: *mut rdma_cm_id) -> u16 {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn rdma_get_devices(count: *mut c_int) -> *mut *mut ibv_context {
-    if fork::in_child() || removal::no_device() {
+    if fork::in_child() {
         return null(libc::ENODEV);
     }
-    // SAFETY: room for two pointers; `count` may be null.
+    let all = match devices::list() {
+        Ok(all) => all,
+        Err(code) => return null(code),
+    };
+    // SAFETY: room for the pointers and a last one; `count` may be null.
     unsafe {
-        let list = libc::calloc(2, size_of::<*mut ibv_context>()).cast::<*mut ibv_context>();
+        let list = libc::calloc(all.len() + 1, size_of::<*mut ibv_context>());
+        let list = list.cast::<*mut ibv_context>();
         if !list.is_null() {
-            list.write(cm_context().as_c());
+            std::ptr::copy_nonoverlapping(all.as_ptr(), list, all.len());
             if !count.is_null() {
-                count.write(1);
+                count.write(all.len() as c_int);
             }
         }
         list
@@ -305,20 +314,30 @@ pub extern "C" fn rdma_get_devices(count: *mut c_int) -> *mut *mut ibv_context {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rdma_free_devices(list: *mut *mut ibv_context) {
-    // SAFETY: from rdma_get_devices.
-    unsafe { libc::free(list.cast()) };
+    // SAFETY: from rdma_get_devices, so it ends with a null pointer.
+    unsafe {
+        let count = (0..).take_while(|index| !(*list.add(*index)).is_null()).count();
+        devices::release(std::slice::from_raw_parts(list, count));
+        libc::free(list.cast());
+    }
 }
 
 // Queue pairs of identifiers.
 
 /// Makes the completion queues that the application leaves to the identifier.
 unsafe fn make_queues(id: &mut rdma_cm_id, init: &mut ibv_qp_init_attr) -> Result<(), i32> {
+    if id.verbs.is_null() {
+        return Err(libc::EINVAL);
+    }
+    // SAFETY: an identifier keeps its device open.
+    let context = unsafe { Context::share(id.verbs) };
+    context.check_there("rdma_create_qp")?;
     let make = |size: u32,
                 channel: &mut *mut ibv_comp_channel,
                 cq: &mut *mut ibv_cq,
                 user: *mut c_void| {
-        let made = Channel::new(cm_context().clone()).ok_or(libc::EMFILE)?;
-        let queue = Cq::new(cm_context().clone(), size.max(1) as c_int, user, Some(made.clone()))?;
+        let made = Channel::new(context.clone()).ok_or(libc::EMFILE)?;
+        let queue = Cq::new(context.clone(), size.max(1) as c_int, user, Some(made.clone()))?;
         *channel = handle::into_c(made);
         *cq = handle::into_c(queue);
         Ok::<(), i32>(())

@@ -4,13 +4,14 @@
 use super::address;
 use super::channel::{EventChannel, Pending};
 use super::connection::{Connection, Listener};
+use super::devices::{self, Reference};
 use super::message::{Message, kind, reason};
 use crate::engine::engine;
 use crate::handle::{self, Acks};
 use crate::link::{self, Link};
 use crate::sys::{self, Fd};
-use crate::verbs::context::{cm_context, limit};
-use crate::verbs::memory::Pd;
+use crate::verbs::context::limit;
+use crate::verbs::device::{self, Device};
 use crate::verbs::qp::{self, Qp, mask};
 use rdma_sys::rdma_cm_event_type::*;
 use rdma_sys::*;
@@ -20,7 +21,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 /// How long a REQ may stay unanswered: what the kernel's connection manager
@@ -64,6 +65,7 @@ struct Inner {
     remote: Option<SocketAddr>,
     v6_only: bool,
     listener: Option<Arc<Listener>>,
+    backlog: i32,
     connection: Option<Arc<Connection>>,
     /// What the other side sent in its REQ or REP.
     theirs: Option<Box<Message>>,
@@ -79,6 +81,8 @@ pub struct CmId {
     c: UnsafeCell<rdma_cm_id>,
     inner: Mutex<Inner>,
     channel: Mutex<Arc<EventChannel>>,
+    /// What it holds of the device that it is bound to.
+    device: Mutex<Option<Reference>>,
     /// Made without a channel: calls wait for their events themselves.
     pub sync: AtomicBool,
     pub acks: Acks,
@@ -97,12 +101,6 @@ unsafe impl Send for Template {}
 unsafe impl Send for CmId {}
 // SAFETY: as above.
 unsafe impl Sync for CmId {}
-
-/// The protection domain of identifiers whose application brings none.
-fn default_pd() -> *mut ibv_pd {
-    static PD: OnceLock<Arc<Pd>> = OnceLock::new();
-    (&raw const PD.get_or_init(|| Pd::new(cm_context().clone())).c).cast_mut()
-}
 
 impl CmId {
     pub fn new(
@@ -125,6 +123,7 @@ impl CmId {
             remote: None,
             v6_only: false,
             listener: None,
+            backlog: 0,
             connection: None,
             theirs: None,
             retry_count: 7,
@@ -136,6 +135,7 @@ impl CmId {
             c: UnsafeCell::new(c),
             inner: Mutex::new(inner),
             channel: Mutex::new(channel),
+            device: Mutex::default(),
             sync: AtomicBool::new(sync),
             acks: Acks::default(),
             qp_template: Mutex::new(None),
@@ -176,11 +176,15 @@ impl CmId {
         // SAFETY: the application's own call is what brought us here.
         unsafe {
             let c = &mut *self.c.get();
-            let device = inner.local.is_some_and(|a| !a.ip().is_unspecified());
-            if device && c.verbs.is_null() {
-                c.verbs = cm_context().as_c();
-                c.pd = default_pd();
+            let bound = inner.local.is_some_and(|a| !a.ip().is_unspecified());
+            let mut device = self.device.lock().unwrap();
+            if bound
+                && device.is_none()
+                && let Ok(reference) = devices::acquire()
+            {
+                (c.verbs, c.pd) = (reference.verbs, reference.pd);
                 c.port_num = 1;
+                *device = Some(reference);
             }
             let mapped = |a: SocketAddr| match a.ip() {
                 IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
@@ -253,7 +257,9 @@ impl CmId {
             _ => to,
         };
         inner.remote = Some(to);
-        let source = if address::on_device(to.ip()) {
+        let source = if device::present().is_none() {
+            Err(libc::ENODEV)
+        } else if address::on_device(to.ip()) {
             address::source_for(to.ip())
         } else {
             // The fabric ends at this machine.
@@ -304,7 +310,11 @@ impl CmId {
                 return Err(libc::EINVAL);
             }
             let socket = inner.socket.take().expect("a bound identifier has its socket");
-            inner.listener = Some(Listener::start(socket, &self.strong(), backlog)?);
+            inner.backlog = backlog;
+            // At no particular address it waits for a device, if there is none.
+            if device::present().is_some() {
+                inner.listener = Some(Listener::start(socket, &self.strong(), backlog)?);
+            }
             inner.state = State::Listening;
         }
         self.publish_addresses();
@@ -317,7 +327,7 @@ impl CmId {
         connection: Arc<Connection>,
         req: Message,
     ) -> Option<Weak<CmId>> {
-        if self.inner.lock().unwrap().state != State::Listening {
+        if self.inner.lock().unwrap().state != State::Listening || device::present().is_none() {
             return None;
         }
         // SAFETY: constant fields.
@@ -754,8 +764,8 @@ impl CmId {
         self.acks.wait();
     }
 
-    /// Ends the identifier; returns once all its events are acknowledged.
-    pub fn destroy(&self) {
+    /// Leaves its connection, or listens no more.
+    fn leave(&self) {
         let (listener, connection) = {
             let mut inner = self.inner.lock().unwrap();
             let goodbye = match inner.state {
@@ -784,18 +794,50 @@ impl CmId {
         if let Some(connection) = connection {
             connection.stop();
         }
+    }
+
+    /// Ends the identifier; returns once all its events are acknowledged.
+    pub fn destroy(&self) {
+        self.leave();
         let dropped = self.channel().notices.remove(|p| self.concerns(p));
         for pending in dropped.iter().filter(|p| p.listener.is_some()) {
             // A request that nobody will see is refused.
             pending.id.destroy();
         }
         self.acks.wait();
+        let reference = self.device.lock().unwrap().take();
+        drop(reference);
+    }
+
+    fn is_on(&self, device: &Device) -> bool {
+        let own = self.device.lock().unwrap();
+        own.as_ref().is_some_and(|own| std::ptr::eq(own.device, device))
+    }
+
+    /// Whether it listens on every device there is.
+    fn is_everywhere(inner: &Inner) -> bool {
+        inner.state == State::Listening
+            && inner.local.is_some_and(|local| local.ip().is_unspecified())
+    }
+
+    /// A device is there: whoever listens on all of them listens on this one.
+    fn listen_again(&self) {
+        let mut inner = self.inner.lock().unwrap();
+        let (Some(local), None, true) = (inner.local, &inner.listener, Self::is_everywhere(&inner))
+        else {
+            return;
+        };
+        if inner.bind(local, false).is_ok()
+            && let Some(socket) = inner.socket.take()
+        {
+            inner.listener = Listener::start(socket, &self.strong(), inner.backlog).ok();
+        }
     }
 }
 
 /// An address to bind must be the machine's, and the device's.
 fn check_device(ip: IpAddr) -> Result<(), i32> {
-    if ip.is_unspecified() || address::on_device(ip) {
+    if ip.is_unspecified() || device::present().is_some() && address::on_device(ip) {
         Ok(())
     } else if address::owned(ip) {
         Err(libc::ENODEV)
@@ -804,14 +846,32 @@ fn check_device(ip: IpAddr) -> Result<(), i32> {
     }
 }
 
-/// Tells every identifier that has a device that it is gone.
-pub fn device_removed() {
-    let ids: Vec<_> = IDS.lock().unwrap().iter().filter_map(Weak::upgrade).collect();
-    for id in ids {
-        // SAFETY: a word; the identifier's own calls write it.
-        if unsafe { !(*id.c.get()).verbs.is_null() } {
+fn all() -> Vec<Arc<CmId>> {
+    IDS.lock().unwrap().iter().filter_map(Weak::upgrade).collect()
+}
+
+/// Ends every identifier that is bound to the device, and tells it. Those that listen
+/// everywhere hear nothing of it.
+pub fn device_removed(device: &Device) {
+    for id in all() {
+        if id.is_on(device) {
+            id.leave();
             id.push(RDMA_CM_EVENT_DEVICE_REMOVAL, 0, None);
+        } else {
+            let mut inner = id.inner.lock().unwrap();
+            let listener = if CmId::is_everywhere(&inner) { inner.listener.take() } else { None };
+            drop(inner);
+            if let Some(listener) = listener {
+                listener.stop();
+            }
         }
+    }
+}
+
+/// There is a device again.
+pub fn device_added() {
+    for id in all() {
+        id.listen_again();
     }
 }
 

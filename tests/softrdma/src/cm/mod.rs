@@ -5,10 +5,11 @@
 mod address;
 mod channel;
 mod connection;
+mod devices;
 mod endpoint;
 mod exports;
 mod id;
 mod message;
 mod rsockets;
 
-pub use id::device_removed;
+pub use id::{device_added, device_removed};

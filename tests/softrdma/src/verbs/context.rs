@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! The one device, its contexts and what a query says about it.
+//! Open devices, and what a query says about them.
 
-use super::cq::Cq;
+use super::cq::{Channel, Cq};
+use super::device::Device;
 use super::qp::Qp;
 use super::srq::Srq;
 use crate::notice::Notices;
 use rdma_sys::*;
 use std::mem::{offset_of, size_of, zeroed};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 
 /// What the device can do; a request beyond one of these fails.
 pub mod limit {
@@ -43,6 +44,9 @@ pub enum About {
 pub struct Context {
     pub verbs: verbs_context,
     pub events: Notices<AsyncEvent>,
+    pub device: &'static Device,
+    channels: Mutex<Vec<Weak<Channel>>>,
+    closed: AtomicBool,
 }
 
 // SAFETY: the C part is written before the context is shared and constant after.
@@ -50,38 +54,20 @@ unsafe impl Send for Context {}
 // SAFETY: as above.
 unsafe impl Sync for Context {}
 
-struct SharedDevice(ibv_device);
-// SAFETY: written once, before it is shared.
-unsafe impl Send for SharedDevice {}
-// SAFETY: as above.
-unsafe impl Sync for SharedDevice {}
-
-fn copy_name<const N: usize>(to: &mut [std::ffi::c_char; N], name: &str) {
+pub fn copy_name<const N: usize>(to: &mut [std::ffi::c_char; N], name: &str) {
     for (dst, src) in to.iter_mut().zip(name.bytes()) {
         *dst = src as _;
     }
 }
 
-/// The device.
-pub fn device() -> *mut ibv_device {
-    static DEVICE: OnceLock<SharedDevice> = OnceLock::new();
-    let shared = DEVICE.get_or_init(|| {
-        // SAFETY: all zeroes is a valid ibv_device.
-        let mut d: ibv_device = unsafe { zeroed() };
-        d.node_type = ibv_node_type::IBV_NODE_CA;
-        d.transport_type = ibv_transport_type::IBV_TRANSPORT_IB;
-        copy_name(&mut d.name, "softrdma0");
-        copy_name(&mut d.dev_name, "softrdma0");
-        SharedDevice(d)
-    });
-    (&raw const shared.0).cast_mut()
-}
-
 static CONTEXTS: Mutex<Vec<Weak<Context>>> = Mutex::new(Vec::new());
 
 impl Context {
-    /// Opens the device.
-    pub fn open() -> Option<Arc<Context>> {
+    /// Opens a device.
+    pub fn open(device: &'static Device) -> Option<Arc<Context>> {
+        if device.is_gone() {
+            return None;
+        }
         crate::engine::engine();
         let events = Notices::new().ok()?;
         // SAFETY: null function pointers and zeroes are what an unimplemented
@@ -90,13 +76,14 @@ impl Context {
         verbs.sz = size_of::<verbs_context>();
         super::exports::fill(&mut verbs);
         let c = &mut verbs.context;
-        c.device = device();
+        c.device = device.as_c();
         c.cmd_fd = -1;
         c.async_fd = events.fd();
         c.num_comp_vectors = std::thread::available_parallelism().map_or(1, |n| n.get() as i32);
         // The mark of a context that has the extended verbs before it.
         c.abi_compat = usize::MAX as *mut _;
-        let context = Arc::new(Context { verbs, events });
+        let (channels, closed) = (Mutex::default(), AtomicBool::new(false));
+        let context = Arc::new(Context { verbs, events, device, channels, closed });
         let mut all = CONTEXTS.lock().unwrap();
         all.retain(|c| c.strong_count() > 0);
         all.push(Arc::downgrade(&context));
@@ -122,15 +109,53 @@ impl Context {
         unsafe { crate::handle::share(start) }
     }
 
+    /// A channel of this context, which the device's removal closes.
+    pub fn enter(&self, channel: &Arc<Channel>) {
+        let mut channels = self.channels.lock().unwrap();
+        channels.retain(|other| other.strong_count() > 0);
+        channels.push(Arc::downgrade(channel));
+    }
+
+    /// The device was removed: every descriptor of the context is in error from now on.
+    pub fn dissociate(&self) {
+        self.events.close();
+        for channel in self.channels.lock().unwrap().iter().filter_map(Weak::upgrade) {
+            channel.notices.close();
+        }
+    }
+
+    /// The context is closed. Whoever uses it, or what was made on it, from here on is told.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+    }
+
+    /// As [`close`](Self::close), for librdmacm: the memory stays, so that a use which keeps
+    /// the pointer for too long is always found out, and only the descriptor goes.
+    pub fn close_for_good(self: Arc<Self>) {
+        self.close();
+        self.events.give_up_descriptor();
+        std::mem::forget(self);
+    }
+
+    /// Ends the process if the context is closed: with a real library this would be a use of
+    /// freed memory, and anything may come of that.
+    pub fn check_open(&self, what: &str) {
+        if self.closed.load(Ordering::Relaxed) {
+            eprintln!("softrdma: {what} on a device whose ibv_context is closed");
+            std::process::abort();
+        }
+    }
+
+    /// As [`check_open`](Self::check_open), for what the kernel has to do: it answers EIO once
+    /// the device is gone.
+    pub fn check_there(&self, what: &str) -> Result<(), i32> {
+        self.check_open(what);
+        if self.device.is_gone() { Err(libc::EIO) } else { Ok(()) }
+    }
+
     pub fn notify(&self, kind: ibv_event_type, about: About) {
         self.events.push(AsyncEvent { kind, about });
     }
-}
-
-/// The context that the connection manager uses for its identifiers.
-pub fn cm_context() -> &'static Arc<Context> {
-    static CONTEXT: OnceLock<Arc<Context>> = OnceLock::new();
-    CONTEXT.get_or_init(|| Context::open().expect("softrdma: no descriptor for a context"))
 }
 
 /// A number that no two objects of the process share.
@@ -157,7 +182,7 @@ pub fn device_attributes(a: &mut ibv_device_attr) {
     a.max_sge = limit::SGE as i32;
     a.max_sge_rd = limit::SGE as i32;
     a.max_cq = 65_536;
-    a.max_cqe = limit::CQE;
+    a.max_cqe = crate::fault::plan().max_cqe.unwrap_or(limit::CQE);
     a.max_mr = 1 << 20;
     a.max_pd = 65_536;
     a.max_qp_rd_atom = i32::from(limit::READS);

@@ -42,7 +42,9 @@ impl Channel {
         let c = ibv_comp_channel { context: context.as_c(), fd: notices.fd(), refcnt: 0 };
         let cqs = Mutex::new(Vec::new());
         let (users, number) = (AtomicUsize::new(0), unique());
-        Some(Arc::new(Channel { c, notices, users, number, context, cqs }))
+        let channel = Arc::new(Channel { c, notices, users, number, context, cqs });
+        channel.context.enter(&channel);
+        Some(channel)
     }
 
     /// The next event; the error is an errno.
@@ -121,8 +123,11 @@ impl Cq {
         user: *mut std::ffi::c_void,
         channel: Option<Arc<Channel>>,
     ) -> Result<Arc<Cq>, i32> {
-        if !(1..=limit::CQE).contains(&cqe) {
+        if !(1..=fault::plan().max_cqe.unwrap_or(limit::CQE)).contains(&cqe) {
             return Err(libc::EINVAL);
+        }
+        if fault::plan().cq_most.is_some_and(|most| cqe > most) {
+            return Err(libc::ENOMEM);
         }
         // SAFETY: all zeroes is a valid ibv_cq (an initialised mutex and condition).
         let mut c: ibv_cq = unsafe { zeroed() };
@@ -175,6 +180,10 @@ impl Cq {
     /// Adds a completion. A full queue is an overrun (11.6.3.1 "CQ Error"): the queue is
     /// dead from then on, and every queue pair on it with it.
     pub fn push(&self, completion: Completion) {
+        // What is on its way when the device goes does not arrive any more.
+        if self.context.device.is_gone() {
+            return;
+        }
         let mut inner = self.inner.lock().unwrap();
         if inner.overrun {
             return;
@@ -308,6 +317,13 @@ impl Cq {
     /// # Safety
     /// `out` has room for `n` completions.
     pub unsafe fn poll(&self, n: i32, out: *mut ibv_wc) -> i32 {
+        if fault::strikes(Point::Poll).is_some() {
+            // As providers do that meet one they can't make sense of: what they took before is
+            // there, and how much that was is not told.
+            // SAFETY: the caller's word.
+            unsafe { self.take(n - 1, out) };
+            return -1;
+        }
         // SAFETY: the caller's word, here and below.
         let taken = unsafe { self.take(n, out) };
         if taken != 0 {

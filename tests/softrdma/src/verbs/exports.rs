@@ -8,6 +8,7 @@
 
 use super::context::*;
 use super::cq::{Channel, Cq};
+use super::device::{self, Device};
 use super::memory::{self, Pd};
 use super::qp::Qp;
 use super::srq::Srq;
@@ -58,15 +59,15 @@ pub fn fill(verbs: &mut verbs_context) {
 extern "C" fn ibv_get_device_list(count: *mut c_int) -> *mut *mut ibv_device {
     // SAFETY: two pointers' room, freed by ibv_free_device_list.
     let list = unsafe { libc::calloc(2, size_of::<*mut ibv_device>()) }.cast::<*mut ibv_device>();
-    let there = !removal::no_device();
+    let device = device::present();
     if !list.is_null() {
         // SAFETY: allocated above; `count` may be null.
         unsafe {
-            if there {
-                list.write(device());
+            if let Some(device) = device {
+                list.write(device.as_c());
             }
             if !count.is_null() {
-                count.write(c_int::from(there));
+                count.write(c_int::from(device.is_some()));
             }
         }
     }
@@ -86,22 +87,26 @@ unsafe extern "C" fn ibv_get_device_name(device: *mut ibv_device) -> *const c_ch
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ibv_get_device_index(_device: *mut ibv_device) -> c_int {
-    0
+unsafe extern "C" fn ibv_get_device_index(device: *mut ibv_device) -> c_int {
+    // SAFETY: a device of ours.
+    unsafe { Device::of(device) }.index
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ibv_get_device_guid(_device: *mut ibv_device) -> u64 {
-    GUID.to_be()
+unsafe extern "C" fn ibv_get_device_guid(device: *mut ibv_device) -> u64 {
+    // SAFETY: a device of ours.
+    unsafe { Device::of(device) }.guid()
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ibv_open_device(_device: *mut ibv_device) -> *mut ibv_context {
-    if fork::in_child() || removal::no_device() {
+unsafe extern "C" fn ibv_open_device(device: *mut ibv_device) -> *mut ibv_context {
+    // SAFETY: a device of ours.
+    let device = unsafe { Device::of(device) };
+    if fork::in_child() || device.is_gone() {
         return pointer(Err(libc::ENODEV));
     }
     pointer(
-        Context::open()
+        Context::open(device)
             .map(|c| {
                 let pointer = c.as_c();
                 std::mem::forget(c);
@@ -117,12 +122,21 @@ unsafe extern "C" fn ibv_close_device(context: *mut ibv_context) -> c_int {
         return libc::ENODEV;
     }
     // SAFETY: the application's reference, which it gives up.
-    unsafe { Arc::decrement_strong_count(Arc::as_ptr(&Context::share(context))) };
+    unsafe {
+        let context = Context::share(context);
+        context.check_open("ibv_close_device");
+        context.close();
+        Arc::decrement_strong_count(Arc::as_ptr(&context));
+    }
     0
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ibv_query_device(_c: *mut ibv_context, attr: *mut ibv_device_attr) -> c_int {
+unsafe extern "C" fn ibv_query_device(c: *mut ibv_context, attr: *mut ibv_device_attr) -> c_int {
+    // SAFETY: see above.
+    if let Err(code) = unsafe { Context::share(c) }.check_there("ibv_query_device") {
+        return code;
+    }
     // SAFETY: see above.
     device_attributes(unsafe { &mut *attr });
     0
@@ -275,8 +289,12 @@ extern "C" fn ibv_is_fork_initialized() -> c_uint {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ibv_alloc_pd(context: *mut ibv_context) -> *mut ibv_pd {
-    if fork::in_child() || removal::no_device() {
+    if fork::in_child() {
         return pointer(Err(libc::ENODEV));
+    }
+    // SAFETY: see above.
+    if let Err(code) = unsafe { Context::share(context) }.check_there("ibv_alloc_pd") {
+        return pointer(Err(code));
     }
     // SAFETY: see above.
     handle::into_c(Pd::new(unsafe { Context::share(context) }))
@@ -289,6 +307,7 @@ unsafe extern "C" fn ibv_dealloc_pd(pd: *mut ibv_pd) -> c_int {
     }
     // SAFETY: see above.
     unsafe {
+        handle::borrow::<Pd, _>(pd).context.check_open("ibv_dealloc_pd");
         if handle::borrow::<Pd, _>(pd).busy() {
             return libc::EBUSY;
         }
@@ -304,8 +323,12 @@ unsafe fn register(
     iova: u64,
     access: c_uint,
 ) -> *mut ibv_mr {
-    if fork::in_child() || removal::no_device() {
+    if fork::in_child() {
         return pointer(Err(libc::ENODEV));
+    }
+    // SAFETY: see above.
+    if let Err(code) = unsafe { &handle::borrow::<Pd, _>(pd).context }.check_there("ibv_reg_mr") {
+        return pointer(Err(code));
     }
     // SAFETY: see above.
     let pd = unsafe { handle::share::<Pd, _>(pd) };
@@ -370,8 +393,12 @@ extern "C" fn ibv_rereg_mr(
 }
 
 unsafe extern "C" fn alloc_mw(pd: *mut ibv_pd, kind: ibv_mw_type::Type) -> *mut ibv_mw {
-    if fork::in_child() || removal::no_device() {
+    if fork::in_child() {
         return pointer(Err(libc::ENODEV));
+    }
+    // SAFETY: see above.
+    if let Err(code) = unsafe { &handle::borrow::<Pd, _>(pd).context }.check_there("ibv_alloc_mw") {
+        return pointer(Err(code));
     }
     // SAFETY: see above.
     pointer(memory::allocate_window(unsafe { handle::share::<Pd, _>(pd) }, kind))
@@ -395,8 +422,12 @@ unsafe extern "C" fn bind_mw(_qp: *mut ibv_qp, _mw: *mut ibv_mw, _bind: *mut ibv
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ibv_create_comp_channel(context: *mut ibv_context) -> *mut ibv_comp_channel {
-    if fork::in_child() || removal::no_device() {
+    if fork::in_child() {
         return pointer(Err(libc::ENODEV));
+    }
+    // SAFETY: see above.
+    if let Err(code) = unsafe { Context::share(context) }.check_there("ibv_create_comp_channel") {
+        return pointer(Err(code));
     }
     // SAFETY: see above.
     let context = unsafe { Context::share(context) };
@@ -410,6 +441,8 @@ pub unsafe extern "C" fn ibv_destroy_comp_channel(channel: *mut ibv_comp_channel
     }
     // SAFETY: see above.
     unsafe {
+        let context = &handle::borrow::<Channel, _>(channel).context;
+        context.check_open("ibv_destroy_comp_channel");
         if handle::borrow::<Channel, _>(channel).users.load(Ordering::Relaxed) > 0 {
             return libc::EBUSY;
         }
@@ -426,8 +459,12 @@ unsafe extern "C" fn ibv_create_cq(
     channel: *mut ibv_comp_channel,
     vector: c_int,
 ) -> *mut ibv_cq {
-    if fork::in_child() || removal::no_device() {
+    if fork::in_child() {
         return pointer(Err(libc::ENODEV));
+    }
+    // SAFETY: see above.
+    if let Err(code) = unsafe { Context::share(context) }.check_there("ibv_create_cq") {
+        return pointer(Err(code));
     }
     // SAFETY: see above.
     let (context, channel) = unsafe {
@@ -452,6 +489,7 @@ pub unsafe extern "C" fn ibv_destroy_cq(c: *mut ibv_cq) -> c_int {
     }
     // SAFETY: see above.
     let cq = unsafe { handle::share::<Cq, _>(c) };
+    cq.context.check_open("ibv_destroy_cq");
     if cq.in_use() {
         return libc::EBUSY;
     }
@@ -504,7 +542,11 @@ unsafe extern "C" fn poll_cq(cq: *mut ibv_cq, n: c_int, wc: *mut ibv_wc) -> c_in
         return -1;
     }
     // SAFETY: see above.
-    unsafe { handle::borrow::<Cq, _>(cq).poll(n, wc) }
+    unsafe {
+        let cq = handle::borrow::<Cq, _>(cq);
+        cq.context.check_open("ibv_poll_cq");
+        cq.poll(n, wc)
+    }
 }
 
 unsafe extern "C" fn req_notify_cq(cq: *mut ibv_cq, solicited_only: c_int) -> c_int {
@@ -512,7 +554,12 @@ unsafe extern "C" fn req_notify_cq(cq: *mut ibv_cq, solicited_only: c_int) -> c_
         return libc::ENODEV;
     }
     // SAFETY: see above.
-    unsafe { handle::borrow::<Cq, _>(cq) }.arm(solicited_only != 0);
+    let cq = unsafe { handle::borrow::<Cq, _>(cq) };
+    // By the kernel, as Soft-RoCE's.
+    if let Err(code) = cq.context.check_there("ibv_req_notify_cq") {
+        return code;
+    }
+    cq.arm(solicited_only != 0);
     0
 }
 
@@ -523,8 +570,13 @@ pub unsafe extern "C" fn ibv_create_srq(
     pd: *mut ibv_pd,
     init: *mut ibv_srq_init_attr,
 ) -> *mut ibv_srq {
-    if fork::in_child() || removal::no_device() {
+    if fork::in_child() {
         return pointer(Err(libc::ENODEV));
+    }
+    // SAFETY: see above.
+    if let Err(code) = unsafe { &handle::borrow::<Pd, _>(pd).context }.check_there("ibv_create_srq")
+    {
+        return pointer(Err(code));
     }
     // SAFETY: see above.
     let (pd, init) = unsafe { (handle::share::<Pd, _>(pd), &mut *init) };
@@ -580,6 +632,7 @@ pub unsafe extern "C" fn ibv_destroy_srq(c: *mut ibv_srq) -> c_int {
     }
     // SAFETY: see above.
     let srq = unsafe { handle::share::<Srq, _>(c) };
+    srq.context.check_open("ibv_destroy_srq");
     if srq.users.load(Ordering::Relaxed) > 0 {
         return libc::EBUSY;
     }
@@ -644,8 +697,13 @@ pub unsafe extern "C" fn ibv_create_qp(
     pd: *mut ibv_pd,
     init: *mut ibv_qp_init_attr,
 ) -> *mut ibv_qp {
-    if fork::in_child() || removal::no_device() {
+    if fork::in_child() {
         return pointer(Err(libc::ENODEV));
+    }
+    // SAFETY: see above.
+    if let Err(code) = unsafe { &handle::borrow::<Pd, _>(pd).context }.check_there("ibv_create_qp")
+    {
+        return pointer(Err(code));
     }
     // SAFETY: see above.
     let (pd, init) = unsafe { (handle::share::<Pd, _>(pd), &mut *init) };
@@ -675,7 +733,12 @@ unsafe extern "C" fn ibv_modify_qp(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, mask
         return libc::ENODEV;
     }
     // SAFETY: see above.
-    unsafe { handle::share::<Qp, _>(qp).modify(&*attr, mask as u32) }
+    let qp = unsafe { handle::share::<Qp, _>(qp) };
+    if let Err(code) = qp.context.check_there("ibv_modify_qp") {
+        return code;
+    }
+    // SAFETY: see above.
+    qp.modify(unsafe { &*attr }, mask as u32)
 }
 
 #[unsafe(no_mangle)]
@@ -700,6 +763,7 @@ pub unsafe extern "C" fn ibv_destroy_qp(c: *mut ibv_qp) -> c_int {
     }
     // SAFETY: see above.
     let qp = unsafe { handle::share::<Qp, _>(c) };
+    qp.context.check_open("ibv_destroy_qp");
     qp.destroy();
     qp.context.events.remove(|e| matches!(&e.about, About::Qp(other) if Arc::ptr_eq(other, &qp)));
     qp.async_acks.wait();
@@ -718,6 +782,12 @@ unsafe extern "C" fn post_send(
     }
     // SAFETY: see above.
     let qp = unsafe { handle::borrow::<Qp, _>(qp) };
+    // The doorbell is the kernel's, as Soft-RoCE's.
+    if let Err(code) = qp.context.check_there("ibv_post_send") {
+        // SAFETY: see above.
+        unsafe { bad.write(wr) };
+        return code;
+    }
     let mut inner = qp.lock();
     let mut result = 0;
     while !wr.is_null() {
@@ -753,6 +823,7 @@ unsafe extern "C" fn post_recv(
     }
     // SAFETY: see above.
     let qp = unsafe { handle::borrow::<Qp, _>(qp) };
+    qp.context.check_open("ibv_post_recv");
     let mut inner = qp.lock();
     while !wr.is_null() {
         // SAFETY: see above.

@@ -150,6 +150,7 @@ pub fn register(
 pub unsafe fn deregister(mr: *mut ibv_mr) -> i32 {
     // SAFETY: the caller's word.
     let object = unsafe { handle::borrow::<Mr, _>(mr) };
+    object.pd.pd.context.check_open("ibv_dereg_mr");
     // 10.6.7.2.6: a region with windows bound to it stays.
     if !keys::remove(object.c.lkey) {
         return libc::EBUSY;

@@ -3,6 +3,7 @@
 
 pub mod context;
 pub mod cq;
+pub mod device;
 pub mod exports;
 pub mod memory;
 pub mod qp;

@@ -585,7 +585,11 @@ pub fn async_event<T>(side: &Side, about: *mut T, kind: ibv_event_type) {
             let context = (*side.id).verbs;
             while readable((*context).async_fd, Duration::from_millis(20)) {
                 let mut event: ibv_async_event = zeroed();
-                assert_eq!(ibv_get_async_event(context, &raw mut event), 0);
+                if ibv_get_async_event(context, &raw mut event) != 0 {
+                    // The device was removed, and that is for ever.
+                    assert_eq!(errno(), libc::EIO);
+                    break;
+                }
                 ibv_ack_async_event(&raw mut event);
                 seen.push((event.element.qp as usize, event.event_type as u32));
             }
