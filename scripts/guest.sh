@@ -6,6 +6,7 @@
 #
 #   --rw DIR        a folder that the guest may write to (repeatable)
 #   --ro DIR        a folder to show although the guest's /tmp hides it (repeatable)
+#   --kernel NAME   new: the one of scripts/setup.sh guest-new instead of Debian's own
 #   --memory SIZE   4G unless given
 #   --cpus N        2 unless given
 #   --timeout SEC   1800 unless given; the guest is ended then, with status 124
@@ -38,7 +39,9 @@ inside() {
     echo "$job/modprobe" >/proc/sys/kernel/modprobe
     # The plain checksum comes first, or Soft-RoCE takes the one for carry-less
     # multiplication, which is slow to emulate.
-    "$job/modprobe" -a crc32_generic dummy overlay rdma_rxe rdma_ucm ib_uverbs
+    # A newer kernel has it built in.
+    "$job/modprobe" -q crc32_generic || true
+    "$job/modprobe" -a dummy overlay rdma_rxe rdma_ucm ib_uverbs
     own_tmp "$job"
     ip link set lo up
     # Large packets: Soft-RoCE then takes its largest MTU, 4096, and emulation has
@@ -75,12 +78,13 @@ main() {
     # What the guest's own /tmp would hide of what every command here needs.
     local folders=("$repo" "$cache" "$PWD" "${CARGO_TARGET_DIR:-$repo}")
     local rw=() memory=4G cpus=2 limit=1800 console=0 release job status=0 out err
-    local pid watch watched=0 messages shown
+    local pid watch watched=0 messages shown kernel=$cache/kernel
     while (($#)); do
         case $1 in
         --inside) inside "$2" ;;
         --rw) rw+=(--rwdir "$(realpath "$2")"); folders+=("$(realpath "$2")"); shift 2 ;;
         --ro) folders+=("$(realpath "$2")"); shift 2 ;;
+        --kernel) kernel=$cache/kernel-$2; shift 2 ;;
         --memory) memory=$2; shift 2 ;;
         --cpus) cpus=$2; shift 2 ;;
         --timeout) limit=$2; shift 2 ;;
@@ -89,9 +93,10 @@ main() {
         *) break ;;
         esac
     done
-    (($#)) || { sed -n '4,23s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-    [[ -e $cache/kernel/release && -e $cache/virtme-ng ]] || die "no kernel yet: run scripts/setup.sh guest"
-    release=$(cat "$cache/kernel/release")
+    (($#)) || { sed -n '4,24s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+    [[ -e $kernel/release && -e $cache/virtme-ng ]] ||
+        die "no kernel yet: run scripts/setup.sh guest${kernel#"$cache/kernel"}"
+    release=$(cat "$kernel/release")
 
     # The kernel's command line is too short for a long command: it names a
     # folder instead.
@@ -103,7 +108,7 @@ main() {
         export -p
         printf 'exec bash %q --inside %q\n' "$repo/scripts/guest.sh" "$job"
     } >"$job/start"
-    printf '#!/bin/sh\nexec /sbin/modprobe -d %q "$@"\n' "$cache/kernel" >"$job/modprobe"
+    printf '#!/bin/sh\nexec /sbin/modprobe -d %q "$@"\n' "$kernel" >"$job/modprobe"
     chmod +x "$job/modprobe"
 
     # qemu opens its outputs anew and cuts them off at 0, which must not happen
@@ -124,7 +129,7 @@ main() {
     # An NMI ends the kernel with the stacks of all tasks, which is for the very end.
     PYTHONPATH=$cache/virtme-ng timeout --kill-after=5 $((limit + 120)) \
         python3 "$cache/virtme-ng/bin/virtme-run" \
-        --kimg "$cache/kernel/boot/vmlinuz-$release" --mods auto --disable-kvm --force-9p \
+        --kimg "$kernel/boot/vmlinuz-$release" --mods auto --disable-kvm --force-9p \
         --cpus "$cpus" --memory "$memory" "${rw[@]}" \
         --kopt tsc=reliable --kopt clocksource=tsc \
         --kopt ignore_loglevel --kopt nokaslr \

@@ -11,6 +11,7 @@
 #   fuzz          what scripts/fuzz.sh builds its targets with
 #   bench         what scripts/bench.sh measures with (clients among it)
 #   guest         an emulator and a kernel with Soft-RoCE
+#   guest-new     a newer kernel for it, of which a device can be taken away (not in all)
 #   all           all of the above
 #   machines      disks of whole systems: machine-12 machine-13 machine-forky (not in all)
 #   trees         to build in: tree-12 tree-13 tree-forky (not in all)
@@ -211,6 +212,33 @@ unpack_kernel() {
     depmod -b "$new" "$release"
     printf '%s\n' "$release" >release
     replace "$cache/kernel" "$new"
+}
+
+# From the year 2026 on Soft-RoCE's device can be removed while a process uses it; older
+# kernels wait until the process ends.
+part_guest-new() {
+    part_guest
+    cached "guest: the kernel of trixie-backports" unpack_new_kernel trixie-backports
+}
+
+# There the kernel and its modules are two packages, with the kernel among the modules' files.
+unpack_new_kernel() {
+    local suite=$1 new=$cache/kernel-new.new release package
+    fresh "$new" && cd "$new"
+    apt_of "$suite" update
+    apt_of "$suite" download linux-base-amd64
+    release=$(dpkg-deb -f linux-base-amd64_*.deb Depends | grep -o '^linux-base-[^ ,]*')
+    release=${release#linux-base-}
+    rm -- *.deb
+    apt_of "$suite" download "linux-binary-$release" "linux-modules-$release"
+    for package in *.deb; do dpkg-deb -x "$package" .; done
+    rm -- *.deb
+    mkdir -p boot lib
+    mv usr/lib/modules lib/
+    ln "lib/modules/$release/vmlinuz" "boot/vmlinuz-$release"
+    depmod -b "$new" "$release"
+    printf '%s\n' "$release" >release
+    replace "$cache/kernel-new" "$new"
 }
 
 # --- machines ----------------------------------------------------------------

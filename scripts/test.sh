@@ -60,6 +60,7 @@ main() {
     fi
     run_cells soft "$log/soft" "$@"
     run_cells vm "$log/vm" "$@"
+    run_cells vm-new "$log/vm-new" "$@"
     if ((!$#)); then
         say "The benchmark, in a few short runs"
         "$repo/scripts/bench.sh" smoke </dev/null >"$log/bench" || true
@@ -178,6 +179,12 @@ run_cells() {
     vm)
         say "Cells in a virtual machine: $count"
         where=("$repo/scripts/guest.sh" --timeout "$guest_limit")
+        [[ ! -d $cache/cells ]] || where+=(--rw "$cache/cells")
+        ;;
+    vm-new)
+        say "Cells in a virtual machine with a newer kernel: $count"
+        "$repo/scripts/setup.sh" guest-new
+        where=("$repo/scripts/guest.sh" --kernel new --timeout "$guest_limit")
         [[ ! -d $cache/cells ]] || where+=(--rw "$cache/cells")
         ;;
     esac

@@ -80,7 +80,7 @@ impl Lab {
         // The addresses of the guest are those that scripts/guest.sh gives its device.
         let (usual, second, v6) = match fabric {
             Fabric::Soft => (Some("127.0.0.1"), Some("127.0.0.2"), Some("::1")),
-            Fabric::Vm => (Some("10.9.9.1"), Some("10.9.9.2"), Some("fd09::1")),
+            Fabric::Vm | Fabric::VmNew => (Some("10.9.9.1"), Some("10.9.9.2"), Some("fd09::1")),
             Fabric::Hw => (None, None, None),
         };
         let parse = |text: Option<&str>| text.map(|text| text.parse().expect("an address"));

@@ -20,12 +20,14 @@ pub enum Level {
 
 /// What carries the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Fabric {
     /// The software fabric of `tests/softrdma`, natively.
     Soft,
     /// Soft-RoCE in a virtual machine.
     Vm,
+    /// The same with a newer kernel, whose devices can be removed while they are in use.
+    VmNew,
     /// An RDMA device of this machine; it runs the cells of `vm`.
     Hw,
 }
@@ -35,6 +37,7 @@ impl fmt::Display for Fabric {
         out.write_str(match self {
             Self::Soft => "soft",
             Self::Vm => "vm",
+            Self::VmNew => "vm-new",
             Self::Hw => "hw",
         })
     }

@@ -28,7 +28,7 @@ fn idle_crowd(cell: &mut Cell) -> Result<()> {
     let count = match cell.lab.fabric {
         // As many as the limit on descriptors leaves room for, and that is many.
         Fabric::Soft => 2000.min((limit_on_descriptors()? - 500) / DESCRIPTORS),
-        Fabric::Vm | Fabric::Hw => 200,
+        Fabric::Vm | Fabric::VmNew | Fabric::Hw => 200,
     };
     ensure!(count >= 100, "the limit on open files leaves room for {count} connections");
     let requests = if cell.lab.is_slow() { 2000 } else { 20_000 };

@@ -17,6 +17,7 @@ mod operators;
 mod outgoing;
 mod panics;
 mod refusals;
+mod removal;
 mod sizes;
 mod soak;
 mod stalled;
@@ -43,6 +44,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         panics::CASES,
         config::CASES,
         refusals::CASES,
+        removal::CASES,
     ]
     .into_iter()
     .flatten()

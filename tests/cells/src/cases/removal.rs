@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! A device that goes while it is in use, and one that can do less than others.
+//!
+//! The software fabric removes its device after so many sends of the server, and brings it
+//! back. In the virtual machine it is the kernel's own Soft-RoCE, by `rdma link delete`. Either
+//! way the completion channel is in error for ever from then on, and what is left of the old
+//! device is closed by librdmacm once nothing is bound to it: who uses it then has crashed.
+
+use std::net::SocketAddr;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use client::rdma::{self, Options};
+
+use super::basics::expect;
+use super::hostile::Holdings;
+use super::stalled::settle;
+use crate::cell::{Case, Cell};
+use crate::process::run;
+use crate::server::Settings;
+
+pub const CASES: &[Case] = &[
+    Case::new("removal", |cell| removal(cell, 3)).with(removed_often),
+    Case::new("removal-long", |cell| removal(cell, 20)).with(removed_often),
+    Case::new("removal-address", removal_address).with(removed_once),
+    Case::new("device-reset", device_reset).with(everywhere),
+    Case::new("device-reset-address", device_reset),
+    Case::new("device-limits", device_limits).unstarted(),
+];
+
+/// Clients that connect again and again.
+const CREW: usize = 50;
+/// How long one of them waits for anything.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a removal may take, the crew's reconnecting and the next sends included.
+const ROUND: Duration = Duration::from_secs(20);
+/// Lines of the module's that a server may have in its log: the kinds that a removal brings
+/// are let through thirty times a minute.
+const LINES: usize = 150;
+
+/// Turns of an idle event loop in a second, with plenty to spare: one that spins on a
+/// descriptor makes hundreds of thousands.
+const IDLE: f64 = 100.0;
+
+fn faults(settings: &mut Settings, plan: &str) {
+    settings.environment.push(("SOFTRDMA_FAULTS".to_owned(), plan.to_owned()));
+}
+
+/// Listens on all devices.
+fn everywhere(settings: &mut Settings) {
+    settings.arguments.retain(|argument| !argument.starts_with("bind="));
+    settings.arguments.push("bind=*".to_owned());
+}
+
+fn removed_often(settings: &mut Settings) {
+    everywhere(settings);
+    faults(settings, "remove-device/2000 device-returns=200");
+}
+
+/// Listens on one address, which goes with the device.
+fn removed_once(settings: &mut Settings) {
+    faults(settings, "remove-device@500 device-returns=1500");
+}
+
+/// Clients of which each connects, asks for as long as it is answered, and connects again.
+struct Crew {
+    stop: Arc<AtomicBool>,
+    threads: Vec<std::thread::JoinHandle<[usize; 2]>>,
+}
+
+impl Crew {
+    fn start(cell: &Cell, count: usize) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let address = cell.server().rdma_address();
+        let client = || {
+            let stop = Arc::clone(&stop);
+            std::thread::spawn(move || ask(address, &stop))
+        };
+        let threads = (0..count).map(|_| client()).collect();
+        Self { stop, threads }
+    }
+
+    /// How often they were answered, and how often they lost their connection.
+    fn end(self) -> [usize; 2] {
+        self.stop.store(true, Ordering::Relaxed);
+        let done = self.threads.into_iter().map(|it| it.join().expect("a client does not panic"));
+        done.fold([0, 0], |sum, one| [sum[0] + one[0], sum[1] + one[1]])
+    }
+}
+
+fn ask(address: SocketAddr, stop: &AtomicBool) -> [usize; 2] {
+    let options = Options { timeout: PATIENCE, ..Options::default() };
+    let [mut replies, mut lost] = [0, 0];
+    while !stop.load(Ordering::Relaxed) {
+        let Ok(mut client) = rdma::Connection::client(address, &options, PATIENCE) else {
+            std::thread::sleep(Duration::from_millis(20));
+            continue;
+        };
+        while !stop.load(Ordering::Relaxed) {
+            if expect(&mut client, "PING", "PONG").is_err() {
+                lost += 1;
+                break;
+            }
+            replies += 1;
+        }
+    }
+    [replies, lost]
+}
+
+/// Waits until a new client is served.
+fn served(cell: &Cell) -> Result<()> {
+    let deadline = Instant::now() + cell.lab.patience();
+    loop {
+        match cell.rdma().and_then(|mut client| expect(&mut client, "PING", "PONG")) {
+            Ok(()) => return Ok(()),
+            Err(error) => ensure!(Instant::now() < deadline, "no client is served: {error:#}"),
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn check_log(cell: &mut Cell) -> Result<()> {
+    let lines = cell.server().log_lines("<rdma>")?;
+    cell.figure("lines in the log", lines.len());
+    ensure!(lines.len() <= LINES, "{} lines in the log, such as {}", lines.len(), lines[LINES]);
+    Ok(())
+}
+
+/// Every connection that there was has ended, and is counted under what ended it.
+fn check_ended(cell: &Cell) -> Result<()> {
+    let info = cell.info()?;
+    let accepted = info.number("rdma_connections_accepted")?;
+    let by = ["client", "server", "violation", "error", "timeout"];
+    let fields = by.map(|who| format!("rdma_ended_by_{who}"));
+    let ended = info.sum(&fields.each_ref().map(String::as_str))?;
+    ensure!(ended >= accepted, "of {accepted} connections {ended} have ended");
+    ensure!(info.number("rdma_ended_by_error")? > 0, "none ended with the device");
+    ensure!(info.number("rdma_violations")? == 0, "the clients are said to break the protocol");
+    Ok(())
+}
+
+/// The device goes and comes again and again, while clients reconnect.
+fn removal(cell: &mut Cell, removals: u64) -> Result<()> {
+    served(cell)?;
+    settle(cell)?;
+    let rest = Holdings::at_rest(cell)?;
+    let crew = Crew::start(cell, CREW);
+    let deadline = Instant::now() + ROUND * removals as u32;
+    let seen = loop {
+        match cell.info().and_then(|info| info.number("rdma_devices_lost")) {
+            Ok(lost) if lost < removals && Instant::now() < deadline => {}
+            other => break other,
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    };
+    let [replies, lost] = crew.end();
+    let seen = seen?;
+    ensure!(seen >= removals, "the device was lost {seen} times, after {replies} replies");
+    cell.figure("removals", seen);
+    cell.figure("replies", format!("{replies}, {lost} connections lost"));
+    served(cell).context("after the removals")?;
+    settle(cell)?;
+    rest.wait_back(cell)?;
+    cell.check_idle(IDLE, "after the removals")?;
+    check_ended(cell)?;
+    check_log(cell)?;
+    cell.moved(replies * 14, replies * 7);
+    Ok(())
+}
+
+/// A listener at an address goes with the device, and comes with it.
+fn removal_address(cell: &mut Cell) -> Result<()> {
+    let crew = Crew::start(cell, 5);
+    let gone = cell.wait_info("the listener to have lost its device", |info| {
+        Ok(info.number("rdma_listeners_waiting")? == 1)
+    });
+    let [replies, _] = crew.end();
+    gone?;
+    cell.check_idle(IDLE, "without the device")?;
+    served(cell)?;
+    ensure!(cell.info()?.number("rdma_listeners_waiting")? == 0, "a listener is said to wait");
+    let again = format!("listening on {} again", cell.server().rdma_address());
+    ensure!(cell.server().log_lines(&again)?.len() == 1, "no line '{again}'");
+    settle(cell)?;
+    check_ended(cell)?;
+    check_log(cell)?;
+    cell.moved(replies * 14, replies * 7);
+    Ok(())
+}
+
+fn rdma(cell: &Cell, arguments: &str) -> Result<()> {
+    let mut command = Command::new("rdma");
+    command.args(arguments.split(' '));
+    let output = run(&mut command, b"", cell.folder(), cell.lab.patience())
+        .with_context(|| format!("rdma {arguments}"))?;
+    ensure!(output.status.success(), "rdma {arguments}: {}", output.stderr);
+    Ok(())
+}
+
+/// The kernel's own device is removed under clients, and made again.
+fn device_reset(cell: &mut Cell) -> Result<()> {
+    const CLIENTS: usize = 10;
+    let mut clients = (0..CLIENTS).map(|_| cell.rdma()).collect::<Result<Vec<_>>>()?;
+    clients.iter_mut().try_for_each(|client| expect(client, "PING", "PONG"))?;
+    rdma(cell, "link delete rxe0")?;
+    cell.wait_info("the end of the device's connections", |info| {
+        Ok(info.number("rdma_devices_lost")? == 1
+            && info.number("rdma_connections_established")? == 0
+            && info.number("rdma_registered_bytes")? == 0)
+    })?;
+    cell.check_idle(IDLE, "without the device")?;
+    check_log(cell)?;
+    drop(clients);
+    rdma(cell, "link add rxe0 type rxe netdev d0")?;
+    served(cell)?;
+    settle(cell)?;
+    cell.check_idle(IDLE, "with the device again")?;
+    check_ended(cell)?;
+    check_log(cell)?;
+    cell.moved(CLIENTS * 14, CLIENTS * 7);
+    Ok(())
+}
+
+/// Devices whose completion queues are small, can't be had, or fail.
+fn device_limits(cell: &mut Cell) -> Result<()> {
+    let settings = cell.settings.clone();
+    let start = |cell: &mut Cell, plan: &str| {
+        cell.settings = settings.clone();
+        faults(&mut cell.settings, plan);
+        cell.start()
+    };
+    // The second queue can't be had as large as it should be.
+    start(cell, "cq-fails-above=8191")?;
+    let mut clients = (0..100).map(|_| cell.rdma()).collect::<Result<Vec<_>>>()?;
+    clients.iter_mut().try_for_each(|client| expect(client, "PING", "PONG"))?;
+    drop(clients);
+    settle(cell)?;
+    cell.stop()?;
+
+    // None can be large enough for one connection.
+    start(cell, "max-cqe=100")?;
+    ensure!(cell.rdma().is_err(), "a client is served without a completion queue");
+    let refused = cell.server().log_lines("the device's queues are too small")?;
+    ensure!(refused.len() == 1, "the refusal is not explained");
+    expect(&mut cell.tcp()?, "PING", "PONG")?;
+    cell.stop()?;
+
+    // One poll fails: nobody notices.
+    start(cell, "poll-fails@200")?;
+    let mut clients = (0..5).map(|_| cell.rdma()).collect::<Result<Vec<_>>>()?;
+    for _ in 0..300 {
+        clients.iter_mut().try_for_each(|client| expect(client, "PING", "PONG"))?;
+    }
+    let info = cell.info()?;
+    ensure!(info.number("rdma_poll_failures")? == 1, "no poll failed");
+    ensure!(info.number("rdma_devices_lost")? == 0, "the device was given up");
+    drop(clients);
+    settle(cell)?;
+    cell.stop()?;
+
+    // All do.
+    start(cell, "poll-fails")?;
+    let options = Options { timeout: Duration::from_secs(2), ..cell.options() };
+    // Whether it is served depends on what each poll had taken.
+    drop(cell.rdma_with(&options));
+    cell.wait_info("the device to be given up", |info| Ok(info.number("rdma_devices_lost")? > 0))?;
+    settle(cell)?;
+    cell.check_idle(IDLE, "on a device that fails")?;
+    cell.stop()
+}
