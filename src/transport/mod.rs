@@ -44,6 +44,7 @@ pub mod watchdog;
 use crate::config::Settings;
 use crate::host::symbols::Symbols;
 use crate::host::{Line, MainCell};
+use crate::verbs::fork;
 use listener::Listeners;
 use poller::Poller;
 use std::ffi::c_void;
@@ -79,8 +80,9 @@ impl Transport {
     ) -> Result<&'static Self, String> {
         unsafe extern "C" fn in_child() {
             IN_CHILD.store(true, Ordering::Relaxed);
+            fork::close_in_child();
         }
-        // SAFETY: the callback stores to an atomic, which is allowed after fork.
+        // SAFETY: the callback uses atomics and close(2), which is allowed after fork.
         unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
         let transport = Self {
             line,

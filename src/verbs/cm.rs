@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! The connection manager: event channels, ids, addresses.
 
-use super::{Error, library};
+use super::{Error, fork, library};
 use rdma_sys::*;
 use std::ffi::{CStr, c_int, c_void};
 use std::mem::{self, MaybeUninit};
@@ -59,6 +59,7 @@ impl EventChannel {
             return Err(Error::last("open the RDMA connection manager"));
         }
         let channel = Self { raw };
+        fork::note(channel.fd());
         set_nonblocking(channel.fd())?;
         Ok(channel)
     }
@@ -99,6 +100,7 @@ impl EventChannel {
 
 impl Drop for EventChannel {
     fn drop(&mut self) {
+        fork::forget(self.fd());
         // SAFETY: created by rdma_create_event_channel; nobody else frees it.
         unsafe { library::rdma_destroy_event_channel(self.raw) }
     }

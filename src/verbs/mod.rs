@@ -8,6 +8,7 @@
 //!
 //! * [`library`]: opens the two libraries, forwards their functions.
 //! * [`cm`]: connection manager, event channels and ids.
+//! * [`fork`]: what a forked child must not keep.
 //! * [`memory`]: protection domains and registered memory.
 //! * [`completion`]: completion channels and queues.
 //! * [`pair`]: queue pairs and the work requests of this protocol.
@@ -15,6 +16,7 @@
 pub mod cm;
 pub mod completion;
 mod error;
+pub mod fork;
 pub mod library;
 pub mod memory;
 pub mod pair;

@@ -64,9 +64,14 @@ impl Process {
 
     /// Ends it: politely first, after `patience` by force.
     pub fn end(&mut self, patience: Duration) -> Result<ExitStatus> {
-        if let Some(status) = self.ask_to_end(patience)? {
-            return Ok(status);
+        match self.ask_to_end(patience)? {
+            Some(status) => Ok(status),
+            None => self.kill(),
         }
+    }
+
+    /// Ends it by force.
+    pub fn kill(&mut self) -> Result<ExitStatus> {
         self.signal(libc::SIGKILL);
         self.wait(Duration::from_secs(10))?.context("a process survived SIGKILL for 10 s")
     }
@@ -75,8 +80,7 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         if !matches!(self.status(), Ok(Some(_))) {
-            self.signal(libc::SIGKILL);
-            let _ = self.wait(Duration::from_secs(10));
+            let _ = self.kill();
         }
     }
 }

@@ -300,6 +300,11 @@ impl Server {
         })
     }
 
+    /// Ends it by force, as a crash would.
+    pub fn kill(&mut self) -> Result<ExitStatus> {
+        self.process.kill()
+    }
+
     /// The signs of a crash in its log.
     pub fn crash_report(&self) -> Result<Option<String>> {
         const SIGNS: [&str; 5] = [

@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use client::rdma::{self, Connection, Options};
 use client::{Client, Value, pattern};
 
@@ -28,6 +28,7 @@ pub const CASES: &[Case] = &[
     }),
     Case::new("idle-timeout", idle_timeout).with(|settings| settings.directive("timeout 2")),
     Case::new("shutdown", shutdown),
+    Case::new("killed-saving", killed_saving),
     Case::new("sleep", sleep),
 ];
 
@@ -237,6 +238,7 @@ fn shutdown(cell: &mut Cell) -> Result<()> {
     let status = server.wait_exit(cell.lab.patience())?;
     no_crash(&server)?;
     ensure!(status.success(), "after SHUTDOWN the server ended with {status}");
+    ensure!(!server.log()?.contains("Failed to unload"), "it complains of a module");
     for client in [&mut waiting, &mut stalled, &mut last] {
         expect_gone(client, cell.lab.patience())?;
     }
@@ -279,4 +281,49 @@ fn sleep(cell: &mut Cell) -> Result<()> {
     pinger.stop(cell)?;
     cell.moved(20 * value.len(), 20 * value.len());
     Ok(())
+}
+
+/// A server that is killed while its child saves: its clients learn of it, and it can be
+/// started again at once, though the child is still there.
+fn killed_saving(cell: &mut Cell) -> Result<()> {
+    let mut observer = cell.tcp()?;
+    for number in 0..100 {
+        expect(&mut observer, &format!("SET key:{number} {number}"), "OK")?;
+    }
+    // The child needs 100 s. It reports at the first key, when it would notice that nobody
+    // listens, and then not before it has saved a thousand.
+    expect(&mut observer, "CONFIG SET rdb-key-save-delay 1000000", "OK")?;
+    let mut client = cell.rdma()?;
+    expect(&mut client, "PING", "PONG")?;
+    ensure!(observer.words("BGSAVE")?.text().contains("started"), "BGSAVE");
+    cell.wait_info("the child's report", |info| Ok(info.number("current_cow_peak")? > 0))?;
+    let mut server = cell.take_server()?;
+    let pid = server.pid();
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    let child = Child(children.trim().parse().with_context(|| format!("children: {children}"))?);
+    server.kill()?;
+
+    cell.start().context("starting again at once")?;
+    expect(&mut cell.rdma()?, "PING", "PONG")?;
+    client.stream().wait_end(Instant::now() + cell.lab.patience() / 4).context("its client")?;
+    ensure!(child.is_there(), "the child has ended, so this shows nothing");
+    cell.moved(14, 7);
+    Ok(())
+}
+
+/// A process that is not ours to wait for; it ends with this value.
+struct Child(i32);
+
+impl Child {
+    fn is_there(&self) -> bool {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.0));
+        status.is_ok_and(|text| !text.contains("State:\tZ"))
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // SAFETY: a signal to the server's own child, which was there a moment ago.
+        unsafe { libc::kill(self.0, libc::SIGKILL) };
+    }
 }
