@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! The connection manager: event channels, ids, addresses.
 
-use super::{Error, fork, library};
+use super::{Error, error, fork, library};
 use rdma_sys::*;
 use std::ffi::{CStr, c_int, c_void};
 use std::mem::{self, MaybeUninit};
@@ -56,7 +56,7 @@ impl EventChannel {
         // SAFETY: no arguments.
         let raw = unsafe { library::rdma_create_event_channel() };
         if raw.is_null() {
-            return Err(Error::last("open the RDMA connection manager"));
+            return Err(Error::last(error::OPEN));
         }
         let channel = Self { raw };
         fork::note(channel.fd());

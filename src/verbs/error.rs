@@ -3,8 +3,9 @@
 
 use std::{fmt, io};
 
-/// The one action whose failure has a cause worth explaining.
+/// The actions whose failure has causes worth explaining.
 pub(super) const REGISTER: &str = "register memory";
+pub(super) const OPEN: &str = "open the RDMA connection manager";
 
 /// A verbs or connection manager call that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +61,28 @@ impl fmt::Display for Error {
                 None => write!(f, "; locked memory is not limited, so the device or machine is")?,
             }
         }
+        if self.action == OPEN {
+            f.write_str(match self.errno {
+                libc::ENODEV => {
+                    "; there is no RDMA device (`rdma link` shows them): load the driver of \
+                     yours, such as mlx5_ib or rdma_rxe, and `modprobe rdma_ucm`; a container \
+                     or a service has to be let to /dev/infiniband (--device, DeviceAllow=)"
+                }
+                libc::ENOENT | libc::ENXIO => {
+                    "; there is no /dev/infiniband/rdma_cm: `modprobe rdma_ucm`; a container or \
+                     a service has to be let to it (--device, PrivateDevices=no)"
+                }
+                libc::EPERM => {
+                    "; /dev/infiniband/rdma_cm is closed to this container or service \
+                     (--device, DeviceAllow=)"
+                }
+                libc::EACCES => {
+                    "; /dev/infiniband/rdma_cm is closed to the server's user: its mode is 0666 \
+                     by rdma-core's udev rules"
+                }
+                _ => "",
+            })?;
+        }
         Ok(())
     }
 }
@@ -84,6 +107,19 @@ mod tests {
         assert!(text.starts_with("cannot register memory: "), "{text}");
         let limit = locked_memory_limit().map_or("not limited".to_owned(), |b| b.to_string());
         assert!(text.contains(&limit), "{text}");
+    }
+
+    #[test]
+    fn a_connection_manager_that_is_not_there_says_what_to_do() {
+        for (errno, words) in [
+            (libc::ENODEV, &["No such device", "rdma link", "driver", "modprobe rdma_ucm"][..]),
+            (libc::ENOENT, &["/dev/infiniband/rdma_cm", "modprobe rdma_ucm"]),
+            (libc::EPERM, &["--device", "DeviceAllow="]),
+            (libc::EACCES, &["0666"]),
+        ] {
+            let text = Error { action: OPEN, errno }.to_string();
+            assert!(words.iter().all(|word| text.contains(word)), "{text}");
+        }
     }
 
     #[test]
