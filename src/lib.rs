@@ -11,6 +11,7 @@
 //! * [`config`], [`metrics`]: what is set and what is counted.
 //! * [`transport`]: all of it together, and the table that the server calls.
 //! * [`commands`]: what an operator may ask.
+//! * [`namesake`]: another module of our name.
 //! * [`module`]: loading and `INFO`.
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu")))]
@@ -24,6 +25,7 @@ pub mod config;
 pub mod host;
 pub mod metrics;
 pub mod module;
+pub mod namesake;
 pub mod session;
 pub mod transport;
 pub mod verbs;

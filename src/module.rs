@@ -5,8 +5,9 @@ use crate::commands;
 use crate::config::Settings;
 use crate::host::line::{Line, Version};
 use crate::host::main_cell::declare_main_thread;
-use crate::host::symbols::{Symbols, server_has_own_rdma};
+use crate::host::symbols::{self, Symbols, server_has_own_rdma};
 use crate::host::{api, fingerprint};
+use crate::namesake;
 use crate::transport::guard::{guard, log_panics};
 use crate::transport::{Transport, listener, rebind, table};
 use crate::verbs::{library, memory};
@@ -54,7 +55,7 @@ pub unsafe extern "C" fn ValkeyModule_OnLoad(
                 raw::REDISMODULE_APIVER_1 as c_int,
             ) == ERR
             {
-                // The server's API is not filled in when the name is taken.
+                refuse_beside_namesake(ctx, version);
                 return ERR;
             }
             api::start(ctx);
@@ -70,13 +71,38 @@ pub unsafe extern "C" fn ValkeyModule_OnLoad(
     })
 }
 
-/// The server asks before it unmaps us. The connection type that we registered can't
-/// be taken back, and its functions must stay: we refuse.
+/// Says who has our name.
+///
+/// # Safety
+/// As [`ValkeyModule_OnLoad`], with the API in place.
+unsafe fn refuse_beside_namesake(ctx: *mut raw::RedisModuleCtx, version: c_int) {
+    // A server answers only who has a name, and forgets it with the failed load. Nothing else
+    // of what loading does may be done: this code may be loaded and at work already.
+    // SAFETY: by the caller's promise; C strings.
+    unsafe {
+        let api = raw::REDISMODULE_APIVER_1 as c_int;
+        if raw::Export_RedisModule_Init(ctx, c"valkey-rdma".as_ptr(), version, api) == ERR {
+            return;
+        }
+        let text = CString::new(format!("not loaded: {}", namesake::why_taken(ctx)));
+        if let (Some(log), Ok(text)) = (raw::RedisModule_Log, text) {
+            log(ctx, c"warning".as_ptr(), c"%s".as_ptr(), text.as_ptr());
+        }
+    }
+}
+
+/// The server asks before it forgets us. The connection type that we registered can't be taken
+/// back, and its functions must stay: we refuse, unless the server exits (9.1 asks then too, and
+/// complains of who refuses). For that case our code was told to stay mapped.
 ///
 /// # Safety
 /// Called by the server.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ValkeyModule_OnUnload(_ctx: *mut raw::RedisModuleCtx) -> c_int {
+    if api::is_exiting() {
+        api::let_go();
+        return OK;
+    }
     log::warn!(
         "a connection type can't be unloaded; to be rid of it, or for another version of it, \
          restart the server"
@@ -146,6 +172,10 @@ unsafe fn load(
     }
     // SAFETY: the server's context.
     unsafe { commands::register(ctx) }?;
+    if symbols::stay() {
+        // SAFETY: the server's context.
+        unsafe { api::note_exit(ctx) }?;
+    }
     // From here on nothing may fail: a registered type can't be taken back.
     let kind = table::of(line);
     transport.set_kind(kind);
@@ -161,6 +191,8 @@ unsafe fn load(
         "valkey-rdma {} loaded into valkey-server {version} (line {line})",
         env!("CARGO_PKG_VERSION")
     );
+    // SAFETY: the server's context.
+    unsafe { namesake::followers(ctx) }.iter().for_each(|what| log::warn!("{what}"));
     Ok(())
 }
 

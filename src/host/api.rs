@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! The public module API, as far as the transport needs it.
 
+use super::MainCell;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use redis_module::raw;
 use std::ffi::{CString, c_int, c_void};
 use std::os::fd::RawFd;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::time::Duration;
 
 /// A context that lives as long as the process: for the log and for timers.
@@ -85,20 +86,78 @@ pub fn unwatch(fd: RawFd) {
     unsafe { raw::RedisModule_EventLoopDel.expect("server API")(fd, readable) };
 }
 
+/// What a timer calls.
+type OnTimer = unsafe extern "C" fn(*mut raw::RedisModuleCtx, *mut c_void);
+
+/// The last timer of each callback, which may have fired since.
+static TIMERS: MainCell<Vec<(OnTimer, u64)>> = MainCell::new(Vec::new());
+
 /// Calls `callback` once, on the main thread, after `delay`.
-pub fn after(
-    delay: Duration,
-    callback: unsafe extern "C" fn(*mut raw::RedisModuleCtx, *mut c_void),
-) {
+pub fn after(delay: Duration, callback: OnTimer) {
     // SAFETY: the API table and the context are set at load.
-    unsafe {
+    let timer = unsafe {
         raw::RedisModule_CreateTimer.expect("server API")(
             context(),
             delay.as_millis() as i64,
             Some(callback),
             std::ptr::null_mut(),
-        );
+        )
+    };
+    let mut timers = TIMERS.open();
+    timers.retain(|(other, _)| !std::ptr::fn_addr_eq(*other, callback));
+    timers.push((callback, timer));
+}
+
+/// Whether the server is about to exit; see [`note_exit`].
+static EXITS: AtomicBool = AtomicBool::new(false);
+
+/// Notes it when the server is about to exit, beyond recall, and stops the timers: 9.1 unloads
+/// its modules then, and complains of one that has a timer.
+///
+/// # Errors
+/// If the server does not tell.
+///
+/// # Safety
+/// `ctx` is the context that the server passed while loading.
+pub unsafe fn note_exit(ctx: *mut raw::RedisModuleCtx) -> Result<(), String> {
+    unsafe extern "C" fn exits(
+        _ctx: *mut raw::RedisModuleCtx,
+        _event: raw::RedisModuleEvent,
+        _what: u64,
+        _data: *mut c_void,
+    ) {
+        EXITS.store(true, Ordering::Relaxed);
+        for (_, timer) in std::mem::take(&mut *TIMERS.open()) {
+            // SAFETY: as for `after`; one that has fired is not found.
+            unsafe {
+                raw::RedisModule_StopTimer.expect("server API")(
+                    context(),
+                    timer,
+                    std::ptr::null_mut(),
+                )
+            };
+        }
     }
+    let event = raw::RedisModuleEvent { id: raw::REDISMODULE_EVENT_SHUTDOWN, dataver: 1 };
+    // SAFETY: by the caller's promise.
+    let subscribed = unsafe {
+        raw::RedisModule_SubscribeToServerEvent.expect("server API")(ctx, event, Some(exits))
+    };
+    if subscribed == raw::REDISMODULE_OK as c_int {
+        Ok(())
+    } else {
+        Err(String::from("the server does not tell when it exits"))
+    }
+}
+
+/// Whether the server is about to exit.
+pub fn is_exiting() -> bool {
+    EXITS.load(Ordering::Relaxed)
+}
+
+/// The server frees what belongs to the module: from now on nothing of it is used.
+pub fn let_go() {
+    CONTEXT.store(std::ptr::null_mut(), Ordering::Release);
 }
 
 /// Calls `callback` with the number of each new client, on the main thread, while the

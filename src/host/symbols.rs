@@ -5,7 +5,9 @@
 use super::connection::Connection;
 use super::layout::{ClientFlags8, ClientFlags16, Listener81};
 use super::line::Line;
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
 
 /// Number of the RDMA type in 9.1 (`CONN_TYPE_RDMA`); 8.x goes by name.
 pub const TYPE_NUMBER: c_int = 3;
@@ -37,6 +39,30 @@ fn find(name: &'static CStr) -> Option<*mut c_void> {
         libc::dlsym(program, name.as_ptr())
     };
     (!address.is_null()).then_some(address)
+}
+
+/// The file that this module was loaded from.
+pub fn own_file() -> Option<PathBuf> {
+    // SAFETY: numbers and pointers, where zeroes are valid.
+    let mut found: libc::Dl_info = unsafe { std::mem::zeroed() };
+    // SAFETY: the address of a function of ours, and a place for the answer, whose name lives
+    // as long as we are loaded.
+    unsafe {
+        let known = libc::dladdr(own_file as *const c_void, &mut found) != 0;
+        (known && !found.dli_fname.is_null())
+            .then(|| PathBuf::from(OsStr::from_bytes(CStr::from_ptr(found.dli_fname).to_bytes())))
+    }
+}
+
+/// Sees to it that this module's code stays where it is, whoever closes it. Returns whether
+/// that worked.
+pub fn stay() -> bool {
+    let path = own_file().and_then(|path| CString::new(path.into_os_string().into_vec()).ok());
+    // SAFETY: a C string; what is open already is found, and nothing else opened. The handle
+    // is never closed.
+    path.is_some_and(|path| unsafe {
+        !libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_NOLOAD).is_null()
+    })
 }
 
 /// Whether the server was built with an RDMA transport of its own: then, and only
@@ -139,5 +165,13 @@ impl Symbols {
                 >(self.accept_common)(connection, ClientFlags8::default(), ip),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn this_code_has_a_file() {
+        assert!(super::own_file().unwrap().exists());
     }
 }

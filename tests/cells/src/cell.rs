@@ -176,6 +176,10 @@ impl<'a> Cell<'a> {
         let before = server.is_running()?;
         let status = server.stop()?;
         no_crash(&server)?;
+        ensure!(
+            !server.log()?.contains("Failed to unload module rdma"),
+            "the server complains of the module when it exits"
+        );
         ensure!(before, "the server had ended by itself ({status})");
         ensure!(status.success(), "the server ended with {status}");
         Ok(())

@@ -8,6 +8,8 @@ use anyhow::{Context, Result, ensure};
 
 use super::basics::expect;
 use crate::cell::{Case, Cell, no_crash};
+use crate::lab::BUILT;
+use crate::server::{Server, free_port};
 
 pub const CASES: &[Case] = &[
     Case::new("bad-arguments", bad_arguments).unstarted(),
@@ -17,6 +19,7 @@ pub const CASES: &[Case] = &[
     Case::new("low-memlock", low_memlock).unstarted(),
     Case::new("falsified-server", falsified_server).unstarted(),
     Case::new("loaded-twice", loaded_twice).unstarted(),
+    Case::new("namesake", namesake).unstarted(),
     Case::new("loaded-late", loaded_late).with(|settings| {
         settings.module = None;
         settings.directive("enable-module-command yes");
@@ -87,7 +90,7 @@ fn bad_address(cell: &mut Cell) -> Result<()> {
 /// A machine without an RDMA device: the real libraries, natively.
 fn no_device(cell: &mut Cell) -> Result<()> {
     cell.settings.environment.push(("LD_LIBRARY_PATH".to_owned(), String::new()));
-    let line = refusal(cell, &["rdma", "device"])?;
+    let line = refusal(cell, &["No such device", "modprobe rdma_ucm", "driver", "rdma link"])?;
     cell.figure("no device", line);
     Ok(())
 }
@@ -145,14 +148,55 @@ fn falsified_server(cell: &mut Cell) -> Result<()> {
     Ok(())
 }
 
-/// A second `loadmodule` of the same file.
+/// A second `loadmodule` of the same file, which a file that is included brings: the log names
+/// both lines, and already when the first is loaded.
 fn loaded_twice(cell: &mut Cell) -> Result<()> {
-    let again = format!("loadmodule {}", cell.lab.module.display());
-    cell.settings.directive(&again);
-    let mut server = cell.launch()?;
-    let status = server.wait_exit(cell.lab.patience())?;
-    no_crash(&server)?;
-    ensure!(status.code() == Some(1), "the server ended with {status}");
+    let included = cell.folder().join("included.conf");
+    let module = cell.lab.module.display().to_string();
+    std::fs::write(&included, format!("# a package's\nloadmodule {module}\n"))?;
+    cell.settings.directive(&format!("include {}", included.display()));
+    let first = format!("line 2 of {}, included by line ", included.display());
+    let line = refusal(cell, &["not loaded: it is loaded already", &first, ", or of line "])?;
+    cell.figure("loaded twice", line);
+    refusal(cell, &["loads this module again"])?;
+    Ok(())
+}
+
+/// Upstream's own module, which has the same name: the log names its file and the line that
+/// loads it, whichever comes second.
+fn namesake(cell: &mut Cell) -> Result<()> {
+    let theirs = cell.lab.built.join("valkey-rdma.so");
+    let line = format!("loadmodule {} --port {}", theirs.display(), free_port()?);
+    let usual = cell.settings.clone();
+    for first in [true, false] {
+        cell.settings = usual.clone();
+        let own = format!(
+            "loadmodule {} {}",
+            cell.lab.module.display(),
+            cell.settings.arguments.join(" ")
+        );
+        let (early, late) = if first { (&line, &own) } else { (&own, &line) };
+        cell.settings.module = None;
+        cell.settings.directive(early);
+        cell.settings.directive(late);
+        let folder = cell.folder().join(if first { "theirs" } else { "ours" });
+        let mut server = Server::launch(cell.lab, BUILT, &folder, &cell.settings)?;
+        let status = server.wait_exit(cell.lab.patience())?;
+        no_crash(&server)?;
+        ensure!(status.code() == Some(1), "the server ended with {status}");
+        let log = server.log()?;
+        let configuration = server.folder().join("valkey.conf");
+        let text = std::fs::read_to_string(&configuration)?;
+        let number = 1 + text.lines().position(|it| *it == line).context("no such line")?;
+        let place = format!("line {number} of {}", configuration.display());
+        let words = match first {
+            true => vec!["not loaded: the module ", "remove ", &place],
+            false => vec!["too: if that is another module of the name", &place],
+        };
+        let found = log.lines().find(|line| words.iter().all(|word| line.contains(word)));
+        let found = found.with_context(|| format!("no line with {words:?}:\n{log}"))?;
+        cell.figure(if first { "theirs first" } else { "ours first" }, found);
+    }
     Ok(())
 }
 
