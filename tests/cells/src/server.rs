@@ -16,7 +16,7 @@ use crate::matrix::Fabric;
 pub use crate::ports::free_port;
 use crate::process::{Process, cpu_ticks, kernel_tells, tail, threads};
 
-/// How long a server may take until it answers.
+/// How long a server may take until it answers, or as long as one call of a client.
 const START: Duration = Duration::from_secs(60);
 /// How long it may take to shut down.
 const STOP: Duration = Duration::from_secs(30);
@@ -139,7 +139,8 @@ impl Server {
     /// Starts a server and waits until it answers over TCP.
     pub fn start(lab: &Lab, line: &str, folder: &Path, settings: &Settings) -> Result<Self> {
         let mut server = Self::launch(lab, line, folder, settings)?;
-        let deadline = Instant::now() + START;
+        let patience = START.max(lab.patience());
+        let deadline = Instant::now() + patience;
         loop {
             if let Some(status) = server.process.status()? {
                 bail!("the server ended while starting ({status}): {}", tail(&server.log()?));
@@ -149,9 +150,10 @@ impl Server {
             }
             ensure!(
                 Instant::now() < deadline,
-                "the server did not answer within {} s: {}",
-                START.as_secs(),
-                tail(&server.log()?)
+                "the server did not answer within {} s: {}\n{}",
+                patience.as_secs(),
+                tail(&server.log()?),
+                server.scene()
             );
             std::thread::sleep(Duration::from_millis(30));
         }

@@ -15,6 +15,8 @@ pub const CASES: &[Case] = &[
     Case::new("stalled-unpolled", unpolled),
     Case::new("stalled-unannounced", unannounced),
     Case::new("stalled-leaves", leaves),
+    Case::new("stalled-memory", memory)
+        .with(|settings| settings.arguments.push("linger-time=60000".to_owned())),
 ];
 
 const LENGTH: usize = 10 << 20;
@@ -63,7 +65,7 @@ fn unpolled(cell: &mut Cell) -> Result<()> {
 fn unannounced(cell: &mut Cell) -> Result<()> {
     let (value, idle) = prepare(cell)?;
     let mut client = cell.rdma()?;
-    stall(cell, &mut client)?;
+    stall(cell, &mut client, &[b"GET", b"big"])?;
     others_are_served(cell, idle)?;
     client.stream().hold(false)?;
     ensure!(client.reply()? == Value::Bulk(value), "another value after the stall");
@@ -72,10 +74,10 @@ fn unannounced(cell: &mut Cell) -> Result<()> {
     Ok(())
 }
 
-/// Asks for the value and lets the window fill up.
-fn stall(cell: &Cell, client: &mut Client<rdma::Connection>) -> Result<()> {
+/// Asks for something large and lets the window fill up.
+fn stall(cell: &Cell, client: &mut Client<rdma::Connection>, words: &[&[u8]]) -> Result<()> {
     client.stream().hold(true)?;
-    client.request(&[b"GET", b"big"])?;
+    client.request(words)?;
     let window = client.stream().own_window().length as usize;
     let deadline = Instant::now() + cell.lab.patience();
     while client.stream().held_bytes() < window {
@@ -129,8 +131,58 @@ fn leaves(cell: &mut Cell) -> Result<()> {
 
 fn stalled_client(cell: &Cell) -> Result<Client<rdma::Connection>> {
     let mut client = cell.rdma()?;
-    stall(cell, &mut client)?;
+    stall(cell, &mut client, &[b"GET", b"big"])?;
     Ok(client)
+}
+
+/// What the server had to keep for them counts against its `maxmemory`. It is given back when
+/// they are closed, not when their connections have ended.
+fn memory(cell: &mut Cell) -> Result<()> {
+    const CLIENTS: u64 = 10;
+    // A reply that the server has to copy: a stored value it may only refer to.
+    let ask: [&[u8]; 3] = [b"EVAL", b"return string.rep('x', 3000000)", b"0"];
+    let crowd = |cell: &Cell| -> Result<Vec<_>> {
+        (0..CLIENTS)
+            .map(|_| {
+                let mut client = cell.rdma()?;
+                stall(cell, &mut client, &ask)?;
+                Ok(client)
+            })
+            .collect()
+    };
+    let used = |cell: &Cell| -> Result<u64> { cell.info()?.number("used_memory") };
+    // The first ones make the server set up what it keeps for good.
+    drop(crowd(cell)?);
+    cell.wait_info("no clients", |info| Ok(info.number("rdma_connections_established")? == 0))?;
+    cell.tcp()?.words("SCRIPT FLUSH SYNC")?;
+    let before = used(cell)?;
+
+    let killed = crowd(cell)?;
+    let stalled = used(cell)?;
+    ensure!(stalled > before + CLIENTS * (1 << 20), "{stalled} bytes, {before} before");
+    expect(&mut cell.tcp()?, "CLIENT KILL TYPE normal SKIPME yes", &CLIENTS.to_string())?;
+    let given_back = |info: &crate::info::Info| -> Result<bool> {
+        Ok(info.number("used_memory")? <= before + CLIENTS * (64 << 10))
+    };
+    let info = cell.wait_info("the memory of killed clients", given_back)?;
+    let lingering = info.number("rdma_connections_lingering")?;
+    ensure!(lingering == CLIENTS, "{lingering} of {CLIENTS} connections linger");
+    let kept = info.number("used_memory")?.saturating_sub(before);
+    cell.figure(
+        "used memory",
+        format!(
+            "{} KiB more by stalled clients, {} KiB while their \
+        connections linger",
+            (stalled - before) >> 10,
+            kept >> 10
+        ),
+    );
+    drop(killed);
+
+    drop(crowd(cell)?);
+    cell.wait_info("the memory of clients that left", given_back)?;
+    cell.moved(0, (CLIENTS << 20) as usize);
+    Ok(())
 }
 
 /// Waits until the server has no RDMA connection left.
