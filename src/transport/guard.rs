@@ -2,20 +2,33 @@
 //! A panic must not cross into C, and ends no more than the connection that it
 //! happened on.
 
-use super::Transport;
 use super::endpoint::{Endpoint, Fate, Reason};
+use super::valve::Valve;
+use super::{Transport, clock};
+use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 #[cfg(panic = "abort")]
 compile_error!("a panic has to end one connection, not the server: build with panic = \"unwind\"");
+
+/// Lines about panics in a minute, two for each: what panics may do so each time.
+const LINES_PER_MINUTE: u32 = 100;
+
+static LINES: Mutex<Valve> = Mutex::new(Valve::new(LINES_PER_MINUTE));
+
+/// Any thread.
+fn say(message: fmt::Arguments<'_>) {
+    let mut lines = LINES.lock().unwrap_or_else(PoisonError::into_inner);
+    lines.say(clock::now(), log::Level::Error, message);
+}
 
 /// Has panics say in the server's log where they happened. The standard library's own
 /// way may print a stack, for which it frees what libc has allocated: that ends a
 /// server which brings another allocator along.
 pub fn log_panics() {
     std::panic::set_hook(Box::new(|panic| {
-        log::error!("{}", panic.to_string().replace('\n', " "));
+        say(format_args!("{}", panic.to_string().replace('\n', " ")));
     }));
 }
 
@@ -27,7 +40,7 @@ pub fn guard<T>(what: &str, otherwise: T, work: impl FnOnce() -> T) -> T {
         work()
     };
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
-        log::error!("panic in {what}: this is a bug in valkey-rdma, please report it");
+        say(format_args!("panic in {what}: this is a bug in valkey-rdma, please report it"));
         otherwise
     })
 }

@@ -587,7 +587,6 @@ unsafe fn accept(key: IdKey) {
 /// Counts a refusal and says so, once a minute.
 pub(super) fn refused(peer: &str, why: &str) {
     METRICS.connections_refused.add(1);
-    if let Some(more) = Transport::get().listeners.open().refusals.open(clock::now()) {
-        log::warn!("client {peer} refused: {why}{more}");
-    }
+    let message = format_args!("client {peer} refused: {why}");
+    Transport::get().listeners.open().refusals.say(clock::now(), log::Level::Warn, message);
 }

@@ -1,8 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! Messages that a crowd of clients could cause are logged a few times a minute, with
-//! the number of those that were not.
+//! Messages that a crowd of clients could cause, or a device, or a fault of ours, are logged
+//! a few times a minute, with the number of those that were not.
+//!
+//! Whatever happens can happen again, and a loop that says so each time fills the disk. So
+//! everything that is not the answer to something an operator did goes through a valve
+//! (`tests/log_lines.rs` looks), except at the level that one has to ask for.
 
 use crate::session::Millis;
+use log::Level;
+use std::fmt;
 
 const INTERVAL: Millis = 60_000;
 
@@ -21,8 +27,15 @@ impl Valve {
         Self { most, begun: None, let_through: 0, held_back: 0 }
     }
 
+    /// Logs a message, unless there were too many.
+    pub fn say(&mut self, now: Millis, level: Level, message: fmt::Arguments<'_>) {
+        if let Some(more) = self.open(now) {
+            log::log!(level, "{message}{more}");
+        }
+    }
+
     /// Whether a message may be logged now, and then what to append to it.
-    pub fn open(&mut self, now: Millis) -> Option<String> {
+    fn open(&mut self, now: Millis) -> Option<String> {
         if self.begun.is_none_or(|begun| now >= begun + INTERVAL) {
             self.begun = Some(now);
             self.let_through = 0;

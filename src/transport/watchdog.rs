@@ -90,13 +90,12 @@ fn nudge(endpoint: &Endpoint, now: Millis) {
     Transport::get().poller.nudge(endpoint);
     METRICS.watchdog_nudges.add(1);
     endpoint.own().watch.ticks = 0;
-    if let Some(more) = LINES.open().open(now) {
-        log::warn!(
-            "connection of {} was stuck with something to do and has been nudged; this is a \
-             bug in valkey-rdma, please report it: {state}{more}",
-            endpoint.peer_text()
-        );
-    }
+    let peer = endpoint.peer_text();
+    let message = format_args!(
+        "connection of {peer} was stuck with something to do and has been nudged; this is a \
+         bug in valkey-rdma, please report it: {state}"
+    );
+    LINES.open().say(now, log::Level::Warn, message);
 }
 
 #[cfg(test)]

@@ -160,26 +160,23 @@ impl Poller {
 
     /// Says why a connection is lost, unless many are.
     pub fn say_lost(&self, endpoint: &Endpoint, why: &str) {
-        if let Some(more) = self.losses.open().open(clock::now()) {
-            log::info!("connection of {} lost: {why}{more}", endpoint.peer_text());
-        }
+        let peer = endpoint.peer_text();
+        let message = format_args!("connection of {peer} lost: {why}");
+        self.losses.open().say(clock::now(), Level::Info, message);
     }
 
     /// Says what befell a device or an address, unless much does.
     pub fn say_trouble(&self, level: log::Level, what: &str) {
-        if let Some(more) = self.troubles.open().open(clock::now()) {
-            log::log!(level, "{what}{more}");
-        }
+        self.troubles.open().say(clock::now(), level, format_args!("{what}"));
     }
 
     /// The peer broke the protocol: that is said, and the connection is over.
     pub(super) fn violate(&self, endpoint: &Arc<Endpoint>, violation: Violation) {
         if endpoint.fate() != Fate::Broken {
             METRICS.violated(&violation);
-            if let Some(more) = self.violations.open().open(clock::now()) {
-                let peer = endpoint.peer_text();
-                log::warn!("client {peer} broke the protocol: {violation}{more}");
-            }
+            let peer = endpoint.peer_text();
+            let message = format_args!("client {peer} broke the protocol: {violation}");
+            self.violations.open().say(clock::now(), Level::Warn, message);
         }
         self.lose(endpoint, Fate::Broken, Reason::Violation);
     }
