@@ -42,7 +42,7 @@ address_cases=(
     stalled-unpolled stalled-leaves kill shutdown output-limit
     hostile-messages hostile-immediates hostile-windows hostile-announcements hostile-floods
     hostile-deaf hostile-rights hostile-handshakes hostile-leaving limit-registered
-    outgoing-connect outgoing-sync outgoing-lost soak
+    outgoing-connect outgoing-sync outgoing-lost soak removal removal-address device-limits
 )
 
 job_address() {
