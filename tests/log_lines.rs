@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// Where lines are written past the valve that bounds them, how many, and why they can't flood
 /// the log: each is the answer to one thing that an operator did.
 const ONCE: &[(&str, usize, &str)] = &[
-    ("module.rs", 3, "the module is loaded, or is to be unloaded"),
+    ("module.rs", 4, "the module is loaded, or is to be unloaded"),
     ("transport/listener.rs", 5, "the server starts to listen, or is told to listen elsewhere"),
     ("transport/rebind.rs", 1, "a setting is changed"),
     ("transport/valve.rs", 1, "this is the valve"),
