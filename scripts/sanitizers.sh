@@ -7,7 +7,7 @@
 #   address   AddressSanitizer: a 9.1 server, built from Debian's sources with it, the
 #             module built with it, and cells on the software fabric
 #   thread    ThreadSanitizer: the tests of windows and session
-#   valgrind  memcheck: ten short cells on the stock 8.0 server
+#   valgrind  memcheck: eleven short cells on the stock 8.0 server
 #
 # Each job has to find planted bugs first. The last line sums up, as test.sh does.
 # shellcheck source=scripts/lib.sh
@@ -43,6 +43,7 @@ address_cases=(
     hostile-messages hostile-immediates hostile-windows hostile-announcements hostile-floods
     hostile-deaf hostile-rights hostile-handshakes hostile-leaving limit-registered
     outgoing-connect outgoing-sync outgoing-lost soak removal removal-address device-limits
+    crowd-ends refused-linger idle-ends left-behind
 )
 
 job_address() {
@@ -122,7 +123,7 @@ in_copy() {
 
 valgrind_cases=(
     commands last-words reply-off kill output-limit hostile-messages hostile-immediates
-    hostile-announcements limit-registered stalled-leaves
+    hostile-announcements limit-registered stalled-leaves crowd-ends
 )
 
 job_valgrind() {

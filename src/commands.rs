@@ -201,7 +201,7 @@ fn limits() -> [Limit; 4] {
     let connections = transport.poller.count() as u64;
     let [handshakes, registered_bytes, locked_bytes, most_connections] = LIMITS;
     [
-        Limit { name: handshakes, now: transport.poller.handshakes(), most: Some(max_handshakes) },
+        Limit { name: handshakes, now: transport.poller.transients(), most: Some(max_handshakes) },
         Limit {
             name: registered_bytes,
             now: registered,

@@ -69,6 +69,8 @@ metrics! {
     connections_established,
     /// Connections that the server closed and whose last bytes are on their way.
     connections_lingering,
+    /// Connections that are over, whose parts are being given back.
+    connections_ending,
     /// Connections with a reply that their client's window does not take, now.
     connections_window_full,
     /// Connections that became the server's clients, ever.
@@ -95,6 +97,10 @@ metrics! {
     ended_by_error,
     /// Ends of connections that did not complete their handshake in time.
     ended_by_timeout,
+    /// Connections that lingered and were ended early, to make room for others.
+    lingering_cut_short,
+    /// Most ends that one pass has seen to.
+    endings_at_once_most,
     /// Payload that arrived in our windows.
     bytes_received,
     /// Payload that was posted into clients' windows.

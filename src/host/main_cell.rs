@@ -42,8 +42,8 @@ fn this_thread() -> u64 {
 #[derive(Debug, Default)]
 pub struct MainCell<T>(RefCell<T>);
 
-// SAFETY: the value is reached on the main thread only, see `open`, and moves
-// with its holder, which is dropped there.
+// SAFETY: the value is reached on the main thread only, see `open`. It moves with its holder;
+// who has that dropped on another thread sees to it that nothing in it minds.
 unsafe impl<T> Send for MainCell<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for MainCell<T> {}

@@ -64,6 +64,16 @@ pub fn attend(endpoint: &Arc<Endpoint>) {
     }
 }
 
+/// The endpoint that has lingered longest.
+pub fn oldest_lingering() -> Option<Arc<Endpoint>> {
+    let poller = &Transport::get().poller;
+    let clocks = CLOCKS.open();
+    clocks.attended.iter().filter_map(|key| poller.find(*key)).find(|endpoint| {
+        let own = endpoint.own();
+        own.session.is_lingering() && !own.doomed
+    })
+}
+
 /// Does what an endpoint's session asks for now. `caught_up` says that whatever waited at that
 /// time was looked at: nobody is given up for what may be the server's own delay.
 pub fn step(endpoint: &Arc<Endpoint>, now: Millis, caught_up: bool) {
@@ -146,7 +156,8 @@ unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     });
     // Whatever became of that, the clock goes on.
     guard("the slow clock's next tick", (), || {
-        let runs = poller.count() > 0;
+        poller.shrink_hubs();
+        let runs = poller.needs_clock();
         // Without endpoints this clock stops: what it would let go of later goes now.
         poller.shrink_echoes(!runs);
         CLOCKS.open().slow_runs = runs;

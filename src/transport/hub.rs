@@ -10,7 +10,8 @@
 //!
 //! A hub ends before its device does, or with it: a device that was removed, or that fails,
 //! is *retired*. The poller forgets such a hub at once, so that no connection comes to it
-//! any more, and the connections that are left hold it until the last of them is gone. Until
+//! any more, and the connections that are left hold it until the last of them is removed.
+//! Its queues stay for as long as a queue pair is on them. Until
 //! then librdmacm must not close the device, nor later while nobody is connected: so the hub
 //! keeps the id of the connection that it was made for, which is bound to the device.
 
@@ -22,6 +23,7 @@ use crate::verbs::Error;
 use crate::verbs::cm::{Device, Id, IdKey, Limits};
 use crate::verbs::completion::{Batch, Completion, CompletionChannel, CompletionQueue};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Entries of a device's queues, in the order in which they are made: for 77 connections,
 /// for 154 and so on, twice as many each time up to 2,473, or to the device's limit. Few
@@ -41,9 +43,8 @@ const FAILURES: u32 = 3;
 /// See the module's text. Main thread only.
 #[derive(Debug)]
 pub struct Hub {
-    // Before the channel, which must outlive its queues.
     queues: MainCell<Vec<Shared>>,
-    channel: CompletionChannel,
+    channel: Arc<CompletionChannel>,
     device: Device,
     /// Holds the device open, so it goes after what was made there.
     anchor: Arc<Id>,
@@ -57,13 +58,43 @@ pub struct Hub {
     batch: MainCell<Option<Box<Batch>>>,
 }
 
+/// Entries of a queue that are kept for one queue pair. Whoever holds it drops it after that
+/// pair, on whichever thread; until then the queue stays, whatever becomes of the hub.
+#[derive(Debug)]
+pub struct Reservation {
+    index: usize,
+    entries: u32,
+    queue: Arc<Queue>,
+}
+
+#[derive(Debug)]
+struct Queue {
+    // Before the channel, which must outlive it.
+    completions: CompletionQueue,
+    _channel: Arc<CompletionChannel>,
+    /// Reserved entries whose queue pairs are gone.
+    stale: AtomicU32,
+}
+
+impl Reservation {
+    /// The hub's number of the queue.
+    pub fn queue(&self) -> usize {
+        self.index
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        // Release: the queue pair is destroyed before.
+        self.queue.stale.fetch_add(self.entries, Ordering::Release);
+    }
+}
+
 #[derive(Debug)]
 struct Shared {
-    queue: CompletionQueue,
+    queue: Arc<Queue>,
     capacity: u32,
     reserved: u32,
-    /// Part of `reserved` whose queue pairs are gone.
-    stale: u32,
     /// Whether it may hold completions that nothing will tell of: its event was taken, or
     /// a pass left some, or it was armed and not looked at since.
     fired: bool,
@@ -117,7 +148,7 @@ impl Hub {
         };
         Ok(Self {
             queues: MainCell::new(Vec::new()),
-            channel: CompletionChannel::new(device)?,
+            channel: Arc::new(CompletionChannel::new(device)?),
             device,
             anchor: Arc::clone(anchor),
             number,
@@ -188,7 +219,7 @@ impl Hub {
     }
 
     /// Reserves `entries` in a queue and hands that queue to `with`; what `with`
-    /// makes on it must end in [`release`](Self::release) of the returned index.
+    /// makes on it must be gone before the reservation is dropped.
     ///
     /// # Errors
     /// Those of a new queue, if one is needed, and of `with`.
@@ -196,7 +227,7 @@ impl Hub {
         &self,
         entries: u32,
         with: impl FnOnce(&CompletionQueue) -> Result<T, Error>,
-    ) -> Result<(usize, T), Error> {
+    ) -> Result<(Reservation, T), Error> {
         let mut queues = self.queues.open();
         let most = self.limits.completion_entries;
         if most < entries {
@@ -204,18 +235,17 @@ impl Hub {
             return Err(Error { action, errno: libc::ENOSPC });
         }
         let free = |shared: &Shared| shared.capacity - shared.reserved >= entries;
-        // The last is the largest: the connections that are busy should have one in common.
-        let index = match queues.iter().rposition(free) {
+        // The first, so that those made for a peak are empty some time after it.
+        let index = match queues.iter().position(free) {
             Some(index) => index,
             None => {
                 let wish = SIZES[queues.len().min(SIZES.len() - 1)].clamp(entries, most);
                 let (queue, capacity) = self.new_queue(queues.len(), wish, entries)?;
-                queue.arm()?;
+                queue.completions.arm()?;
                 queues.push(Shared {
-                    queue,
+                    queue: Arc::new(queue),
                     capacity,
                     reserved: 0,
-                    stale: 0,
                     fired: false,
                     taken: 0,
                     armed: true,
@@ -223,34 +253,43 @@ impl Hub {
                 queues.len() - 1
             }
         };
-        let made = with(&queues[index].queue)?;
+        let made = with(&queues[index].queue.completions)?;
         queues[index].reserved += entries;
-        Ok((index, made))
+        let queue = Arc::clone(&queues[index].queue);
+        Ok((Reservation { index, entries, queue }, made))
     }
 
     /// A queue, of as many entries as can be had: of `wish`, or else half as many, and so on
     /// down to `least`. A device that has no memory for a large one may have it for a small.
-    fn new_queue(
-        &self,
-        number: usize,
-        wish: u32,
-        least: u32,
-    ) -> Result<(CompletionQueue, u32), Error> {
+    fn new_queue(&self, number: usize, wish: u32, least: u32) -> Result<(Queue, u32), Error> {
         let mut capacity = wish;
         loop {
             let tried =
                 CompletionQueue::new(self.device, &self.channel, capacity, self.vector, number);
             match tried {
-                Ok(queue) => return Ok((queue, capacity)),
+                Ok(completions) => {
+                    let channel = Arc::clone(&self.channel);
+                    let stale = AtomicU32::new(0);
+                    return Ok((Queue { completions, _channel: channel, stale }, capacity));
+                }
                 Err(error) if capacity == least => return Err(error),
                 Err(_) => capacity = (capacity / 2).max(least),
             }
         }
     }
 
-    /// The queue pair of a reservation is gone.
-    pub fn release(&self, index: usize, entries: u32) {
-        self.queues.open()[index].stale += entries;
+    /// Gives back queues that were made for more connections than there are, but one.
+    pub fn shrink(&self) {
+        let mut queues = self.queues.open();
+        while queues.len() > 1 && queues.last().is_some_and(|last| last.reserved == 0) {
+            queues.pop();
+        }
+    }
+
+    /// Whether there is something to be given back, now or after what waits.
+    pub fn is_shrinking(&self) -> bool {
+        let queues = self.queues.open();
+        queues.len() > 1 || queues.iter().any(|shared| shared.reserved > 0)
     }
 
     /// When so many completions of a queue were taken, those that are there now are among them.
@@ -273,8 +312,9 @@ impl Hub {
         // One-shot arming: there is at most one event for each queue.
         for _ in 0..queues.len() {
             let Some(number) = self.channel.take_event()? else { break };
-            queues[number].fired = true;
-            queues[number].armed = false;
+            let Some(shared) = queues.get_mut(number) else { continue };
+            shared.fired = true;
+            shared.armed = false;
         }
         Ok(())
     }
@@ -294,7 +334,7 @@ impl Hub {
     /// If the device is gone.
     pub fn arm(&self) -> Result<(), Error> {
         for shared in self.queues.open().iter_mut().filter(|shared| !shared.armed) {
-            shared.queue.arm()?;
+            shared.queue.completions.arm()?;
             shared.armed = true;
             shared.fired = true;
         }
@@ -333,7 +373,11 @@ impl Hub {
             let mut failures = 0;
             for round in 0.. {
                 // The cell is closed again before `each` runs.
-                let polled = self.queues.open()[index].queue.poll(batch);
+                let queue = Arc::clone(&self.queues.open()[index].queue);
+                // What is gone now has left all its completions: if none is found after
+                // that, there are none. Acquire: see `Reservation`.
+                let stale = queue.stale.load(Ordering::Acquire);
+                let polled = queue.completions.poll(batch);
                 batch.iter().for_each(&mut *each);
                 if let Err(error) = polled {
                     METRICS.poll_failures.add(1);
@@ -348,7 +392,8 @@ impl Hub {
                 shared.taken += batch.iter().count() as u64;
                 if !batch.is_full() {
                     shared.taken += u64::from(shared.capacity);
-                    shared.reserved -= std::mem::take(&mut shared.stale);
+                    shared.reserved -= stale;
+                    queue.stale.fetch_sub(stale, Ordering::Relaxed);
                     shared.fired = false;
                     break;
                 }

@@ -560,10 +560,10 @@ unsafe fn accept(key: IdKey) {
     let id = unsafe { Id::from_request(key) };
     let peer = id.peer_address().map_or_else(String::new, |peer| peer.to_string());
     let most = u64::from(transport.settings.open().max_handshakes);
-    if transport.poller.handshakes() >= most {
+    if !transport.poller.make_room(most) {
         id.reject();
         METRICS.refused_handshakes.add(1);
-        refused(&peer, &format!("{most} connections are in handshake (max-handshakes)"));
+        refused(&peer, &format!("{most} connections are in handshake or ending (max-handshakes)"));
         return;
     }
     let result = id

@@ -10,6 +10,7 @@
 //! * [`listener`]: listening and accepting.
 //! * [`relisten`]: listening again where the device was removed.
 //! * [`rebind`]: the settings that change what is listened on in 8.0.
+//! * `teardown`: the thread that gives back what endpoints consisted of.
 //! * [`clock`]: what the time asks for.
 //! * [`watchdog`]: connections that are stuck.
 //! * [`status`]: what a connection is doing, for those who ask.
@@ -38,6 +39,7 @@ pub mod rebind;
 mod relisten;
 pub mod status;
 pub mod table;
+mod teardown;
 pub mod valve;
 pub mod watchdog;
 

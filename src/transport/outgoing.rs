@@ -206,7 +206,7 @@ fn settle(endpoint: &Arc<Endpoint>, connection: *mut RdmaConnection) -> bool {
         return false;
     }
     base.set_state(State::Connected);
-    endpoint.enter_stage(Some(Stage::Established));
+    endpoint.enter_stage(Stage::Established);
     METRICS.connections_opened.add(1);
     true
 }

@@ -180,6 +180,7 @@ pub fn wait(endpoint: &Endpoint) -> (Wait, Millis) {
         }
         Some(Stage::Handshaking) | None => return (Wait::Announcement, activity.begun),
         Some(Stage::Lingering) => return (Wait::Delivery, quiet_since),
+        Some(Stage::Ending) => return (Wait::Pass, quiet_since),
         Some(Stage::Established) => {}
     }
     match activity.held_back() {

@@ -80,7 +80,7 @@ fn is_due(endpoint: &Endpoint) -> bool {
     match stage {
         Some(Stage::Established) => endpoint.has_work() || endpoint.is_announcement_missed(),
         Some(Stage::Handshaking) => open,
-        Some(Stage::Lingering) | None => false,
+        Some(Stage::Lingering | Stage::Ending) | None => false,
     }
 }
 

@@ -15,6 +15,11 @@ pub struct CompletionChannel {
     raw: *mut ibv_comp_channel,
 }
 
+// SAFETY: libibverbs is thread-safe, and the pointer is freed by the owner alone.
+unsafe impl Send for CompletionChannel {}
+// SAFETY: as above.
+unsafe impl Sync for CompletionChannel {}
+
 impl CompletionChannel {
     /// A channel on a device; non-blocking, closed on exec.
     ///
@@ -74,6 +79,11 @@ impl Drop for CompletionChannel {
 pub struct CompletionQueue {
     raw: *mut ibv_cq,
 }
+
+// SAFETY: as of the channel.
+unsafe impl Send for CompletionQueue {}
+// SAFETY: as above.
+unsafe impl Sync for CompletionQueue {}
 
 /// One completion, reduced to what the transport needs.
 #[derive(Clone, Copy, Debug)]

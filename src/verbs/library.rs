@@ -148,7 +148,6 @@ forward! {
             pd: *mut ibv_pd,
             attributes: *mut ibv_qp_init_attr,
         ) -> c_int;
-        fn rdma_destroy_qp(id: *mut rdma_cm_id);
         fn rdma_connect(id: *mut rdma_cm_id, parameters: *mut rdma_conn_param) -> c_int;
         fn rdma_accept(id: *mut rdma_cm_id, parameters: *mut rdma_conn_param) -> c_int;
         fn rdma_reject(id: *mut rdma_cm_id, data: *const c_void, length: u8) -> c_int;
@@ -193,6 +192,7 @@ forward! {
             cq_context: *mut *mut c_void,
         ) -> c_int;
         fn ibv_ack_cq_events(cq: *mut ibv_cq, count: c_uint);
+        fn ibv_destroy_qp(qp: *mut ibv_qp) -> c_int;
         fn ibv_modify_qp(qp: *mut ibv_qp, attributes: *mut ibv_qp_attr, mask: c_int) -> c_int;
         fn ibv_wc_status_str(status: ibv_wc_status::Type) -> *const c_char;
     }

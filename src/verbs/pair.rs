@@ -194,9 +194,25 @@ fn sge(slice: Slice) -> ibv_sge {
     ibv_sge { addr: slice.address, length: slice.length, lkey: slice.local_key }
 }
 
+impl QueuePair {
+    /// Has the id forget its queue pair, which is in nobody's way then if it is destroyed on
+    /// another thread: librdmacm changes an id's queue pair while it reads events of the
+    /// handshake. On the thread that reads them.
+    pub fn detach(&self) {
+        // SAFETY: made on this id, which its holder keeps until after the pair.
+        unsafe { (*self.id).qp = ptr::null_mut() };
+    }
+}
+
 impl Drop for QueuePair {
     fn drop(&mut self) {
-        // SAFETY: made on this id, which its holder keeps until after the pair.
-        unsafe { library::rdma_destroy_qp(self.id) };
+        // SAFETY: as above. An id that was detached is only looked at. Completion queues
+        // of librdmacm's own making, which `rdma_destroy_qp` would destroy, there are none.
+        unsafe {
+            if !(*self.id).qp.is_null() {
+                self.detach();
+            }
+            library::ibv_destroy_qp(self.raw);
+        }
     }
 }

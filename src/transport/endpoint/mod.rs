@@ -21,9 +21,10 @@ mod sending;
 mod staging;
 
 use super::growth;
-use super::hub::Hub;
+use super::hub::{Hub, Reservation};
 use super::key::Key;
 use super::status::Activity;
+use super::teardown::Place;
 use super::watchdog::Watch;
 use crate::host::{Connection, MainCell};
 use crate::metrics::{Counter, METRICS};
@@ -75,11 +76,14 @@ pub struct Endpoint {
     peer: Option<SocketAddr>,
     local: Option<SocketAddr>,
     own: MainCell<Own>,
-    // Before the id and the hub: one of them holds the device open.
+    // Before the id, which holds the device open.
     domain: ProtectionDomain,
+    reservation: Reservation,
     id: Arc<Id>,
-    hub: MainCell<Rc<Hub>>,
-    reservation: usize,
+    /// The hub of its device, until it is removed.
+    hub: MainCell<Option<Rc<Hub>>>,
+    // When all else is gone.
+    _place: Place,
 }
 
 /// What belongs to the main thread.
@@ -128,6 +132,7 @@ pub enum Stage {
     Handshaking,
     Established,
     Lingering,
+    Ending,
 }
 
 impl Stage {
@@ -137,6 +142,7 @@ impl Stage {
             Self::Handshaking => "handshaking",
             Self::Established => "established",
             Self::Lingering => "lingering",
+            Self::Ending => "ending",
         }
     }
 
@@ -145,14 +151,16 @@ impl Stage {
             Self::Handshaking => &METRICS.connections_handshaking,
             Self::Established => &METRICS.connections_established,
             Self::Lingering => &METRICS.connections_lingering,
+            Self::Ending => &METRICS.connections_ending,
         }
     }
 }
 
 /// What an endpoint is made with.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Plan {
     pub key: Key,
+    pub place: Place,
     /// The largest that its receive buffer may be.
     pub receive_bytes: u32,
     pub timing: Timing,
@@ -231,9 +239,10 @@ impl Endpoint {
                 posted_before: [0; 2],
             }),
             domain,
-            id,
-            hub: MainCell::new(hub),
             reservation,
+            id,
+            hub: MainCell::new(Some(hub)),
+            _place: plan.place,
         };
         (0..RECEIVE_SLOTS).try_for_each(|slot| endpoint.post_receive(slot))?;
         Ok(endpoint)
@@ -275,15 +284,13 @@ impl Endpoint {
         self.own.open()
     }
 
-    /// Counts the endpoint in another gauge, or in none any more.
-    pub fn enter_stage(&self, stage: Option<Stage>) {
-        let before = std::mem::replace(&mut self.own().stage, stage);
+    /// Counts the endpoint in another gauge.
+    pub fn enter_stage(&self, stage: Stage) {
+        let before = self.own().stage.replace(stage);
         if let Some(before) = before {
             before.gauge().sub(1);
         }
-        if let Some(stage) = stage {
-            stage.gauge().add(1);
-        }
+        stage.gauge().add(1);
     }
 
     /// What became of the peer; any thread.
@@ -334,13 +341,23 @@ impl Endpoint {
     }
 
     /// The hub of its device. Main thread.
+    ///
+    /// # Panics
+    /// After [`detach`](Self::detach).
     pub fn hub(&self) -> Rc<Hub> {
-        Rc::clone(&self.hub.open())
+        Rc::clone(self.hub.open().as_ref().expect("an endpoint that is not removed"))
+    }
+
+    /// The endpoint is removed: from here on it may be destroyed on any thread. What hub and
+    /// device have for it stays until then. Main thread.
+    pub fn detach(&self) {
+        *self.hub.open() = None;
+        self.pair.detach();
     }
 
     /// The hub's number of its completion queue.
     pub fn queue(&self) -> usize {
-        self.reservation
+        self.reservation.queue()
     }
 
     /// A number that grows with every byte read and work request posted.
@@ -353,13 +370,5 @@ impl Endpoint {
         if let Err(error) = self.pair.shorten_rnr_timer() {
             log::debug!("connection of {}: {error}", self.peer_text());
         }
-    }
-}
-
-impl Drop for Endpoint {
-    fn drop(&mut self) {
-        // The queue pair goes right after this; until the completion queue was
-        // seen empty its entries stay reserved.
-        self.hub.open().release(self.reservation, ENTRIES);
     }
 }

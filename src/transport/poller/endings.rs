@@ -2,13 +2,13 @@
 //! What befalls connections, and how they end: by a word of the connection manager, of the
 //! server or of a failure, with a line in the log, and their removal.
 
-use super::Poller;
+use super::{ENDINGS_PER_PASS, Poller};
 use crate::host::api;
 use crate::metrics::METRICS;
 use crate::session::Violation;
 use crate::transport::endpoint::{Endpoint, Fate, Reason, Stage};
 use crate::transport::hub::Hub;
-use crate::transport::{clock, outgoing};
+use crate::transport::{clock, outgoing, teardown};
 use crate::verbs::Error;
 use crate::verbs::cm::{Event, EventKind};
 use log::Level;
@@ -110,7 +110,7 @@ impl Poller {
         }
     }
 
-    /// Disconnects and frees an endpoint that no connection of the server has any more.
+    /// Removes an endpoint that no connection of the server has any more.
     pub fn remove(&self, endpoint: Arc<Endpoint>, reason: Reason) {
         if !self.registry.open().remove(endpoint.key(), &endpoint.id_key()) {
             return;
@@ -124,18 +124,22 @@ impl Poller {
             Reason::Timeout => &METRICS.ended_by_timeout,
         }
         .add(1);
-        endpoint.enter_stage(None);
-        endpoint.id().disconnect();
+        endpoint.enter_stage(Stage::Ending);
+        endpoint.detach();
+        teardown::hand_over(endpoint);
     }
 
-    /// Removes the endpoints that were given up since the last time.
+    /// Removes endpoints that are over, up to the bound of a pass.
     pub(super) fn remove_doomed(&self) {
-        loop {
+        let mut count = 0;
+        while count < ENDINGS_PER_PASS {
             let Some(key) = self.doomed.open().pop_front() else { break };
             if let Some(endpoint) = self.find(key) {
                 self.remove(endpoint, Reason::Error);
+                count += 1;
             }
         }
+        METRICS.endings_at_once_most.raise(count as u64);
     }
 
     /// Has an endpoint removed that no connection of the server has any more: not here, since
@@ -144,6 +148,8 @@ impl Poller {
         if std::mem::replace(&mut endpoint.own().doomed, true) {
             return;
         }
+        // It takes no newcomer's room any more.
+        endpoint.enter_stage(Stage::Ending);
         self.doomed.open().push_back(endpoint.key());
         if *self.passes.open() == 0 {
             self.wake_loop();
@@ -200,7 +206,7 @@ impl Poller {
     /// The server closed the connection of `endpoint`: what it had written is still
     /// delivered.
     pub fn close(&self, endpoint: &Arc<Endpoint>) {
-        endpoint.enter_stage(Some(Stage::Lingering));
+        endpoint.enter_stage(Stage::Lingering);
         let now = clock::now();
         let mut own = endpoint.own();
         own.connection = std::ptr::null_mut();

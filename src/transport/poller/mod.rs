@@ -31,6 +31,7 @@ use super::endpoint::{Endpoint, Plan, Stage};
 use super::guard::guard;
 use super::hub::{Hub, Which};
 use super::key::Key;
+use super::teardown::{self, Place};
 use super::valve::Valve;
 use super::{Transport, clock};
 use crate::host::reply::Reply;
@@ -51,6 +52,9 @@ use std::sync::Arc;
 /// Connection manager events handled in one go, so that a storm of connects leaves
 /// the event loop its turn.
 const EVENTS_PER_GO: usize = 32;
+
+/// Ends that one pass sees to: the rest has its turn in the next one, right after this.
+const ENDINGS_PER_PASS: usize = 64;
 
 /// Lost connections that are logged in a minute; as many violations, and as many lines
 /// about devices and addresses.
@@ -220,27 +224,24 @@ impl Poller {
 
     fn enter_on(&self, hub: Rc<Hub>, id: &Arc<Id>) -> Result<Arc<Endpoint>, Error> {
         let transport = Transport::get();
-        let key = self.registry.open().reserve();
+        teardown::help();
+        let key = {
+            let mut registry = self.registry.open();
+            teardown::vacated().into_iter().for_each(|key| registry.give_back(key));
+            registry.reserve()
+        };
         let key = key.ok_or(Error { action: "enter an endpoint", errno: libc::EMFILE })?;
         let (receive_bytes, timing) = {
             let settings = transport.settings.open();
             (settings.rx_size, settings.timing)
         };
-        let plan = Plan { key, receive_bytes, timing, now: clock::now() };
-        match Endpoint::new(Arc::clone(id), hub, plan) {
-            Ok(endpoint) => {
-                let endpoint = Arc::new(endpoint);
-                let (id, entry) = (endpoint.id_key(), Arc::clone(&endpoint));
-                self.registry.open().enter(key, id, entry);
-                endpoint.enter_stage(Some(Stage::Handshaking));
-                clock::attend(&endpoint);
-                Ok(endpoint)
-            }
-            Err(error) => {
-                self.registry.open().give_back(key);
-                Err(error)
-            }
-        }
+        let place = Place::new(key);
+        let plan = Plan { key, place, receive_bytes, timing, now: clock::now() };
+        let endpoint = Arc::new(Endpoint::new(Arc::clone(id), hub, plan)?);
+        self.registry.open().enter(key, endpoint.id_key(), Arc::clone(&endpoint));
+        endpoint.enter_stage(Stage::Handshaking);
+        clock::attend(&endpoint);
+        Ok(endpoint)
     }
 
     /// The endpoint of a key, unless it is gone.
@@ -258,9 +259,21 @@ impl Poller {
         self.registry.open().count()
     }
 
-    /// Connections in handshake at this moment.
-    pub fn handshakes(&self) -> u64 {
-        METRICS.connections_handshaking.get()
+    /// Connections at this moment that are not the server's clients yet, or not any more.
+    pub fn transients(&self) -> u64 {
+        METRICS.connections_handshaking.get() + METRICS.connections_lingering.get()
+    }
+
+    /// Makes room for a newcomer in handshake where there are to be at most `most`
+    /// transients: the one that has lingered longest is ended. `false` if none lingers.
+    pub fn make_room(&self, most: u64) -> bool {
+        if self.transients() < most {
+            return true;
+        }
+        let Some(endpoint) = clock::oldest_lingering() else { return false };
+        METRICS.lingering_cut_short.add(1);
+        self.doom(&endpoint);
+        true
     }
 
     /// Begins a pass, which ends when the answer is dropped, by a panic too: who marks
@@ -348,6 +361,16 @@ impl Poller {
         }
         let served = self.serve_ready();
         hub.pace().passed(served, clock::nanos());
+    }
+
+    /// Gives back completion queues that are not needed any more. Slow clock.
+    pub fn shrink_hubs(&self) {
+        self.hubs.open().iter().for_each(|hub| hub.shrink());
+    }
+
+    /// Whether the slow clock has something to look at.
+    pub fn needs_clock(&self) -> bool {
+        self.count() > 0 || self.hubs.open().iter().any(|hub| hub.is_shrinking())
     }
 
     /// Lets go of descriptors that fire with a device's and were not needed since the

@@ -44,7 +44,7 @@ impl<I: Eq + Hash, T: Clone> Registry<I, T> {
         Some(Key { index, generation: slot.generation })
     }
 
-    /// Nothing is entered under a reserved key.
+    /// Nothing is entered under a reserved key, or not any more.
     pub fn give_back(&mut self, key: Key) {
         self.free.push(key.index);
     }
@@ -55,14 +55,14 @@ impl<I: Eq + Hash, T: Clone> Registry<I, T> {
         self.slots[key.index as usize].entry = Some(entry);
     }
 
-    /// Removes what was entered; `false` if it is gone already.
+    /// Removes what was entered; `false` if it is gone already. Its key is to be given back
+    /// when no completion can carry it any more.
     pub fn remove(&mut self, key: Key, id: &I) -> bool {
         let slot = &mut self.slots[key.index as usize];
         if slot.generation != key.generation || slot.entry.take().is_none() {
             return false;
         }
         self.by_id.remove(id);
-        self.free.push(key.index);
         true
     }
 
@@ -100,6 +100,9 @@ mod tests {
         assert_eq!(registry.find_by_id(&"id"), Some(1));
         assert!(registry.remove(first, &"id"));
         assert!(!registry.remove(first, &"id"));
+        let other = registry.reserve().unwrap();
+        assert_ne!(other.index, first.index, "not given back yet");
+        registry.give_back(first);
         let second = registry.reserve().unwrap();
         assert_eq!((second.index, registry.find(second)), (first.index, None));
         registry.enter(second, "id", 2);

@@ -55,7 +55,6 @@ impl Poller {
     /// Serves every endpoint that is in the queue now, once.
     pub(super) fn serve_ready(&self) -> usize {
         METRICS.passes.add(1);
-        self.remove_doomed();
         let count = self.ready.open().len();
         let mut served = 0;
         for _ in 0..count {
@@ -65,18 +64,17 @@ impl Poller {
             guard_endpoint("one endpoint", &endpoint, || self.serve(&endpoint));
             served += 1;
         }
-        // What the handlers closed.
         self.remove_doomed();
         served
     }
 
     fn serve(&self, endpoint: &Arc<Endpoint>) {
-        let (connection, open) = {
+        let (connection, open, doomed) = {
             let own = endpoint.own();
-            (own.connection, own.session.is_open())
+            (own.connection, own.session.is_open(), own.doomed)
         };
         if connection.is_null() {
-            if open {
+            if open && !doomed {
                 self.hand_over(endpoint);
             }
             return;
@@ -205,7 +203,7 @@ impl Poller {
             (*connection).endpoint = Some(Arc::clone(endpoint));
         }
         endpoint.own().connection = connection.cast();
-        endpoint.enter_stage(Some(Stage::Established));
+        endpoint.enter_stage(Stage::Established);
         METRICS.connections_accepted.add(1);
         let ip = endpoint.peer().map_or_else(String::new, |peer| peer.ip().to_string());
         let ip = CString::new(ip).expect("an address has no NUL");

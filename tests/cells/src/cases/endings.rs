@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! How connections end and begin where the server is late, busy or has many of them.
 
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -8,8 +12,11 @@ use client::Value;
 use client::raw::{Options, Raw};
 
 use super::basics::expect;
-use super::hostile::{Inbox, Target};
+use super::hostile::{Holdings, Inbox, Target};
+use super::operators::completion_queues;
+use super::stalled::settle;
 use crate::cell::{Case, Cell};
+use crate::info::Info;
 
 pub const CASES: &[Case] = &[
     Case::new("idle-ends", idle)
@@ -17,6 +24,12 @@ pub const CASES: &[Case] = &[
     Case::new("left-behind", left_behind),
     Case::new("stalled-handshakes", stalled_handshakes)
         .with(|settings| settings.arguments.push("handshake-timeout=2000".to_owned())),
+    Case::new("crowd-ends", |cell| crowd_ends(cell, 2000)),
+    Case::new("crowd-ends-5000", |cell| crowd_ends(cell, 5000)),
+    Case::new("refused-linger", refused_linger).with(|settings| {
+        settings.directive(&format!("maxclients {CLIENTS}"));
+        settings.arguments.push(format!("max-handshakes={TRANSIENTS}"));
+    }),
 ];
 
 /// A client that had nothing written to it for `linger-time` learns its end at once, and one
@@ -125,5 +138,127 @@ fn stalled_handshakes(cell: &mut Cell) -> Result<()> {
     cell.wait_info("a time-out", |info| Ok(info.number("rdma_ended_by_timeout")? == 1))?;
     drop(silent);
     cell.moved(HANDSHAKES * 14, HANDSHAKES * 7);
+    Ok(())
+}
+
+/// Most ends that the module may see to in one pass.
+const ENDINGS_PER_PASS: u64 = 64;
+
+/// A TCP client that pings without a pause to speak of, and its longest wait.
+struct Gaps {
+    worst: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Result<()>>,
+}
+
+impl Gaps {
+    fn start(cell: &Cell) -> Result<Self> {
+        let mut client = cell.tcp()?;
+        let (worst, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let (most, over) = (Arc::clone(&worst), Arc::clone(&stop));
+        let thread = std::thread::spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                let sent = Instant::now();
+                expect(&mut client, "PING", "PONG")?;
+                most.fetch_max(sent.elapsed().as_millis() as u64, Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Ok(())
+        });
+        Ok(Self { worst, stop, thread })
+    }
+
+    /// The longest wait since the last call, as a figure.
+    fn note(&self, cell: &mut Cell, when: &str) {
+        let worst = self.worst.swap(0, Ordering::Relaxed);
+        cell.figure(&format!("longest wait of a TCP client, {when}"), format!("{worst} ms"));
+    }
+
+    fn end(self) -> Result<()> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("it does not panic")
+    }
+}
+
+/// Thousands of connections that come at once, and end at once: killed by the server, and left
+/// by a process that is killed. A pass does no more of it than it may.
+fn crowd_ends(cell: &mut Cell, count: u64) -> Result<()> {
+    let count = if cell.lab.is_slow() { count / 10 } else { count };
+    // What the server sets up once and keeps.
+    expect(&mut cell.rdma()?, "PING", "PONG")?;
+    settle(cell)?;
+    let mut admin = cell.tcp()?;
+    let gaps = Gaps::start(cell)?;
+    let rest = Holdings::at_rest(cell)?;
+    for killed in [true, false] {
+        gaps.note(cell, "before");
+        let crowd = cell.idle_clients(count as usize)?;
+        cell.wait_info("the crowd", |info| {
+            Ok(info.number("rdma_connections_established")? == count)
+        })?;
+        gaps.note(cell, &format!("while {count} come"));
+        if killed {
+            let address = cell.server().rdma_address();
+            expect(&mut admin, &format!("CLIENT KILL LADDR {address}"), &count.to_string())?;
+            rest.wait_back(cell).context("killed by the server")?;
+            gaps.note(cell, "while as many are killed");
+            drop(crowd);
+        } else {
+            drop(crowd);
+            rest.wait_back(cell).context("their process is killed")?;
+            gaps.note(cell, "while as many are lost");
+        }
+    }
+    gaps.end()?;
+    let most = cell.info()?.number("rdma_endings_at_once_most")?;
+    ensure!((1..=ENDINGS_PER_PASS).contains(&most), "{most} ends in one pass");
+    cell.figure("most ends in one pass", most);
+    let deadline = Instant::now() + cell.lab.patience();
+    while completion_queues(cell)? > 1 {
+        ensure!(Instant::now() < deadline, "completion queues of the peak are kept");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+/// Clients at a time that the server of `refused-linger` has, and connections beside them.
+const CLIENTS: usize = 20;
+const TRANSIENTS: u64 = 50;
+
+/// Connections that the server refuses, and that do not take the refusal, are bounded in
+/// number and time.
+fn refused_linger(cell: &mut Cell) -> Result<()> {
+    let target = Target::of(cell);
+    expect(&mut cell.rdma()?, "PING", "PONG")?;
+    settle(cell)?;
+    let mut admin = cell.tcp()?;
+    let mut info = || -> Result<Info> { Ok(Info::parse(&admin.words("INFO everything")?.text())) };
+    let rest = Holdings::at_rest(cell)?;
+    // One receive: for the server's window, and none for what it says.
+    let options = Options { receives: 1, repost: false, memory: 4096, ..Options::default() };
+    let mut open = VecDeque::new();
+    for _ in 0..if cell.lab.is_slow() { 150 } else { 500 } {
+        let mut raw = target.open_with(&options)?;
+        raw.send(&raw.window().announcement())?;
+        open.push_back(raw);
+        if open.len() > 200 {
+            open.pop_front();
+        }
+    }
+    let said = info()?;
+    let most = said.number("rdma_registered_peak_bytes")? / (32 << 10);
+    cell.figure("most connections at one time", most);
+    ensure!(said.number("rdma_lingering_cut_short")? > 0, "nobody had to make room");
+    // Those that are over may still be on their way out.
+    let limit = CLIENTS as u64 + TRANSIENTS;
+    ensure!(most <= 3 * limit, "{most} connections at one time, {limit} may be");
+    // The others go by themselves, although their peers are still there.
+    let deadline = target.soon();
+    while info()?.number("rdma_connections_lingering")? > 0 {
+        ensure!(Instant::now() < deadline, "refused connections linger without end");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    drop(open);
+    rest.wait_back(cell)?;
     Ok(())
 }

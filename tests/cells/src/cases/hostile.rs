@@ -614,7 +614,7 @@ fn witnessed(cell: &mut Cell, body: impl FnOnce(&mut Cell) -> Result<()>) -> Res
 pub(super) struct Holdings {
     registered: u64,
     descriptors: usize,
-    connections: [u64; 3],
+    connections: [u64; 4],
     violations: u64,
     by_violation: u64,
     by_error: u64,
@@ -671,12 +671,13 @@ impl Holdings {
     }
 }
 
-/// Connections in handshake, established and lingering.
-fn gauges(info: &Info) -> Result<[u64; 3]> {
+/// Connections in handshake, established, lingering and ending.
+fn gauges(info: &Info) -> Result<[u64; 4]> {
     Ok([
         info.number("rdma_connections_handshaking")?,
         info.number("rdma_connections_established")?,
         info.number("rdma_connections_lingering")?,
+        info.number("rdma_connections_ending")?,
     ])
 }
 

@@ -192,6 +192,7 @@ pub fn settle(cell: &Cell) -> Result<()> {
             "rdma_connections_handshaking",
             "rdma_connections_established",
             "rdma_connections_lingering",
+            "rdma_connections_ending",
         ])? == 0)
     })?;
     Ok(())
