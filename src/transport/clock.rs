@@ -6,12 +6,12 @@
 //! lingering. Both are timers of the module API; a pending one also makes the
 //! server refuse to unload us.
 
-use super::Transport;
 use super::endpoint::{Endpoint, Fate, Reason};
 use super::guard::{guard, guard_endpoint};
 use super::key::Key;
 use super::pace::Nanos;
 use super::watchdog;
+use super::{Transport, child};
 use crate::host::{MainCell, api};
 use crate::session::{Duty, Millis};
 use redis_module::raw::RedisModuleCtx;
@@ -144,6 +144,7 @@ unsafe extern "C" fn on_fast(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
 unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     let poller = &Transport::get().poller;
     guard("slow clock", (), || {
+        child::tell();
         // A notification that the device lost costs a second, and not all its connections.
         let now = now();
         let caught_up = poller.catch_up();

@@ -43,6 +43,16 @@ impl RdmaConnection {
         self.descriptor.is_some()
     }
 
+    /// Whether the server wants to block on this connection: the debugger of scripts says so
+    /// by a flag of the descriptor, which has no other use. A system call.
+    pub fn is_blocking(&self) -> bool {
+        self.descriptor.as_ref().is_some_and(|descriptor| {
+            // SAFETY: a query of a descriptor of our own.
+            let flags = unsafe { libc::fcntl(descriptor.as_raw_fd(), libc::F_GETFL) };
+            flags >= 0 && flags & libc::O_NONBLOCK == 0
+        })
+    }
+
     /// Ends the life of a connection.
     ///
     /// # Safety

@@ -15,12 +15,14 @@
 //! * [`watchdog`]: connections that are stuck.
 //! * [`status`]: what a connection is doing, for those who ask.
 //! * [`outgoing`]: connections that this server opens.
+//! * [`child`]: what forked children must not do, and what is said of it.
 //! * [`address`]: addresses as the operator writes them.
 //! * [`valve`]: messages that must not flood the log.
 //! * [`guard`]: no panic crosses into C; `panics` puts it to the test.
 //! * [`table`]: the functions of `ConnectionType`, the door to C.
 
 pub mod address;
+pub mod child;
 pub mod clock;
 pub mod connection;
 mod echoes;
@@ -46,12 +48,11 @@ pub mod watchdog;
 use crate::config::Settings;
 use crate::host::symbols::Symbols;
 use crate::host::{Line, MainCell};
-use crate::verbs::fork;
+pub use child::in_child;
 use listener::Listeners;
 use poller::Poller;
 use std::ffi::c_void;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Everything of the running module.
 #[derive(Debug)]
@@ -66,10 +67,6 @@ pub struct Transport {
 
 static TRANSPORT: OnceLock<Transport> = OnceLock::new();
 
-/// Whether this process is a child that the server forked. It shares memory and
-/// devices with its parent and must touch neither.
-static IN_CHILD: AtomicBool = AtomicBool::new(false);
-
 impl Transport {
     /// Sets the transport up; once, while the module loads.
     ///
@@ -80,12 +77,7 @@ impl Transport {
         symbols: Symbols,
         settings: Settings,
     ) -> Result<&'static Self, String> {
-        unsafe extern "C" fn in_child() {
-            IN_CHILD.store(true, Ordering::Relaxed);
-            fork::close_in_child();
-        }
-        // SAFETY: the callback uses atomics and close(2), which is allowed after fork.
-        unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+        child::start();
         let transport = Self {
             line,
             symbols,
@@ -114,9 +106,4 @@ impl Transport {
     pub fn set_kind(&self, table: *const c_void) {
         let _ = self.kind.set(table as usize);
     }
-}
-
-/// Whether this process is a forked child of the server.
-pub fn in_child() -> bool {
-    IN_CHILD.load(Ordering::Relaxed)
 }

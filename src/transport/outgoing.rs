@@ -319,6 +319,22 @@ pub fn sync_write(endpoint: &Arc<Endpoint>, bytes: &[u8], timeout: Duration) -> 
     .unwrap_or(Err(libc::ETIMEDOUT))
 }
 
+/// A read that waits for as long as it takes. Main thread.
+pub fn blocking_read(endpoint: &Endpoint, to: &mut [u8]) -> ReadOutcome {
+    loop {
+        let outcome = wait_for(later(Duration::from_secs(3600)), || {
+            // SAFETY: a slice.
+            match unsafe { endpoint.read(to.as_mut_ptr(), to.len()) } {
+                ReadOutcome::Again => None,
+                outcome => Some(outcome),
+            }
+        });
+        if let Some(outcome) = outcome {
+            return outcome;
+        }
+    }
+}
+
 /// `ConnectionType.sync_read`: fills `to`, or an error.
 ///
 /// # Errors

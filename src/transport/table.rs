@@ -8,7 +8,7 @@
 use super::connection::RdmaConnection;
 use super::endpoint::{Fate, ReadOutcome, WriteOutcome};
 use super::guard::{give_up, guard};
-use super::{Transport, in_child, listener, outgoing};
+use super::{Transport, child, in_child, listener, outgoing};
 use crate::host::Line;
 use crate::host::connection::{
     Connection, FLAG_CLOSE_SCHEDULED, FLAG_WRITE_BARRIER, Handler, State,
@@ -25,6 +25,9 @@ use std::time::Duration;
 
 const OK: c_int = 0;
 const ERR: c_int = -1;
+
+/// How long a blocking write may take, as the server has it for a debugger's client.
+const BLOCKING_WRITE: Duration = Duration::from_secs(5);
 
 /// As [`guard`], for work on a connection, which ends by a panic.
 fn guard_on<T>(
@@ -281,7 +284,25 @@ unsafe extern "C" fn write(
 ) -> c_int {
     guard_on("write", connection, ERR, || {
         // SAFETY: the server passes a live connection and `length` readable bytes.
-        unsafe { write_pieces(connection, &[(data.cast(), length)]) }
+        unsafe {
+            let taken = write_pieces(connection, &[(data.cast(), length)]);
+            match &(*ours(connection)).endpoint {
+                Some(endpoint)
+                    if usize::try_from(taken).unwrap_or(0) < length
+                        && is_main_thread()
+                        && !in_child()
+                        && (*ours(connection)).is_blocking() =>
+                {
+                    let bytes = std::slice::from_raw_parts(data.cast::<u8>(), length);
+                    let rest = &bytes[usize::try_from(taken).unwrap_or(0)..];
+                    match outgoing::sync_write(endpoint, rest, BLOCKING_WRITE) {
+                        Ok(()) => length as c_int,
+                        Err(_) => taken,
+                    }
+                }
+                _ => taken,
+            }
+        }
     })
 }
 
@@ -308,6 +329,7 @@ unsafe fn write_pieces(connection: *mut Connection, pieces: &[(*const u8, usize)
     // SAFETY: by the caller's promise.
     unsafe {
         if in_child() {
+            child::note_write();
             set_errno(libc::ENOTCONN);
             return ERR;
         }
@@ -341,7 +363,16 @@ unsafe extern "C" fn read(connection: *mut Connection, to: *mut c_void, length: 
                 (*connection).fail(libc::ENOTCONN);
                 return ERR;
             };
-            match endpoint.read(to.cast(), length.min(c_int::MAX as usize)) {
+            let length = length.min(c_int::MAX as usize);
+            let mut outcome = endpoint.read(to.cast(), length);
+            if matches!(outcome, ReadOutcome::Again)
+                && is_main_thread()
+                && (*ours(connection)).is_blocking()
+            {
+                let to = std::slice::from_raw_parts_mut(to.cast::<u8>(), length);
+                outcome = outgoing::blocking_read(endpoint, to);
+            }
+            match outcome {
                 ReadOutcome::Bytes(count) => {
                     if is_main_thread() {
                         // Soonest is best: the peer may be waiting for this window.

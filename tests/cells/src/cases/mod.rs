@@ -5,6 +5,7 @@ use crate::cell::Case;
 
 mod abilities;
 mod basics;
+mod children;
 mod churn;
 mod config;
 mod crowd;
@@ -28,6 +29,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
     [
         abilities::CASES,
         basics::CASES,
+        children::CASES,
         sizes::CASES,
         stock_clients::CASES,
         deadlock::CASES,
