@@ -175,6 +175,8 @@ metrics! {
     errors_remote,
     /// Our own side.
     errors_local,
+    /// Work requests that a device refused, but for want of room; their connections ended.
+    posts_refused,
     /// Polls of a completion queue that failed; the next one went on, or the device was lost.
     poll_failures,
     /// Zero-length writes posted to see whether a silent client is alive.

@@ -91,15 +91,15 @@ pub fn step(endpoint: &Arc<Endpoint>, now: Millis, caught_up: bool) {
 }
 
 /// Posts the probe that the session counts on.
-fn probe(endpoint: &Endpoint) {
-    match endpoint.post_probe() {
-        Ok(true) => {}
-        Ok(false) => endpoint.own().session.probe_not_sent(),
-        Err(error) => {
-            endpoint.own().session.probe_not_sent();
-            log::debug!("connection of {}: {error}", endpoint.peer_text());
-        }
+fn probe(endpoint: &Arc<Endpoint>) {
+    let sent = match endpoint.post_probe() {
+        Err(error) if error.is_about_room() => Ok(false),
+        result => result,
+    };
+    if !matches!(sent, Ok(true)) {
+        endpoint.own().session.probe_not_sent();
     }
+    Transport::get().poller.attempt(endpoint, sent.map(drop));
 }
 
 fn time_out(endpoint: &Arc<Endpoint>, why: &str) {
@@ -173,9 +173,12 @@ fn look_after(endpoint: &Arc<Endpoint>, now: Millis, caught_up: bool) {
     let poller = &Transport::get().poller;
     step(endpoint, now, caught_up);
     // What a full send queue refused, and no completion will bring back.
-    if endpoint.fate() == Fate::Alive && endpoint.awaits_control_slot() {
-        poller.attempt(endpoint, endpoint.send_answers());
-        poller.attempt(endpoint, endpoint.announce_if_full());
+    if endpoint.fate() == Fate::Alive {
+        poller.attempt(endpoint, endpoint.post_waiting_receives());
+        if endpoint.awaits_control_slot() {
+            poller.attempt(endpoint, endpoint.send_answers());
+            poller.attempt(endpoint, endpoint.announce_if_full());
+        }
     }
     if endpoint.shrink_if_idle() && endpoint.own().session.begin_probe(now) {
         probe(endpoint);

@@ -27,14 +27,25 @@ impl Error {
         if result == 0 { Ok(()) } else { Err(Self::last(action)) }
     }
 
-    /// `Ok` for the 0 of calls that return the error number itself. Some
-    /// providers return −1 and set `errno` where the manual promises a number.
+    /// `Ok` for the 0 of calls that return the error number itself. Where the manual promises
+    /// a number some providers return it with a minus, and others −1 and set `errno`.
     pub(super) fn check_number(action: &'static str, result: i32) -> Result<(), Self> {
         match result {
             0 => Ok(()),
-            errno if errno > 0 => Err(Self { action, errno }),
-            _ => Err(Self::last(action)),
+            -1 => Err(Self::last(action)),
+            number => Err(Self { action, errno: number.saturating_abs() }),
         }
+    }
+
+    /// Whether a queue took no more work requests, and will when some are over: the usual
+    /// word for it, and that of some providers.
+    pub fn is_about_room(&self) -> bool {
+        matches!(self.errno, libc::ENOMEM | libc::EAGAIN)
+    }
+
+    /// Whether a device does not know what it was asked for.
+    pub fn is_about_ability(&self) -> bool {
+        matches!(self.errno, libc::EINVAL | libc::EOPNOTSUPP | libc::ENOSYS)
     }
 
     /// Whether memory could not be had or registered.
@@ -120,6 +131,18 @@ mod tests {
             let text = Error { action: OPEN, errno }.to_string();
             assert!(words.iter().all(|word| text.contains(word)), "{text}");
         }
+    }
+
+    #[test]
+    fn a_number_is_the_same_however_a_provider_returns_it() {
+        let check = |result| Error::check_number("post", result).map_err(|error| error.errno);
+        assert_eq!(check(0), Ok(()));
+        assert_eq!((check(libc::EINVAL), check(-libc::EINVAL)), (Err(22), Err(22)));
+        // SAFETY: the calling thread's own errno.
+        unsafe { *libc::__errno_location() = libc::ENODEV };
+        assert_eq!(check(-1), Err(libc::ENODEV));
+        let is_room = |result| Error::check_number("post", result).unwrap_err().is_about_room();
+        assert!(is_room(-libc::EAGAIN) && is_room(libc::ENOMEM) && !is_room(-libc::EINVAL));
     }
 
     #[test]

@@ -82,6 +82,8 @@ impl QueuePair {
             })?;
             // SAFETY: the call succeeded, so the id has its queue pair.
             let raw = unsafe { (*id.raw()).qp };
+            // What it was given, which may be less: some devices take the wish and clamp it.
+            let inline = attributes.cap.max_inline_data.min(INLINE);
             Ok(Self { id: id.raw(), raw, inline })
         };
         create(INLINE).or_else(|_: Error| create(0))
@@ -122,7 +124,7 @@ impl QueuePair {
     /// Posts a SEND of one control message; it always completes.
     ///
     /// # Errors
-    /// `ENOMEM` if the send queue is full, others if the queue pair is gone.
+    /// [`Error::is_about_room`] if the send queue is full, others if the queue pair is gone.
     pub fn post_send(&self, work_request: u64, message: Slice) -> Result<(), Error> {
         self.post(work_request, ibv_wr_opcode::IBV_WR_SEND, Some(message), None, 0, true)
     }

@@ -33,7 +33,7 @@ impl Endpoint {
                 self.own().session.answer_not_sent(answer, slot);
                 return Ok(());
             }
-            self.post_receive(slot)?;
+            self.post_receive_again(slot)?;
         }
     }
 
@@ -53,7 +53,7 @@ impl Endpoint {
             Ok(()) => Ok(true),
             Err(error) => {
                 self.own().free_control_slots.push(slot);
-                if error.errno == libc::ENOMEM { Ok(false) } else { Err(error) }
+                if error.is_about_room() { Ok(false) } else { Err(error) }
             }
         }
     }
@@ -69,11 +69,34 @@ impl Endpoint {
         own.announcement_due || own.session.owes_answers() || own.free_control_slots.is_empty()
     }
 
-    /// Posts the receive of a slot (again). Main thread.
+    /// Posts the receive of a slot again, which has to wait if there is no room now. Main
+    /// thread.
+    ///
+    /// # Errors
+    /// If the queue pair refuses it.
+    pub fn post_receive_again(&self, slot: u16) -> Result<(), Error> {
+        let result = self.post_receive(slot);
+        if result.is_err_and(|error| error.is_about_room()) {
+            self.own().unposted.push(slot);
+            return Ok(());
+        }
+        result
+    }
+
+    /// Posts the receives that there was no room for. Main thread.
+    ///
+    /// # Errors
+    /// If the queue pair refuses one.
+    pub fn post_waiting_receives(&self) -> Result<(), Error> {
+        let waiting = std::mem::take(&mut self.own().unposted);
+        waiting.into_iter().try_for_each(|slot| self.post_receive_again(slot))
+    }
+
+    /// Posts the receive of a slot. Main thread.
     ///
     /// # Errors
     /// If the queue pair does not take it.
-    pub fn post_receive(&self, slot: u16) -> Result<(), Error> {
+    pub(super) fn post_receive(&self, slot: u16) -> Result<(), Error> {
         let offset = usize::from(slot) * MESSAGE_LEN;
         let into = Slice {
             // SAFETY: inside the control region.

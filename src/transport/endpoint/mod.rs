@@ -44,7 +44,7 @@ use std::net::SocketAddr;
 use std::ptr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 /// Payload work requests that may be in flight.
 const PAYLOAD_DEPTH: usize = 32;
@@ -69,6 +69,8 @@ pub struct Endpoint {
     fate: SharedFate,
     /// The send queue refused a work request that it should have taken.
     refused: AtomicBool,
+    /// The error number with which it refused one for good, for the log; 0 for none.
+    refusal: AtomicI32,
     /// The server has shut the connection down, and will close it.
     shut: AtomicBool,
     activity: Activity,
@@ -111,6 +113,8 @@ pub struct Own {
     /// What the watchdog remembers.
     pub watch: Watch,
     free_control_slots: Vec<u16>,
+    /// Slots whose receives there was no room for.
+    unposted: Vec<u16>,
     announcement_due: bool,
     /// `total_posted` at the last two ticks of the slow clock.
     posted_before: [u64; 2],
@@ -217,6 +221,7 @@ impl Endpoint {
             control,
             fate: SharedFate::default(),
             refused: AtomicBool::new(false),
+            refusal: AtomicI32::new(0),
             shut: AtomicBool::new(false),
             activity: Activity::new(plan.now),
             key: plan.key,
@@ -235,6 +240,7 @@ impl Endpoint {
                 client: None,
                 watch: Watch::new(plan.now),
                 free_control_slots: (0..CONTROL_SLOTS).collect(),
+                unposted: Vec::new(),
                 announcement_due: false,
                 posted_before: [0; 2],
             }),
@@ -244,7 +250,8 @@ impl Endpoint {
             hub: MainCell::new(Some(hub)),
             _place: plan.place,
         };
-        (0..RECEIVE_SLOTS).try_for_each(|slot| endpoint.post_receive(slot))?;
+        endpoint.post_receive(0)?;
+        (1..RECEIVE_SLOTS).try_for_each(|slot| endpoint.post_receive_again(slot))?;
         Ok(endpoint)
     }
 

@@ -110,12 +110,13 @@ impl Endpoint {
                 writer.take_back(chunk.length);
                 writer.used -= chunk.length as u32;
                 self.outbound.publish_left(writer.window.length - writer.used);
-                if error.errno == libc::ENOMEM {
+                if error.is_about_room() {
                     // A full send queue is no error: the clock looks again.
                     self.refused.store(true, Ordering::Relaxed);
                     break;
                 }
-                log::debug!("connection of {}: {error}", self.peer_text());
+                METRICS.posts_refused.add(1);
+                self.refusal.store(error.errno, Ordering::Relaxed);
                 self.worsen(Fate::Gone);
                 break;
             }
@@ -220,6 +221,16 @@ impl Endpoint {
     /// may be on its way that would bring the writer back.
     pub fn take_refused(&self) -> bool {
         self.refused.swap(false, Ordering::Relaxed)
+    }
+
+    /// The error number with which the device refused a write for good, once. Main thread.
+    pub fn take_refusal(&self) -> Option<i32> {
+        Some(self.refusal.swap(0, Ordering::Relaxed)).filter(|errno| *errno != 0)
+    }
+
+    /// Whether nothing was written yet.
+    pub fn is_unwritten(&self) -> bool {
+        self.ledger.total_posted() == 0
     }
 
     /// Posts a probe; `false` if somebody is writing at this moment. Main thread.

@@ -157,7 +157,7 @@ impl Poller {
 
     fn post_again(&self, endpoint: &Arc<Endpoint>, slot: u16) {
         if endpoint.fate() == Fate::Alive {
-            self.attempt(endpoint, endpoint.post_receive(slot));
+            self.attempt(endpoint, endpoint.post_receive_again(slot));
         }
     }
 }

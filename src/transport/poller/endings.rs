@@ -159,8 +159,30 @@ impl Poller {
     /// Ends the connection if something that it needs could not be posted.
     pub fn attempt(&self, endpoint: &Arc<Endpoint>, result: Result<(), Error>) {
         if let Err(error) = result {
-            log::debug!("connection of {}: {error}", endpoint.peer_text());
+            METRICS.posts_refused.add(1);
+            if endpoint.fate() == Fate::Alive {
+                self.say_refused(endpoint, error);
+            }
             self.lose(endpoint, Fate::Gone, Reason::Error);
+        }
+    }
+
+    /// Says that the device refused a write, which any thread may have found, once.
+    pub(super) fn say_refusal(&self, endpoint: &Endpoint) {
+        if let Some(errno) = endpoint.take_refusal() {
+            self.say_refused(endpoint, Error { action: "post a work request", errno });
+        }
+    }
+
+    fn say_refused(&self, endpoint: &Endpoint, error: Error) {
+        let device = endpoint.hub();
+        let why = format!("{error}; device {}", device.name());
+        if endpoint.is_unwritten() && error.is_about_ability() {
+            let hint = "if no client is answered, the device can't do RDMA writes with \
+                        immediate data, which the protocol needs";
+            self.say_lost(endpoint, &format!("{why}; {hint}"));
+        } else {
+            self.say_lost(endpoint, &why);
         }
     }
 
@@ -206,6 +228,7 @@ impl Poller {
     /// The server closed the connection of `endpoint`: what it had written is still
     /// delivered.
     pub fn close(&self, endpoint: &Arc<Endpoint>) {
+        self.say_refusal(endpoint);
         endpoint.enter_stage(Stage::Lingering);
         let now = clock::now();
         let mut own = endpoint.own();

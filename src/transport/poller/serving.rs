@@ -86,6 +86,7 @@ impl Poller {
             }
             return;
         }
+        self.say_refusal(endpoint);
         let before = endpoint.progress();
         // SAFETY: as above.
         let write_first = unsafe { has_write_barrier(connection) };

@@ -74,6 +74,8 @@ pub struct Plan {
     faults: Vec<Fault>,
     /// Bytes that may be registered, as RLIMIT_MEMLOCK limits them on a device.
     pub memlock: Option<u64>,
+    /// Bytes that a work request may carry in itself, whatever a queue pair asks for.
+    pub inline: Option<u32>,
     /// There is no device.
     pub no_device: bool,
     /// Milliseconds after which a device that was removed is back.
@@ -123,6 +125,9 @@ fn mix(n: u64) -> u64 {
 
 /// Errnos by name, as far as the calls concerned return them.
 fn errno(name: &str) -> Option<u64> {
+    if let Some(positive) = name.strip_prefix('-') {
+        return errno(positive).map(u64::wrapping_neg);
+    }
     let code = match name {
         "EAGAIN" => libc::EAGAIN,
         "EFAULT" => libc::EFAULT,
@@ -152,6 +157,7 @@ impl Plan {
             Some(("device-returns", n)) => self.device_returns = Some(n.parse().ok()?),
             Some(("cq-fails-above", n)) => self.cq_most = Some(n.parse().ok()?),
             Some(("max-cqe", n)) => self.max_cqe = Some(n.parse().ok()?),
+            Some(("inline", n)) => self.inline = Some(n.parse().ok()?),
             Some(("only", ip)) => self.only = Some(ip.parse().ok()?),
             _ if term == "no-device" => self.no_device = true,
             _ => self.faults.push(Fault::parse(term)?),
@@ -194,7 +200,8 @@ impl Fault {
         let (name, value) = rest.split_once('=').map_or((rest, None), |(n, v)| (n, Some(v)));
         let point = NAMES.iter().find(|(n, _)| *n == name)?.1;
         let value = match (point, value) {
-            (Point::PostSend | Point::PostReceive | Point::Register, Some(v)) => errno(v)?,
+            (Point::PostSend | Point::PostReceive, Some(v)) => errno(v)?,
+            (Point::Register, Some(v)) if !v.starts_with('-') => errno(v)?,
             // Microseconds; completions; a completion status.
             (Point::CompletionDelay | Point::CompletionBatch | Point::SendError, Some(v)) => {
                 v.parse().ok()?
@@ -242,9 +249,22 @@ mod tests {
             (plan.memlock, plan.only),
             (Some(65_536), Some("::1".parse().expect("an address")))
         );
-        for bad in
-            ["rnr@0", "rnr=1", "post-send", "wc-delay=x", "nothing", "rnr%", "seed=x", "only=me"]
-        {
+        let plan = Plan::parse("post-send=-EAGAIN post-recv=-22 inline=32").expect("a plan");
+        assert_eq!(plan.strikes(Point::PostSend).map(|code| code as i32), Some(-libc::EAGAIN));
+        assert_eq!(plan.strikes(Point::PostReceive).map(|code| code as i32), Some(-22));
+        assert_eq!(plan.inline, Some(32));
+        for bad in [
+            "rnr@0",
+            "rnr=1",
+            "post-send",
+            "wc-delay=x",
+            "nothing",
+            "rnr%",
+            "seed=x",
+            "only=me",
+            "reg-mr=-12",
+            "inline=-1",
+        ] {
             assert_eq!(Plan::parse(bad).unwrap_err(), bad);
         }
     }

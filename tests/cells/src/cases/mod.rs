@@ -10,6 +10,7 @@ mod churn;
 mod config;
 mod crowd;
 mod deadlock;
+mod devices;
 mod durable;
 mod endings;
 mod hostile;
@@ -33,6 +34,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         sizes::CASES,
         stock_clients::CASES,
         deadlock::CASES,
+        devices::CASES,
         durable::CASES,
         stalled::CASES,
         hostile::CASES,

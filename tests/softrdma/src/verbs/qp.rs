@@ -12,6 +12,7 @@ use super::responder::Inbound;
 use super::srq::Srq;
 use super::work::*;
 use crate::board::{self, Place};
+use crate::fault;
 use crate::handle::{self, Acks};
 use crate::keys;
 use crate::link::{Link, want};
@@ -179,6 +180,9 @@ impl Qp {
         }
         // As Soft-RoCE does: inline data may fill the room of the gather list.
         cap.max_inline_data = cap.max_inline_data.max(cap.max_send_sge * 16);
+        if let Some(inline) = fault::plan().inline {
+            cap.max_inline_data = inline;
+        }
         // SAFETY: the application passes live objects of ours.
         let (send_cq, recv_cq, srq) = unsafe {
             let srq = (!init.srq.is_null()).then(|| handle::share::<Srq, _>(init.srq));
