@@ -338,7 +338,8 @@ unsafe fn write_pieces(connection: *mut Connection, pieces: &[(*const u8, usize)
             return ERR;
         };
         match endpoint.write(pieces) {
-            WriteOutcome::Bytes(count) => c_int::try_from(count).unwrap_or(c_int::MAX),
+            // A call takes far less than a number of this type holds.
+            WriteOutcome::Bytes(count) => count as c_int,
             WriteOutcome::Again => {
                 set_errno(libc::EAGAIN);
                 ERR

@@ -287,7 +287,10 @@ fn outcome(wc: &ibv_wc) -> Outcome {
     if wc.status != ibv_wc_status::IBV_WC_SUCCESS {
         return Outcome::Failed(Status(wc.status));
     }
+    // A SEND that carries more than a message completes as one, but for a flag.
+    let more = ibv_wc_flags::IBV_WC_WITH_IMM.0 | ibv_wc_flags::IBV_WC_WITH_INV.0;
     match wc.opcode {
+        ibv_wc_opcode::IBV_WC_RECV if wc.wc_flags & more != 0 => Outcome::Unexpected(wc.opcode),
         ibv_wc_opcode::IBV_WC_RECV => Outcome::Received(wc.byte_len),
         ibv_wc_opcode::IBV_WC_RECV_RDMA_WITH_IMM => {
             // SAFETY: a successful completion with this opcode carries an immediate.
@@ -309,6 +312,20 @@ impl Drop for CompletionQueue {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_send_that_carries_more_than_a_message_is_no_message() {
+        // SAFETY: a completion is plain numbers.
+        let mut wc: ibv_wc = unsafe { mem::zeroed() };
+        (wc.opcode, wc.byte_len) = (ibv_wc_opcode::IBV_WC_RECV, 32);
+        assert_eq!(outcome(&wc), Outcome::Received(32));
+        wc.wc_flags = ibv_wc_flags::IBV_WC_GRH.0;
+        assert_eq!(outcome(&wc), Outcome::Received(32), "what the device adds is its own");
+        for flag in [ibv_wc_flags::IBV_WC_WITH_IMM, ibv_wc_flags::IBV_WC_WITH_INV] {
+            wc.wc_flags = flag.0;
+            assert_eq!(outcome(&wc), Outcome::Unexpected(wc.opcode));
+        }
+    }
 
     #[test]
     fn failures_are_told_apart() {

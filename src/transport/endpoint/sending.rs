@@ -18,6 +18,9 @@ use std::sync::atomic::Ordering;
 
 /// Most bytes of one work request: the device sends one piece while the next is copied.
 const PIECE: usize = 256 * 1024;
+/// Most bytes of one call of the server: who is given more than any device sends while it is
+/// copied would keep the thread from others, and the server can't be answered 2 GiB.
+const CALL: usize = 64 << 20;
 
 /// What a write came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +61,7 @@ impl Endpoint {
     /// # Safety
     /// Every piece is readable: its address, and its length in bytes.
     pub unsafe fn write(&self, pieces: &[(*const u8, usize)]) -> WriteOutcome {
-        let total: usize = pieces.iter().map(|piece| piece.1).sum();
+        let total = at_once(pieces);
         match self.fate() {
             Fate::Alive => {}
             // As a socket does after the peer's close: the commands that it sent
@@ -249,6 +252,11 @@ impl Endpoint {
     }
 }
 
+/// How many bytes of these pieces one call takes at most.
+fn at_once(pieces: &[(*const u8, usize)]) -> usize {
+    pieces.iter().fold(0, |sum: usize, piece| sum.saturating_add(piece.1)).min(CALL)
+}
+
 /// Bytes to send, in pieces.
 struct Source<'a> {
     pieces: &'a [(*const u8, usize)],
@@ -283,6 +291,18 @@ impl Source<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_call_takes_no_more_than_the_server_can_be_told() {
+        let pieces = |lengths: &[usize]| -> Vec<_> {
+            lengths.iter().map(|length| (ptr::null(), *length)).collect()
+        };
+        assert_eq!(at_once(&pieces(&[])), 0);
+        assert_eq!(at_once(&pieces(&[3, 0, 4])), 7);
+        for large in [&[CALL + 1][..], &[1 << 31, 1 << 31], &[usize::MAX, 1]] {
+            assert_eq!(at_once(&pieces(large)), CALL);
+        }
+    }
 
     #[test]
     fn pieces_are_joined_in_order_whatever_the_steps() {

@@ -45,7 +45,7 @@ fn little_inline(cell: &mut Cell) -> Result<()> {
 /// What there is no room for is posted later, and no connection ends.
 fn try_again(cell: &mut Cell) -> Result<()> {
     let mut client = cell.rdma()?;
-    for turn in 0..8 {
+    for turn in 0..4 {
         let value = pattern::value(turn, 500_000);
         client.command(&[b"SET", b"key", &value])?;
         let read = client.command(&[b"GET", b"key"])?;

@@ -206,10 +206,9 @@ const MESSAGES: &[Attack] = &[
         t.ping(&mut raw, &mut inbox)?;
         Ok(raw)
     }),
-    attack("a message with an immediate", Harmless, |t| {
-        let (mut raw, mut inbox) = t.join()?;
-        raw.send_with(&wire::bare(wire::KEEPALIVE), u32::MAX)?;
-        t.ping(&mut raw, &mut inbox)?;
+    attack("a message with an immediate", Violation("unexpected operation"), |t| {
+        let (mut raw, _) = t.join()?;
+        raw.send_with(&wire::bare(wire::KEEPALIVE), 0)?;
         Ok(raw)
     }),
 ];
