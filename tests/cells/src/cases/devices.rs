@@ -11,8 +11,11 @@ use crate::cell::{Case, Cell};
 
 pub const CASES: &[Case] = &[Case::new("device-ways", ways).unstarted()];
 
+/// What a server with such a device has to do.
+type Way = fn(&mut Cell) -> Result<()>;
+
 fn ways(cell: &mut Cell) -> Result<()> {
-    let ways: [(&str, fn(&mut Cell) -> Result<()>); 4] = [
+    let ways: [(&str, Way); 4] = [
         ("inline=32", little_inline),
         ("post-send=-EAGAIN/23 post-recv=-EAGAIN/23", try_again),
         // The first is the announcement, the second the first reply.
