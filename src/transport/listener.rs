@@ -209,8 +209,10 @@ impl Listeners {
         }
         let channel = EventChannel::new().map_err(|error| error.to_string())?;
         let id = listening(&channel, address).or_else(|error| {
-            // All addresses and one of them can't be listened on at a time.
-            if error.errno == libc::EADDRINUSE && self.make_room(port, change) {
+            // All addresses and one of them can't be listened on at a time; the kernel has
+            // either word for it.
+            let taken = matches!(error.errno, libc::EADDRINUSE | libc::EADDRNOTAVAIL);
+            if taken && self.make_room(address, change) {
                 listening(&channel, address)
             } else {
                 Err(error)
@@ -228,11 +230,14 @@ impl Listeners {
         Ok(address)
     }
 
-    /// Stops listening on this port where it is not wanted any more. Returns whether that
-    /// changed anything.
-    fn make_room(&mut self, port: u16, change: &mut Change) -> bool {
+    /// Stops listening where all addresses and one of them are in each other's way, and it is
+    /// not wanted any more. Returns whether that changed anything.
+    fn make_room(&mut self, address: SocketAddr, change: &mut Change) -> bool {
         let unwanted = |it: &mut Listener| {
-            it.address.port() == port && it.id.is_some() && !change.chosen.contains(&it.address)
+            it.address.port() == address.port()
+                && (it.address.ip().is_unspecified() || address.ip().is_unspecified())
+                && it.id.is_some()
+                && !change.chosen.contains(&it.address)
         };
         let before = change.aside.len();
         change.aside.extend(self.open.extract_if(.., unwanted));
