@@ -157,32 +157,13 @@ apt_of() {
         "$@"
 }
 
-# lone_crate FOLDER DEPENDENCY MODULE… — parts of src that know nothing but the standard
-# library, as a crate of their own with the versions of Cargo.lock: it compiles in
-# seconds. DEPENDENCY is what its tests need, as Cargo.toml has it.
-lone_crate() {
-    local folder=$1 dependency=$2
-    shift 2
-    mkdir -p "$folder/src"
-    cp -r "${@/#/$repo/src/}" "$folder/src/"
-    printf 'pub mod %s;\n' "${@%.rs}" >"$folder/src/lib.rs"
-    cp "$repo/Cargo.lock" "$folder/Cargo.lock"
-    cat >"$folder/Cargo.toml" <<TOML
-[package]
-name = "valkey-rdma"
-version = "0.1.0"
-edition = "2024"
-
-[dev-dependencies]
-$dependency
-
-[lints.rust]
-unexpected_cfgs = { level = "warn", check-cfg = ["cfg(loom)"] }
-dead_code = "allow"
-unused_imports = "allow"
-
-[workspace]
-TOML
+# copy_proto FOLDER — crates/proto alone, to be changed and built there with the versions of
+# Cargo.lock: it compiles in seconds.
+copy_proto() {
+    mkdir -p "$1"
+    cp -r "$repo/crates/proto/." "$1"
+    cp "$repo/Cargo.lock" "$1/Cargo.lock"
+    printf '\n[workspace]\n' >>"$1/Cargo.toml"
 }
 
 # add_sum LOG COUNT — adds the sum that a log ends with to $passed, $failed and $skipped;

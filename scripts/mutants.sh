@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 #
-# scripts/mutants.sh [--none | PATTERN] — runs the models of src/window/model.rs; then
-# weakens each memory ordering of src/window in turn (Acquire, Release and the like
+# scripts/mutants.sh [--none | PATTERN] — runs the models of crates/proto/src/window/model.rs; then
+# weakens each memory ordering of that folder in turn (Acquire, Release and the like
 # become Relaxed), in a copy, and runs them on it: they must fail. A mutant that
 # survives is an ordering that is not needed, or one that no model needs; either is a
 # failure, unless it stands in the list below with its reason. PATTERN chooses among
@@ -10,7 +10,7 @@
 # --none leaves them all out. The last line sums up, models and mutants together:
 # N passed, N failed, N skipped.
 #
-# The copy is a crate of those files alone.
+# The copy is of crates/proto, which needs nothing else.
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -26,8 +26,8 @@ main() {
     copy=$(mktemp -d "${TMPDIR:-/tmp}/valkey-rdma-mutants.XXXXXX")
     # shellcheck disable=SC2064
     trap "rm -rf '$copy'" EXIT
-    lone_crate "$copy" 'loom = "0.7"' window
-    step "the models of src/window, all interleavings" models_to "$copy/log" "$copy"
+    copy_proto "$copy"
+    step "the models of the hand-overs, all interleavings" models_to "$copy/log" "$copy"
     count=$(awk '/^test result:/ { print $4 }' "$copy/log")
     if [[ $pattern == --none ]]; then
         sum "$count" 0
@@ -35,7 +35,7 @@ main() {
     fi
     while read -r file number name; do
         [[ $name == *"$pattern"* ]] || continue
-        weaken "$repo/src/window/$file" "$number" >"$copy/src/window/$file"
+        weaken "$repo/crates/proto/src/window/$file" "$number" >"$copy/src/window/$file"
         printf '  %-58s ' "$name" >&2
         (compile "$copy") || die "the mutant does not compile"
         if models "$copy" >"$copy/log" 2>&1; then
@@ -53,7 +53,7 @@ main() {
                 survived=$((survived + 1))
             fi
         fi
-        cp "$repo/src/window/$file" "$copy/src/window/$file"
+        cp "$repo/crates/proto/src/window/$file" "$copy/src/window/$file"
     done < <(mutants)
     say "$killed killed, $survived not as expected, in $((SECONDS - start)) s"
     sum $((count + killed)) "$survived"
@@ -76,7 +76,7 @@ models_to() { models "$2" | tee "$1"; }
 # function and number in the function.
 mutants() {
     local file
-    for file in "$repo"/src/window/{fate,ledger,receive,send}.rs; do
+    for file in "$repo"/crates/proto/src/window/{fate,ledger,receive,send}.rs; do
         awk -v file="${file##*/}" '
             /^#\[cfg\(all\(test/ { exit }
             match($0, /fn [a-z_]+/) { name = substr($0, RSTART + 3, RLENGTH - 3); within = 0 }

@@ -92,15 +92,14 @@ job_thread() {
     local copy=$work/windows mutant
     say "ThreadSanitizer"
     export TSAN_OPTIONS=$thread_options
-    lone_crate "$copy" 'fastrand = "2"' window wire.rs session.rs
-    install -D -t "$copy/tests" "$repo/tests/hand_over.rs"
+    copy_proto "$copy"
     for mutant in 'receive.rs:self.tail.store(tail + u64::from(count), Ordering::Release)' \
         'ledger.rs:self.ledger.busy.store(false, Ordering::Release)'; do
-        cp "$repo/src/window/"*.rs "$copy/src/window/"
+        cp "$repo/crates/proto/src/window/"*.rs "$copy/src/window/"
         weaken "$copy/src/window/${mutant%%:*}" "${mutant#*:}"
         caught "planted: ${mutant%%:*} without its release" "ThreadSanitizer: data race" in_copy "$copy" --test hand_over
     done
-    cp "$repo/src/window/"*.rs "$copy/src/window/"
+    cp "$repo/crates/proto/src/window/"*.rs "$copy/src/window/"
     passes "windows and session" in_copy "$copy" --lib --test hand_over
     unset TSAN_OPTIONS
 }

@@ -155,10 +155,10 @@ explorations() {
     if [[ $level == full ]]; then
         seconds=1800 mutants=()
         tests "the simulation with 100,000 seeds" "$log/simulation" \
-            env SIMULATION_SEEDS=100000 cargo test --locked --release --test simulation
+            env SIMULATION_SEEDS=100000 cargo test --locked --release -p valkey-rdma-proto --test simulation
     fi
     tests "the simulation, one seed again" "$log/seed" \
-        env SIMULATION_SEED=17 cargo test --locked --test simulation
+        env SIMULATION_SEED=17 cargo test --locked -p valkey-rdma-proto --test simulation
     "$repo/scripts/mutants.sh" "${mutants[@]}" </dev/null >"$log/models" || true
     add_sum "$log/models" 1
     "$repo/scripts/fuzz.sh" "$seconds" </dev/null >"$log/fuzz" || true

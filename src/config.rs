@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! What the operator sets: the arguments of `loadmodule`.
 
-use crate::session::{Millis, Timing};
+use proto::buffer_size::PAGE;
+use proto::session::{Millis, Timing};
 use std::fmt;
 
 /// Bounds of the receive buffer of one connection, as the core's `rdma-rx-size` has them.
 pub const RX_SIZE: std::ops::RangeInclusive<u64> = 64 * 1024..=16 * 1024 * 1024;
-
-/// A page of memory in bytes; all memory that is registered is whole ones.
-pub const PAGE: u32 = 4096;
 
 /// The setting that is meant by `bytes` of [`RX_SIZE`]: whole pages, and no more than was
 /// asked for. A buffer is whole pages anyhow, and one that is never as large as it should

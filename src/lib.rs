@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Valkey over RDMA as a module for stock valkey-server binaries.
 //!
-//! From the wire inwards, dependencies in this direction only:
+//! The protocol itself is the crate [`proto`]. Dependencies in this direction only:
 //!
-//! * [`wire`]: the control messages.
-//! * [`window`]: the lock-free hand-overs between poller, reader and writer.
-//! * [`session`]: one connection's protocol state, without I/O.
 //! * [`verbs`]: owners of RDMA objects.
 //! * [`host`]: the server's ABI.
 //! * [`config`], [`metrics`]: what is set and what is counted.
@@ -26,8 +23,5 @@ pub mod host;
 pub mod metrics;
 pub mod module;
 pub mod namesake;
-pub mod session;
 pub mod transport;
 pub mod verbs;
-pub mod window;
-pub mod wire;

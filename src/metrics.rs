@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Counters and gauges behind `INFO rdma` and `RDMA.STATS`. Counting costs one relaxed add.
 
-use crate::session::Violation;
 use crate::verbs::completion::Failure;
 use crate::verbs::memory;
+use proto::session::Violation;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// One number that only grows, or a gauge that also shrinks. Any thread.

@@ -4,7 +4,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use protocol::wire::{DecodeError, MESSAGE_LEN, Message};
+use valkey_rdma_proto::wire::{DecodeError, MESSAGE_LEN, Message};
 
 fuzz_target!(|bytes: &[u8]| {
     match Message::decode(bytes) {

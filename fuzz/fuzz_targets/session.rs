@@ -7,9 +7,9 @@
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
-use protocol::session::{Duty, Reaction, Session, Timing};
-use protocol::window::{Announcement, ReceiveWindow, SendLedger, SendWindow};
-use protocol::wire::{Memory, Message};
+use valkey_rdma_proto::session::{Duty, Reaction, Session, Timing};
+use valkey_rdma_proto::window::{Announcement, ReceiveWindow, SendLedger, SendWindow};
+use valkey_rdma_proto::wire::{Memory, Message};
 use std::collections::VecDeque;
 
 const TIMING: Timing = Timing { handshake: 1_000, liveness: 500, answer: 3_000, linger: 100, delivery: 2_000 };

@@ -9,11 +9,11 @@
 use super::endpoint::{Endpoint, Fate, Reason};
 use super::guard::{guard, guard_endpoint};
 use super::key::Key;
-use super::pace::Nanos;
 use super::watchdog;
 use super::{Transport, child};
 use crate::host::{MainCell, api};
-use crate::session::{Duty, Millis};
+use proto::busy_poll::Nanos;
+use proto::session::{Duty, Millis};
 use redis_module::raw::RedisModuleCtx;
 use std::ffi::c_void;
 use std::sync::Arc;

@@ -15,13 +15,13 @@
 //! then librdmacm must not close the device, nor later while nobody is connected: so the hub
 //! keeps the id of the connection that it was made for, which is bound to the device.
 
-use super::pace::{Nanos, Pace};
 use crate::host::MainCell;
 use crate::host::reply::Reply;
 use crate::metrics::METRICS;
 use crate::verbs::Error;
 use crate::verbs::cm::{Device, Id, IdKey, Limits};
 use crate::verbs::completion::{Batch, Completion, CompletionChannel, CompletionQueue};
+use proto::busy_poll::{Nanos, Pace};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 

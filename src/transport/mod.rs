@@ -27,13 +27,11 @@ pub mod clock;
 pub mod connection;
 mod echoes;
 pub mod endpoint;
-mod growth;
 pub mod guard;
 pub mod hub;
 pub mod key;
 pub mod listener;
 pub mod outgoing;
-pub mod pace;
 #[cfg(feature = "test-panics")]
 pub mod panics;
 pub mod poller;

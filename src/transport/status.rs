@@ -9,7 +9,7 @@ use super::clock;
 use super::endpoint::{Endpoint, Fate, Stage};
 use crate::host::reply::Reply;
 use crate::metrics::{Counter, METRICS};
-use crate::session::Millis;
+use proto::session::Millis;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// What holds a write back.

@@ -6,8 +6,8 @@
 //! everything that is not the answer to something an operator did goes through a valve
 //! (`tests/log_lines.rs` looks), except at the level that one has to ask for.
 
-use crate::session::Millis;
 use log::Level;
+use proto::session::Millis;
 use std::fmt;
 
 const INTERVAL: Millis = 60_000;

@@ -19,7 +19,7 @@ use super::status;
 use super::valve::Valve;
 use crate::host::MainCell;
 use crate::metrics::METRICS;
-use crate::session::Millis;
+use proto::session::Millis;
 use std::time::Duration;
 
 /// Nudges that are logged in a minute.

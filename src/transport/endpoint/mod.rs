@@ -20,7 +20,6 @@ mod receiving;
 mod sending;
 mod staging;
 
-use super::growth;
 use super::hub::{Hub, Reservation};
 use super::key::Key;
 use super::status::Activity;
@@ -28,14 +27,15 @@ use super::teardown::Place;
 use super::watchdog::Watch;
 use crate::host::{Connection, MainCell};
 use crate::metrics::{Counter, METRICS};
-use crate::session::{Millis, Session, Timing};
 use crate::verbs::Error;
 use crate::verbs::cm::{Device, Id, IdKey};
 use crate::verbs::memory::{self, Access, ProtectionDomain, Region};
 use crate::verbs::pair::QueuePair;
-pub use crate::window::Fate;
-use crate::window::{ReceiveWindow, SendLedger, SendWindow, SharedFate};
 use control::{CONTROL_BYTES, CONTROL_SLOTS, RECEIVE_SLOTS, SMALL_STAGING};
+use proto::buffer_size;
+use proto::session::{Millis, Session, Timing};
+pub use proto::window::Fate;
+use proto::window::{ReceiveWindow, SendLedger, SendWindow, SharedFate};
 pub use receiving::ReadOutcome;
 use receiving::Receive;
 use sending::Outgoing;
@@ -181,13 +181,13 @@ impl Endpoint {
         memory::uncounted(|| {
             let domain = ProtectionDomain::new(device)?;
             let _control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
-            Region::new(&domain, growth::FIRST as usize, Access::RemoteWrite).map(drop)
+            Region::new(&domain, buffer_size::FIRST as usize, Access::RemoteWrite).map(drop)
         })
         .map_err(|error| {
             format!(
                 "cannot serve clients: a connection begins with {} bytes of registered memory, but \
                  on {} the server {error}",
-                CONTROL_BYTES + growth::FIRST as usize,
+                CONTROL_BYTES + buffer_size::FIRST as usize,
                 device.name(),
             )
         })
@@ -200,7 +200,7 @@ impl Endpoint {
     pub fn new(id: Arc<Id>, hub: Rc<Hub>, plan: Plan) -> Result<Self, Error> {
         let domain = ProtectionDomain::new(hub.device())?;
         let control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
-        let first = growth::FIRST.min(plan.receive_bytes);
+        let first = buffer_size::FIRST.min(plan.receive_bytes);
         let region = Region::new(&domain, first as usize, Access::RemoteWrite)?;
         let receive = MainCell::new(Receive {
             region,

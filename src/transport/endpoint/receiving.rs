@@ -4,11 +4,12 @@
 use super::{Endpoint, Fate};
 use crate::host::main_cell::is_main_thread;
 use crate::metrics::METRICS;
-use crate::session::Millis;
-use crate::transport::{clock, growth};
+use crate::transport::clock;
 use crate::verbs::Error;
 use crate::verbs::memory::{Access, Region};
-use crate::wire::{Memory, Message};
+use proto::buffer_size;
+use proto::session::Millis;
+use proto::wire::{Memory, Message};
 use std::ptr;
 
 /// What a read came to.
@@ -138,10 +139,11 @@ impl Endpoint {
         let took = receive.since.map(|since| now - since);
         let present = receive.region.length() as u32;
         let by = writes - receive.writes_before;
-        let wanted = took.map_or(present, |took| growth::next(present, receive.most, took, by));
+        let wanted =
+            took.map_or(present, |took| buffer_size::next(present, receive.most, took, by));
         let fits = |region: &Region| region.length() == wanted as usize;
         let has_two = receive.other.as_ref().is_some_and(fits);
-        let two = took.is_some_and(|took| growth::wants_two(took, has_two));
+        let two = took.is_some_and(|took| buffer_size::wants_two(took, has_two));
         // Slower but right with what there is, where there is no memory for more.
         let new = || {
             Region::new(&self.domain, wanted as usize, Access::RemoteWrite)

@@ -12,7 +12,7 @@ use crate::transport::status::Shortage;
 use crate::verbs::Error;
 use crate::verbs::memory::{Access, Region};
 use crate::verbs::pair::{Slice, Target};
-use crate::window::{Announcement, Writer};
+use proto::window::{Announcement, Writer};
 use std::ptr;
 use std::sync::atomic::Ordering;
 

@@ -3,14 +3,14 @@
 
 use super::Poller;
 use crate::metrics::METRICS;
-use crate::session::{Reaction, Violation};
 use crate::transport::clock;
 use crate::transport::endpoint::{Endpoint, Fate, Reason};
 use crate::transport::guard::guard_endpoint;
 use crate::transport::hub::{Hub, Progress, Which};
 use crate::transport::key::{Key, Work};
-use crate::transport::pace::Nanos;
 use crate::verbs::completion::{Completion, Outcome};
+use proto::busy_poll::Nanos;
+use proto::session::{Reaction, Violation};
 use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;

@@ -5,13 +5,13 @@
 use super::{ENDINGS_PER_PASS, Poller};
 use crate::host::api;
 use crate::metrics::METRICS;
-use crate::session::Violation;
 use crate::transport::endpoint::{Endpoint, Fate, Reason, Stage};
 use crate::transport::hub::Hub;
 use crate::transport::{clock, outgoing, teardown};
 use crate::verbs::Error;
 use crate::verbs::cm::{Event, EventKind};
 use log::Level;
+use proto::session::Violation;
 use std::rc::Rc;
 use std::sync::Arc;
 

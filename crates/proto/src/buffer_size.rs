@@ -13,8 +13,10 @@
 //! fills a buffer by few writes gets a larger one sooner: each of them bears a larger
 //! part of what an announcement costs.
 
-use crate::config::PAGE;
 use crate::session::Millis;
+
+/// A page of memory in bytes; all memory that is registered is whole ones.
+pub const PAGE: u32 = 4096;
 
 /// Bytes that a connection begins with.
 pub const FIRST: u32 = 16 * 1024;
@@ -100,7 +102,7 @@ mod tests {
     #[test]
     fn whatever_the_setting_sizes_are_whole_pages_and_settle() {
         for asked in (64 << 10..=16 << 20).step_by(997) {
-            let most = crate::config::receive_size(asked).unwrap();
+            let most = (asked / u64::from(PAGE)) as u32 * PAGE;
             let mut size = FIRST;
             for took in [[1; 12], [SLOW + 1; 12]].as_flattened() {
                 let next = next(size, most, *took, MANY);

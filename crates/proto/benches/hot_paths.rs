@@ -11,14 +11,14 @@
 //! Work requests, the polling of completions and the server's handlers need a device and a
 //! server: `scripts/bench.sh` measures them, with all around them.
 //!
-//! `cargo bench --bench hot_paths` runs these.
+//! `cargo bench -p valkey-rdma-proto` runs these.
 
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use valkey_rdma::session::{Reaction, Session, Timing};
-use valkey_rdma::window::{Announcement, ReceiveWindow, SendLedger, SendWindow};
-use valkey_rdma::wire::{Memory, Message};
+use valkey_rdma_proto::session::{Reaction, Session, Timing};
+use valkey_rdma_proto::window::{Announcement, ReceiveWindow, SendLedger, SendWindow};
+use valkey_rdma_proto::wire::{Memory, Message};
 
 const SIZES: [usize; 3] = [64, 1024, 16 << 10];
 /// Windows as large connections have them.

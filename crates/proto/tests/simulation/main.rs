@@ -10,9 +10,9 @@
 //! each other for ever.
 //!
 //! ```text
-//! cargo test --test simulation                            5,000 seeds
-//! SIMULATION_SEEDS=100000 cargo test --test simulation
-//! SIMULATION_SEED=17 cargo test --test simulation         that one, step by step
+//! cargo test -p valkey-rdma-proto --test simulation                            5,000 seeds
+//! SIMULATION_SEEDS=100000 cargo test -p valkey-rdma-proto --test simulation
+//! SIMULATION_SEED=17 cargo test -p valkey-rdma-proto --test simulation         that one, step by step
 //! SIMULATION_SEED=17 SIMULATION_FAULT='break 1 230' …     with this fault instead of its own
 //! ```
 
@@ -377,7 +377,7 @@ fn bytes_out_equal_bytes_in_or_both_sides_end() {
     });
     if let Some(seed) = failed {
         panic!(
-            "seed {seed} failed: SIMULATION_SEED={seed} cargo test --test simulation -- --nocapture"
+            "seed {seed} failed: SIMULATION_SEED={seed} cargo test -p valkey-rdma-proto --test simulation -- --nocapture"
         );
     }
     let [complete, closed, broken] = endings.map(AtomicU64::into_inner);
@@ -416,7 +416,7 @@ fn a_connection_may_end_at_every_step() {
         let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
         panic!(
             "failed: SIMULATION_SEED={seed} SIMULATION_FAULT='{text}' \
-             cargo test --test simulation -- --nocapture"
+             cargo test -p valkey-rdma-proto --test simulation -- --nocapture"
         );
     }
     println!("{} faults in {seeds} connections", cases.len());

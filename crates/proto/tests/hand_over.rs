@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! The hand-overs of `src/window` between real threads: a poller, and two I/O threads that
+//! The hand-overs of the crate between real threads: a poller, and two I/O threads that
 //! take turns as chance has it. The models of `src/window/model.rs` look at every interleaving
 //! of a few steps; this looks at some interleavings of very many, with plain memory behind the
 //! windows, so that ThreadSanitizer (`scripts/sanitizers.sh thread`) sees who touches a byte
@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
-use valkey_rdma::window::{Announcement, ReceiveWindow, SendLedger, SendWindow};
+use valkey_rdma_proto::window::{Announcement, ReceiveWindow, SendLedger, SendWindow};
 
 /// Bytes that go each way.
 const TOTAL: u64 = 500_000;

@@ -5,9 +5,9 @@
 
 use crate::fabric::{Completion, Event, Fabric, Key, Outcome, Port, Slice, Work};
 use fastrand::Rng;
-use valkey_rdma::session::{Duty, Millis, Reaction, Session, Timing};
-use valkey_rdma::window::{Announcement, Fate, ReceiveWindow, SendLedger, SendWindow};
-use valkey_rdma::wire::{MESSAGE_LEN, Memory, Message};
+use valkey_rdma_proto::session::{Duty, Millis, Reaction, Session, Timing};
+use valkey_rdma_proto::window::{Announcement, Fate, ReceiveWindow, SendLedger, SendWindow};
+use valkey_rdma_proto::wire::{MESSAGE_LEN, Memory, Message};
 
 /// What a side is made with.
 #[derive(Clone, Copy, Debug)]

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! The protocol *Valkey over RDMA* without I/O: no device, no socket, no clock, no server.
+//! Nothing but the standard library.
+//!
+//! Completions, announcements and the time go in; what to post and when to end comes out.
+//! The caller owns the memory and the queue pair. From the bottom up:
+//!
+//! * [`wire`]: the control messages.
+//! * [`window`]: the lock-free hand-overs between poller, reader and writer. The only part
+//!   with `unsafe` code.
+//! * [`session`]: the state of one connection.
+//! * [`buffer_size`], [`busy_poll`]: policies, each a pure function of what was measured.
+//!
+//! `docs/protocol.md` of the repository describes the wire, `docs/architecture.md` how the
+//! module drives these types. Models (`--cfg loom`), the simulation in `tests/` and the fuzz
+//! targets drive the same ones.
+
+pub mod buffer_size;
+pub mod busy_poll;
+pub mod session;
+pub mod window;
+pub mod wire;
