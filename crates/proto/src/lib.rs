@@ -15,6 +15,8 @@
 //! module drives these types. Models (`--cfg loom`), the simulation in `tests/` and the fuzz
 //! targets drive the same ones.
 
+#![deny(missing_docs, unreachable_pub)]
+
 pub mod buffer_size;
 pub mod busy_poll;
 pub mod session;

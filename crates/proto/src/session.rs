@@ -52,7 +52,12 @@ pub enum Violation {
     /// An announcement before the last one was used up.
     Early(Refused),
     /// A buffer that would end beyond the address space.
-    Wraps { address: u64, length: u32 },
+    Wraps {
+        /// Start of the announced buffer.
+        address: u64,
+        /// Its length in bytes.
+        length: u32,
+    },
     /// A feature was switched on that this side does not have.
     Feature(u64),
     /// A completion that no protocol operation leads to.

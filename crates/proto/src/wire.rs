@@ -26,9 +26,19 @@ pub struct Memory {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Message {
     /// Question for, or answer with, the server's feature bits.
-    GetServerFeature { select: u16, features: u64 },
+    GetServerFeature {
+        /// Which 64 of the feature bits.
+        select: u16,
+        /// The bits: 0 in a question.
+        features: u64,
+    },
     /// The feature bits that a client wants switched on.
-    SetClientFeature { select: u16, features: u64 },
+    SetClientFeature {
+        /// Which 64 of the feature bits.
+        select: u16,
+        /// The bits.
+        features: u64,
+    },
     /// Sign of life; answered by nothing.
     Keepalive,
     /// A new receive buffer of the sender: its peer may write there from now on.

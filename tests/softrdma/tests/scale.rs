@@ -85,6 +85,7 @@ impl Farm {
         loop {
             // SAFETY: room for one completion.
             let mut wc: ibv_wc = unsafe { std::mem::zeroed() };
+            // SAFETY: a live queue of this farm.
             while unsafe { ibv_poll_cq(self.queue.cq, 1, &raw mut wc) } == 1 {
                 assert_eq!(wc.status, ibv_wc_status::IBV_WC_SUCCESS);
                 if wc.wr_id == 1 {
@@ -149,7 +150,7 @@ impl Farm {
     }
 }
 
-// The pointers are those of live objects, which any thread may use.
+// SAFETY: the pointers are those of live objects, which any thread may use.
 unsafe impl Sync for Farm {}
 
 impl Drop for Farm {

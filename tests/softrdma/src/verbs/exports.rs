@@ -798,6 +798,7 @@ unsafe extern "C" fn post_send(
         // SAFETY: see above.
         let posted = match planned {
             Some(code) => Err(code as i32),
+            // SAFETY: see above.
             None => unsafe { qp.post_send(one, &mut inner) },
         };
         removal::consider();

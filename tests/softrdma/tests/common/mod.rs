@@ -2,9 +2,11 @@
 //! A thin, owning layer over the C interface for tests: what a test asks for is
 //! one line, and what it does not mention has a default.
 //!
-//! Every call below passes live objects that this module made itself, which is
-//! the reason behind each `unsafe` block.
 #![allow(dead_code)]
+#![allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "every call passes live objects that this module made itself"
+)]
 
 use rdma_sys::*;
 use softrdma as _;
