@@ -167,7 +167,7 @@ explorations() {
 
 # run_cells FABRIC LOG SELECTOR… — the chosen cells of a fabric, shown as they end.
 run_cells() {
-    local fabric=$1 log=$2 start=$SECONDS count where=()
+    local fabric=$1 log=$2 start=$SECONDS count where=() jobs=1
     shift 2
     count=$("${cells[@]}" --fabric "$fabric" --list "$@" | wc -l)
     ((count)) || return 0
@@ -175,6 +175,7 @@ run_cells() {
     soft)
         say "Cells on the software fabric: $count"
         where=("$repo/scripts/softrdma.sh")
+        jobs=$(nproc)
         ;;
     vm)
         say "Cells in a virtual machine: $count"
@@ -188,7 +189,7 @@ run_cells() {
         [[ ! -d $cache/cells ]] || where+=(--rw "$cache/cells")
         ;;
     esac
-    "${where[@]}" "${cells[@]}" --fabric "$fabric" "$@" </dev/null | tee "$log" >&2 || true
+    "${where[@]}" "${cells[@]}" --fabric "$fabric" --jobs "$jobs" "$@" </dev/null | tee "$log" >&2 || true
     say "  $((SECONDS - start)) s"
     local before=$((passed + failed + skipped))
     add_sum "$log" "$count"

@@ -12,6 +12,8 @@ mod tools;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -53,6 +55,9 @@ struct Options {
     /// Runs the chosen cells so many times over, or until one fails: for what fails rarely.
     #[arg(long, default_value_t = 1, conflicts_with = "state")]
     rounds: usize,
+    /// How many cells run at a time, except for those that need the machine for themselves.
+    #[arg(long, default_value_t = 1)]
+    jobs: usize,
     /// Prints the chosen cells and runs none.
     #[arg(long)]
     list: bool,
@@ -77,7 +82,7 @@ fn run(options: &Options) -> Result<bool> {
         .with_context(|| options.matrix.display().to_string())?;
     let names: Vec<&str> = cases::all().map(|case| case.name).collect();
     let cells = matrix::read(&text, &names)?;
-    let mut state = options.state.as_deref().map(State::open).transpose()?;
+    let state = options.state.as_deref().map(State::open).transpose()?;
     if let (Some(path), Some(state)) = (&options.report, &state) {
         std::fs::write(path, state.table(&cells))?;
         return Ok(true);
@@ -96,28 +101,80 @@ fn run(options: &Options) -> Result<bool> {
     let built = std::env::var_os("CARGO_TARGET_DIR").map_or(repo.join("target"), PathBuf::from);
     let module = options.module.clone().unwrap_or(built.join("release/libvalkey_rdma.so"));
     let lab = Lab::new(&repo, &module, fabric, options.address)?;
-    let commit = report::commit(&repo)?;
-    let date = report::today()?;
 
     let rounds = chosen.len() * options.rounds;
     let progress = ProgressBar::new(rounds as u64).with_style(ProgressStyle::with_template(
         "{pos}/{len} cells, {elapsed} so far, about {eta} to go: {msg}",
     )?);
     progress.enable_steady_tick(Duration::from_secs(1));
-    let mut totals = Totals::default();
-    for cell in chosen.iter().cycle().take(rounds) {
-        progress.set_message(cell.id.to_string());
-        let earlier = state.as_ref().and_then(|state| state.passed(&cell.id, &lab.module_sha256));
+    let run = Run {
+        lab: &lab,
+        commit: report::commit(&repo)?,
+        date: report::today()?,
+        state: Mutex::new(state),
+        totals: Mutex::default(),
+        progress: &progress,
+        until_failure: options.rounds > 1,
+    };
+    let (alone, together): (Vec<_>, Vec<_>) =
+        chosen.iter().cycle().take(rounds).partition(|cell| cell.alone);
+    run.cells(&together, options.jobs)?;
+    run.cells(&alone, 1)?;
+    progress.finish_and_clear();
+    let totals = run.totals.into_inner().expect("no cell panicked");
+    if totals.failed == 0 {
+        let _ = std::fs::remove_dir_all(&lab.scratch);
+    }
+    println!("{} passed, {} failed, {} skipped", totals.passed, totals.failed, totals.skipped);
+    Ok(totals.failed == 0)
+}
+
+/// What the cells of a run have in common.
+struct Run<'a> {
+    lab: &'a Lab,
+    commit: String,
+    date: String,
+    state: Mutex<Option<State>>,
+    totals: Mutex<Totals>,
+    progress: &'a ProgressBar,
+    until_failure: bool,
+}
+
+impl Run<'_> {
+    /// Runs cells, `jobs` of them at a time: most wait for most of their time.
+    fn cells(&self, cells: &[&Expected], jobs: usize) -> Result<()> {
+        let next = AtomicUsize::new(0);
+        let work = || -> Result<()> {
+            while let Some(cell) = cells.get(next.fetch_add(1, Ordering::Relaxed)) {
+                if self.until_failure && self.totals().failed > 0 {
+                    break;
+                }
+                self.cell(cell)?;
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let jobs: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
+            jobs.into_iter().try_for_each(|job| job.join().expect("no cell panics"))
+        })
+    }
+
+    fn cell(&self, cell: &Expected) -> Result<()> {
+        self.progress.set_message(cell.id.to_string());
+        let earlier = {
+            let state = self.state.lock().expect("no cell panicked");
+            state.as_ref().and_then(|it| it.passed(&cell.id, &self.lab.module_sha256)).cloned()
+        };
         let line = if let Some(why) = &cell.skip {
-            totals.skipped += 1;
+            self.totals().skipped += 1;
             format!("skip  {}: {why}", cell.id)
         } else if let Some(record) = earlier {
-            totals.passed += 1;
+            self.totals().passed += 1;
             format!("pass  {} (on {})", cell.id, record.date)
         } else {
-            let (line, record) = run_cell(&lab, cell, &commit, &date);
-            totals.count(record.is_some());
-            if let Some(state) = &mut state {
+            let (line, record) = run_cell(self.lab, cell, &self.commit, &self.date);
+            self.totals().count(record.is_some());
+            if let Some(state) = &mut *self.state.lock().expect("no cell panicked") {
                 match record {
                     Some(record) => state.add(&cell.id, record)?,
                     None => state.remove(&cell.id)?,
@@ -125,18 +182,14 @@ fn run(options: &Options) -> Result<bool> {
             }
             line
         };
-        progress.suspend(|| println!("{line}"));
-        progress.inc(1);
-        if options.rounds > 1 && totals.failed > 0 {
-            break;
-        }
+        self.progress.suspend(|| println!("{line}"));
+        self.progress.inc(1);
+        Ok(())
     }
-    progress.finish_and_clear();
-    if totals.failed == 0 {
-        let _ = std::fs::remove_dir_all(&lab.scratch);
+
+    fn totals(&self) -> MutexGuard<'_, Totals> {
+        self.totals.lock().expect("no cell panicked")
     }
-    println!("{} passed, {} failed, {} skipped", totals.passed, totals.failed, totals.skipped);
-    Ok(totals.failed == 0)
 }
 
 /// How the cells of a run ended.

@@ -56,6 +56,9 @@ struct Entry {
     skip: Option<String>,
     /// How long one of these cells may take, instead of the fabric's own bound.
     seconds: Option<u64>,
+    /// Whether each of these cells needs the machine for itself.
+    #[serde(default)]
+    alone: bool,
 }
 
 #[derive(Debug, Deserialize)]
@@ -95,6 +98,8 @@ pub struct Expected {
     pub skip: Option<String>,
     /// Its own bound in seconds.
     pub seconds: Option<u64>,
+    /// Whether no other cell may run beside it.
+    pub alone: bool,
 }
 
 /// A choice of cells: parts separated by `/`, each of which has to be one of the cell's own
@@ -158,6 +163,7 @@ pub fn read(text: &str, known: &[&str]) -> Result<Vec<Expected>> {
                             level: entry.level,
                             skip: entry.skip.clone(),
                             seconds: entry.seconds,
+                            alone: entry.alone,
                         });
                     }
                 }
