@@ -193,9 +193,9 @@ struct Limit {
 
 fn limits() -> [Limit; 4] {
     let transport = Transport::get();
-    let (max_handshakes, max_registered) = {
+    let (max_handshakes, max_registered_memory) = {
         let settings = transport.settings.open();
-        (u64::from(settings.max_handshakes), settings.max_registered)
+        (u64::from(settings.max_handshakes), settings.max_registered_memory)
     };
     let (registered, _) = memory::registered();
     let connections = transport.poller.count() as u64;
@@ -205,7 +205,7 @@ fn limits() -> [Limit; 4] {
         Limit {
             name: registered_bytes,
             now: registered,
-            most: (max_registered != u64::MAX).then_some(max_registered),
+            most: (max_registered_memory != u64::MAX).then_some(max_registered_memory),
         },
         Limit { name: locked_bytes, now: registered, most: locked_memory_limit() },
         Limit { name: most_connections, now: connections, most: Some(MAX_ENDPOINTS as u64) },

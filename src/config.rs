@@ -34,14 +34,14 @@ pub struct Settings {
     /// Most connections in handshake at a time.
     pub max_handshakes: u32,
     /// Most bytes of registered memory in all.
-    pub max_registered: u64,
+    pub max_registered_memory: u64,
     /// A connection that is stuck for so long is nudged, in milliseconds; 0 means never.
     pub watchdog_timeout: Millis,
     /// For how long completions may be waited for before the event loop sleeps, in
     /// microseconds; 0 means not at all.
     pub busy_poll: u64,
-    /// Liveness intervals in which a probe may stay without an answer; 0 means any number.
-    pub liveness_failures: u64,
+    /// Keepalive intervals in which a probe may stay without an answer; 0 means any number.
+    pub keepalive_probes: u64,
     /// Durations of sessions.
     pub timing: Timing,
 }
@@ -54,13 +54,13 @@ impl Default for Settings {
             rx_size: 1024 * 1024,
             completion_vector: -1,
             max_handshakes: 1024,
-            max_registered: u64::MAX,
+            max_registered_memory: u64::MAX,
             watchdog_timeout: 5_000,
             busy_poll: 5,
-            liveness_failures: 12,
+            keepalive_probes: 12,
             timing: Timing {
                 handshake: 10_000,
-                liveness: 5_000,
+                keepalive: 5_000,
                 answer: 12 * 5_000,
                 linger: 500,
                 delivery: 10_000,
@@ -84,9 +84,17 @@ impl fmt::Display for ArgumentError {
 
 impl std::error::Error for ArgumentError {}
 
-const NAMES: &str = "one of bind=ADDRESS, port=NUMBER, rx-size=BYTES, comp-vector=NUMBER, \
-     max-handshakes=NUMBER, max-registered=BYTES, handshake-timeout=MS, liveness-interval=MS, \
-     liveness-failures=NUMBER, linger-time=MS, watchdog-timeout=MS, busy-poll=US";
+const NAMES: &str = "one of bind=ADDRESS, port=NUMBER, rx-size=BYTES, completion-vector=NUMBER, \
+     max-handshakes=NUMBER, max-registered-memory=BYTES, handshake-timeout=MS, keepalive-interval=MS, \
+     keepalive-probes=NUMBER, linger-time=MS, watchdog-timeout=MS, busy-poll=US";
+
+/// Arguments of builds before 0.1.0, and the names that they have now.
+pub const RENAMED: [(&str, &str); 4] = [
+    ("comp-vector", "completion-vector"),
+    ("max-registered", "max-registered-memory"),
+    ("liveness-interval", "keepalive-interval"),
+    ("liveness-failures", "keepalive-probes"),
+];
 
 impl Settings {
     /// Reads the arguments of `loadmodule`, each `name=value`; `bind` may be repeated
@@ -130,7 +138,7 @@ impl Settings {
                         .and_then(receive_size)
                         .ok_or_else(|| error("64k to 16m bytes"))?;
                 }
-                "comp-vector" => {
+                "completion-vector" => {
                     settings.completion_vector = value
                         .parse()
                         .ok()
@@ -139,14 +147,14 @@ impl Settings {
                         as i32;
                 }
                 "max-handshakes" => settings.max_handshakes = number(1, 1_000_000)? as u32,
-                "max-registered" => {
-                    settings.max_registered = bytes(value)
+                "max-registered-memory" => {
+                    settings.max_registered_memory = bytes(value)
                         .filter(|n| *n >= 1 << 20)
                         .ok_or_else(|| error("a number of bytes, at least 1m"))?;
                 }
                 "handshake-timeout" => settings.timing.handshake = number(100, 600_000)?,
-                "liveness-interval" => settings.timing.liveness = number(100, 86_400_000)?,
-                "liveness-failures" => settings.liveness_failures = number(0, 1000)?,
+                "keepalive-interval" => settings.timing.keepalive = number(100, 86_400_000)?,
+                "keepalive-probes" => settings.keepalive_probes = number(0, 1000)?,
                 "watchdog-timeout" => {
                     settings.watchdog_timeout = number(0, 86_400_000)
                         .ok()
@@ -155,12 +163,18 @@ impl Settings {
                 }
                 "busy-poll" => settings.busy_poll = number(0, 1000)?,
                 "linger-time" => settings.timing.linger = number(0, 60_000)?,
-                _ => return Err(error(NAMES)),
+                name => {
+                    let renamed = RENAMED.iter().find(|(old, _)| *old == name);
+                    return Err(match renamed {
+                        Some((_, new)) => error(&format!("{new}=…, the name that it has now")),
+                        None => error(NAMES),
+                    });
+                }
             }
         }
-        settings.timing.answer = match settings.liveness_failures {
+        settings.timing.answer = match settings.keepalive_probes {
             0 => Millis::MAX,
-            failures => failures * settings.timing.liveness,
+            failures => failures * settings.timing.keepalive,
         };
         Ok(settings)
     }
@@ -195,20 +209,20 @@ mod tests {
             "BIND=*",
             "port=6380",
             "rx-size=128k",
-            "comp-vector=3",
-            "max-registered=1g",
+            "completion-vector=3",
+            "max-registered-memory=1g",
             "linger-time=0",
             "watchdog-timeout=0",
-            "liveness-failures=3",
-            "liveness-interval=200",
+            "keepalive-probes=3",
+            "keepalive-interval=200",
         ])
         .unwrap();
         assert_eq!(settings.bind, ["10.0.0.1", "-::1", "*"]);
         assert_eq!((settings.port, settings.rx_size), (6380, 131_072));
-        assert_eq!((settings.completion_vector, settings.max_registered), (3, 1 << 30));
+        assert_eq!((settings.completion_vector, settings.max_registered_memory), (3, 1 << 30));
         assert_eq!((settings.timing.linger, settings.watchdog_timeout), (0, 0));
-        assert_eq!((settings.timing.liveness, settings.timing.answer), (200, 600));
-        assert_eq!(parse(&["liveness-failures=0"]).unwrap().timing.answer, Millis::MAX);
+        assert_eq!((settings.timing.keepalive, settings.timing.answer), (200, 600));
+        assert_eq!(parse(&["keepalive-probes=0"]).unwrap().timing.answer, Millis::MAX);
         assert_eq!(parse(&[]).unwrap(), Settings::default());
     }
 
@@ -224,6 +238,15 @@ mod tests {
     }
 
     #[test]
+    fn a_renamed_argument_is_refused_with_its_new_name() {
+        for (old, new) in RENAMED {
+            let text = parse(&[&format!("{old}=1")]).unwrap_err().to_string();
+            assert!(text.contains(old) && text.contains(&format!("expected {new}=")), "{text}");
+            assert!(NAMES.contains(&format!(" {new}=")), "{new} is no argument");
+        }
+    }
+
+    #[test]
     fn what_cannot_be_used_is_named_with_what_can() {
         for (argument, expected) in [
             ("prot=1", "one of bind="),
@@ -234,11 +257,11 @@ mod tests {
             ("rx-size=63k", "64k to 16m bytes"),
             ("rx-size=17m", "64k to 16m bytes"),
             ("rx-size=1x", "64k to 16m bytes"),
-            ("comp-vector=-2", "a number from -1 to 1024"),
+            ("completion-vector=-2", "a number from -1 to 1024"),
             ("bind=", "an address"),
             ("busy-poll=1001", "a number from 0 to 1000"),
             ("watchdog-timeout=999", "0, or a number from 1000"),
-            ("max-registered=99999999999g", "a number of bytes"),
+            ("max-registered-memory=99999999999g", "a number of bytes"),
         ] {
             let text = parse(&[argument]).unwrap_err().to_string();
             assert!(text.contains(argument) && text.contains(expected), "{text}");

@@ -81,7 +81,7 @@ metrics! {
     connections_refused,
     /// Of these, because of `max-handshakes`.
     refused_handshakes,
-    /// Because memory could not be registered: `max-registered`, or locked memory.
+    /// Because memory could not be registered: `max-registered-memory`, or locked memory.
     refused_memory,
     /// Because no descriptor was left.
     refused_descriptors,
@@ -109,8 +109,8 @@ metrics! {
     passes,
     /// Completions taken from the completion queues.
     completions,
-    /// Most completions that were found at one time.
-    completions_at_once_most,
+    /// Most completions that one poll took.
+    completions_per_poll_peak,
     /// Reads that returned bytes, by thread.
     reads_main,
     /// As above.
@@ -131,16 +131,15 @@ metrics! {
     staging_stalls,
     /// Time that such writes waited, of those that are over, in milliseconds.
     staging_stalls_ms,
-    /// Write handlers called because a window or staging memory had room again.
-    resumptions_main,
-    /// As above; always 0, since handlers run on the main thread only.
-    resumptions_io,
-    /// Clients' receive buffers that were opened to us.
-    windows_sent,
-    /// Our receive buffers that were opened to clients.
-    windows_received,
-    /// Of these: announced while the buffer before was not read yet.
-    windows_ahead,
+    /// Write handlers called because a window or staging memory had room again. Main thread:
+    /// no other calls handlers.
+    resumptions,
+    /// Announcements of receive buffers that clients sent to us.
+    announcements_received,
+    /// Announcements of our receive buffers that we sent to clients.
+    announcements_sent,
+    /// Of these: sent while the buffer before was not read to its end.
+    announcements_sent_early,
     /// Times that a connection had something to do and could not go on by itself.
     parked,
     /// Times that such a connection was woken.
@@ -159,10 +158,10 @@ metrics! {
     violations_feature,
     /// Completions that no operation of the protocol leads to.
     violations_operation,
-    /// Passes that found completions although the device's event was left in its channel.
-    waits_fruitful,
-    /// Passes that did not, so that the event was taken.
-    waits_fruitless,
+    /// Busy polls that found completions: the device's event was left in its channel.
+    busy_poll_hits,
+    /// Busy polls that found none, so that the event was taken.
+    busy_poll_misses,
     /// Work completions with an error, flushes not counted.
     error_completions,
     /// Of these: the client posted no receives (RNR) for longer than it asked us to try.
@@ -179,8 +178,8 @@ metrics! {
     posts_refused,
     /// Polls of a completion queue that failed; the next one went on, or the device was lost.
     poll_failures,
-    /// Zero-length writes posted to see whether a silent client is alive.
-    probes,
+    /// Keepalive probes: zero-length writes to a silent client, or behind the last reply.
+    keepalive_probes,
     /// Devices that were removed, or failed, while they were in use.
     devices_lost,
     /// Listening addresses whose device is gone, which are tried again, now.

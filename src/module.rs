@@ -153,7 +153,7 @@ unsafe fn load(
         .map_err(|mismatch| foreign(mismatch.to_string()))?;
     library::load().map_err(|error| error.to_string())?;
     library::prepare_for_fork().map_err(|error| error.to_string())?;
-    memory::limit_registered(settings.max_registered);
+    memory::limit_registered(settings.max_registered_memory);
 
     // SAFETY: by the caller's promise.
     let io_threads = unsafe { io_threads(ctx) };

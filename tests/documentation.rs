@@ -407,3 +407,43 @@ fn cells_and_scripts_that_are_named_exist() {
         }
     }
 }
+
+/// Words of the glossary's last column, each with the term that stands for it.
+fn retired() -> Vec<(String, String)> {
+    let rows = table(&read("docs/architecture.md"), "\n## Words");
+    assert!(rows.iter().all(|row| row.len() == 3), "the glossary has three columns");
+    rows.iter()
+        .flat_map(|row| row[2].split(", ").map(|word| (word.trim().to_owned(), row[0].clone())))
+        .filter(|(word, _)| !word.is_empty())
+        .collect()
+}
+
+/// Whether `text` has `word` as a word of its own, in any case of letters.
+fn has_word(text: &str, word: &str) -> bool {
+    let text = text.to_ascii_lowercase();
+    let part = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == '-');
+    text.match_indices(word).any(|(at, _)| {
+        !part(text[..at].chars().next_back()) && !part(text[at + word.len()..].chars().next())
+    })
+}
+
+#[test]
+fn one_word_stands_for_one_thing() {
+    let retired = retired();
+    assert!(retired.len() > 5, "the glossary names what is not to be said");
+    let mut texts = pages();
+    texts.push(("packaging/valkey-rdma.7".to_owned(), read("packaging/valkey-rdma.7")));
+    let fields = METRICS.fields().into_iter().map(|(name, _)| name.to_owned());
+    texts.push(("INFO rdma".to_owned(), fields.collect::<Vec<_>>().join("\n")));
+    texts.push(("arguments".to_owned(), arguments().into_iter().collect::<Vec<_>>().join("\n")));
+    for (name, mut text) in texts {
+        if name.ends_with("architecture.md") {
+            let (before, after) = text.split_once("\n## Words").expect("the glossary");
+            let (_, after) = after.split_once("\n## ").expect("a section behind it");
+            text = format!("{before}{after}");
+        }
+        for (word, term) in &retired {
+            assert!(!has_word(&text, word), "{name}: '{word}' is called '{term}' here");
+        }
+    }
+}

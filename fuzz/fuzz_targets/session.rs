@@ -12,7 +12,7 @@ use valkey_rdma_proto::window::{Announcement, ReceiveWindow, SendLedger, SendWin
 use valkey_rdma_proto::wire::{Memory, Message};
 use std::collections::VecDeque;
 
-const TIMING: Timing = Timing { handshake: 1_000, liveness: 500, answer: 3_000, linger: 100, delivery: 2_000 };
+const TIMING: Timing = Timing { handshake: 1_000, keepalive: 500, answer: 3_000, linger: 100, delivery: 2_000 };
 const BUFFER: u32 = 1 << 16;
 /// Where it stands.
 const ADDRESS: u64 = 0x7000_0000;

@@ -2,7 +2,7 @@
 //! What the time asks for.
 //!
 //! Two clocks, each running only while it has something to look at: a slow one for
-//! all endpoints (liveness, idle memory), a fast one for those in handshake or
+//! all endpoints (keepalive, idle memory), a fast one for those in handshake or
 //! lingering. Both are timers of the module API; a pending one also makes the
 //! server refuse to unload us.
 
@@ -83,9 +83,11 @@ pub fn step(endpoint: &Arc<Endpoint>, now: Millis, caught_up: bool) {
         Duty::Probe => probe(endpoint),
         Duty::End => Transport::get().poller.doom(endpoint),
         Duty::TimedOut if caught_up => {
-            time_out(endpoint, "its handshake was not completed in time")
+            time_out(endpoint, "handshake not completed within handshake-timeout")
         }
-        Duty::Unanswered if caught_up => time_out(endpoint, "it did not answer in time"),
+        Duty::Unanswered if caught_up => {
+            time_out(endpoint, "no reply to a keepalive probe (keepalive-probes)")
+        }
         Duty::TimedOut | Duty::Unanswered | Duty::Wait => {}
     }
 }

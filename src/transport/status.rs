@@ -223,7 +223,7 @@ pub fn describe(endpoint: &Endpoint) -> Reply {
         ("port", u64::from(endpoint.id().port()).into()),
         ("state", stage.map(Stage::text).into()),
         ("age-ms", ago(endpoint.activity().begun)),
-        ("heard-ms", ago(heard)),
+        ("last-received-ms", ago(heard)),
         ("waits-for", waits_for.text().into()),
         ("waits-ms", ago(since)),
         ("bytes-received", (endpoint.inbound().total_read() + endpoint.inbound().unread()).into()),

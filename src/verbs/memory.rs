@@ -121,7 +121,7 @@ impl Region {
         let total = REGISTERED.fetch_add(length as u64, Ordering::Relaxed) + length as u64;
         let region = if total > REGISTERED_LIMIT.load(Ordering::Relaxed) {
             Err(Error {
-                action: "register memory within the configured total (max-registered)",
+                action: "register memory within the configured total (max-registered-memory)",
                 errno: libc::EDQUOT,
             })
         } else {

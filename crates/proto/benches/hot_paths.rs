@@ -25,7 +25,7 @@ const SIZES: [usize; 3] = [64, 1024, 16 << 10];
 const WINDOW: usize = 1 << 20;
 const DEPTH: usize = 64;
 const TIMING: Timing =
-    Timing { handshake: 10_000, liveness: 5_000, answer: 60_000, linger: 500, delivery: 10_000 };
+    Timing { handshake: 10_000, keepalive: 5_000, answer: 60_000, linger: 500, delivery: 10_000 };
 
 fn read(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("read");

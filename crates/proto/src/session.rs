@@ -31,7 +31,7 @@ pub struct Timing {
     /// A handshake that takes longer is given up.
     pub handshake: Millis,
     /// After so long without anything from the peer it is probed.
-    pub liveness: Millis,
+    pub keepalive: Millis,
     /// A peer that has not answered its probe for so long is given up.
     pub answer: Millis,
     /// Time that a peer has to read what was delivered before we disconnect.
@@ -283,7 +283,7 @@ impl Session {
             Phase::Handshake { deadline } if now >= *deadline => Duty::TimedOut,
             Phase::Handshake { .. } => Duty::Wait,
             Phase::Open => {
-                let silent_since = self.last_heard + self.timing.liveness;
+                let silent_since = self.last_heard + self.timing.keepalive;
                 if self.probed.is_some() {
                     // The device gives up at some time, but not Soft-RoCE: it takes the seven
                     // tries that clients choose for tries without end.
@@ -365,7 +365,7 @@ mod tests {
     use super::*;
 
     const TIMING: Timing =
-        Timing { handshake: 100, liveness: 50, answer: 500, linger: 20, delivery: 200 };
+        Timing { handshake: 100, keepalive: 50, answer: 500, linger: 20, delivery: 200 };
 
     fn announcement(length: u32) -> [u8; 32] {
         Message::RegisterXferMemory(Memory { address: 0x1000, length, rkey: 1 }).encode()

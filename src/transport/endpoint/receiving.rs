@@ -124,7 +124,7 @@ impl Endpoint {
         let sent = self.send_control(message)?;
         self.own().announcement_due = !sent;
         if sent {
-            METRICS.windows_received.add(1);
+            METRICS.announcements_sent.add(1);
         }
         Ok(())
     }
@@ -165,7 +165,7 @@ impl Endpoint {
             }
             let Some(next) = receive.other.take().filter(fits).or_else(new) else { return false };
             receive.other = Some(std::mem::replace(&mut receive.region, next));
-            METRICS.windows_ahead.add(1);
+            METRICS.announcements_sent_early.add(1);
         }
         receive.since = Some(now);
         receive.writes_before = writes;

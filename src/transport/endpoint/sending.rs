@@ -247,7 +247,7 @@ impl Endpoint {
         let sequence = writer.next_sequence();
         self.pair.post_probe(self.key.work_request(Work::Probe(sequence)))?;
         drop(writer);
-        METRICS.probes.add(1);
+        METRICS.keepalive_probes.add(1);
         Ok(true)
     }
 }

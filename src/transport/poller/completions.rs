@@ -21,11 +21,11 @@ impl Poller {
     pub(super) fn wait_for_completions(&self, hub: &Rc<Hub>, deadline: Nanos) -> bool {
         loop {
             if self.take_completions(hub, Which::All) > 0 {
-                METRICS.waits_fruitful.add(1);
+                METRICS.busy_poll_hits.add(1);
                 return true;
             }
             if deadline == 0 || clock::nanos() >= deadline {
-                METRICS.waits_fruitless.add(1);
+                METRICS.busy_poll_misses.add(1);
                 return false;
             }
             std::hint::spin_loop();
@@ -42,7 +42,7 @@ impl Poller {
         // Most looks before the server sleeps find nothing.
         if count.get() > 0 {
             METRICS.completions.add(count.get());
-            METRICS.completions_at_once_most.raise(count.get());
+            METRICS.completions_per_poll_peak.raise(count.get());
         }
         self.let_go();
         match progress {
@@ -77,7 +77,10 @@ impl Poller {
                 if endpoint.fate() == Fate::Alive && !left {
                     let why = if status.is_flush() {
                         // Nothing of ours failed: the device refused what the peer tried.
-                        String::from("an access that it has no right to, or the device failed")
+                        String::from(
+                            "queue pair flushed without a local error: remote access violation \
+                             by the peer, or device failure",
+                        )
                     } else {
                         format!("{} ({work:?})", status.text())
                     };
@@ -142,7 +145,7 @@ impl Poller {
         match reaction {
             Ok(Reaction::Nothing) => self.post_again(endpoint, slot),
             Ok(Reaction::WindowOpened) => {
-                METRICS.windows_sent.add(1);
+                METRICS.announcements_received.add(1);
                 endpoint.activity().window_opened();
                 self.post_again(endpoint, slot);
                 if endpoint.own().session.handshake_completed_by_window() {

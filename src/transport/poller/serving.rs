@@ -181,8 +181,7 @@ impl Poller {
         unsafe {
             let handler = (*connection).write_handler;
             if handler.is_some() && endpoint.is_writable() {
-                let main = crate::host::main_cell::is_main_thread();
-                if main { &METRICS.resumptions_main } else { &METRICS.resumptions_io }.add(1);
+                METRICS.resumptions.add(1);
                 call_handler(connection, handler);
             }
         }

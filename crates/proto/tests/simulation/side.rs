@@ -29,8 +29,13 @@ pub struct Plan {
     pub offload: u32,
 }
 
-const TIMING: Timing =
-    Timing { handshake: 600_000, liveness: 5_000, answer: 600_000, linger: 100, delivery: 600_000 };
+const TIMING: Timing = Timing {
+    handshake: 600_000,
+    keepalive: 5_000,
+    answer: 600_000,
+    linger: 100,
+    delivery: 600_000,
+};
 
 #[derive(Debug, Default)]
 struct Outgoing {

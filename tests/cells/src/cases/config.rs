@@ -21,7 +21,7 @@ pub const CASES: &[Case] = &[
     Case::new("config-set-port", set_port),
     Case::new("config-set-bind", set_bind),
     Case::new("config-set-full", set_full)
-        .with(|settings| settings.arguments.push("max-registered=2m".to_owned())),
+        .with(|settings| settings.arguments.push("max-registered-memory=2m".to_owned())),
     Case::new("config-set-fails", set_fails),
     Case::new("config-rewrite", rewrite),
 ];
@@ -79,7 +79,7 @@ fn arguments(cell: &mut Cell) -> Result<()> {
         "bind=-192.0.2.77".to_owned(),
         format!("port={port}"),
         "rx-size=256k".to_owned(),
-        "comp-vector=0".to_owned(),
+        "completion-vector=0".to_owned(),
     ]);
     cell.settings.arguments = arguments;
     cell.start()?;

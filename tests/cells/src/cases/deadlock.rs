@@ -69,8 +69,8 @@ fn deadlock(cell: &mut Cell, requests: usize, clients: usize, size: usize) -> Re
     ensure!(pings?.count > 1, "the load was over before the second ping");
 
     let info = cell.info()?;
-    let windows = info.number("rdma_windows_sent")?;
-    let resumed = info.number("rdma_resumptions_main")?;
+    let windows = info.number("rdma_announcements_received")?;
+    let resumed = info.number("rdma_resumptions")?;
     let short_io = info.number("rdma_short_writes_io")?;
     let short_main = info.number("rdma_short_writes_main")?;
     cell.figure("windows used up", windows);

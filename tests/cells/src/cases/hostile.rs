@@ -39,11 +39,11 @@ pub const CASES: &[Case] = &[
         settings.arguments.push("handshake-timeout=3000".to_owned());
     }),
     Case::new("limit-registered", registered).with(|settings| {
-        settings.arguments.push(format!("max-registered={LIMIT}"));
+        settings.arguments.push(format!("max-registered-memory={LIMIT}"));
         settings.arguments.push("rx-size=64k".to_owned());
     }),
-    Case::new("limit-liveness", liveness)
-        .with(|settings| settings.arguments.push("liveness-interval=300".to_owned())),
+    Case::new("limit-keepalive", keepalive)
+        .with(|settings| settings.arguments.push("keepalive-interval=300".to_owned())),
     Case::new("limit-linger", linger)
         .with(|settings| settings.arguments.push("linger-time=300".to_owned())),
 ];
@@ -1036,14 +1036,14 @@ fn registered(cell: &mut Cell) -> Result<()> {
 }
 
 /// A silent client is probed, and lives; one that has vanished is found out.
-fn liveness(cell: &mut Cell) -> Result<()> {
+fn keepalive(cell: &mut Cell) -> Result<()> {
     prepare(cell)?;
     witnessed(cell, |cell| {
         let before = Holdings::at_rest(cell)?;
         let target = Target::of(cell);
         let (mut idle, mut inbox) = target.join()?;
-        let probes = cell.info()?.number("rdma_probes")?;
-        cell.wait_info("probes", |info| Ok(info.number("rdma_probes")? >= probes + 5))?;
+        let probes = cell.info()?.number("rdma_keepalive_probes")?;
+        cell.wait_info("probes", |info| Ok(info.number("rdma_keepalive_probes")? >= probes + 5))?;
         // None of them cost the idle client a receive, or looked like bytes.
         target.ping(&mut idle, &mut inbox)?;
         drop(idle);

@@ -21,11 +21,11 @@ pub const CASES: &[Case] = &[
     Case::new("rdma-clients", clients),
     // Probes for the client's sake would give it back as well, later.
     Case::new("reply-memory", reply_memory)
-        .with(|settings| settings.arguments.push("liveness-interval=86400000".to_owned())),
+        .with(|settings| settings.arguments.push("keepalive-interval=86400000".to_owned())),
     Case::new("child-memory", child_memory),
     Case::new("rdma-stats", stats).with(|settings| {
         settings.arguments.push("max-handshakes=1".to_owned());
-        settings.arguments.push("max-registered=64m".to_owned());
+        settings.arguments.push("max-registered-memory=64m".to_owned());
     }),
     Case::new("rdma-commands", commands),
     Case::new("quiet-log", quiet_log),

@@ -65,7 +65,7 @@ fn bad_arguments(cell: &mut Cell) -> Result<()> {
         ("rx-size=lots", &["rx-size", "lots"]),
         ("rx-size=1", &["rx-size"]),
         ("rx-size=64g", &["rx-size", "64g"]),
-        ("comp-vector=x", &["comp-vector", "x"]),
+        ("completion-vector=x", &["completion-vector", "x"]),
     ] {
         cell.settings.arguments(&[&bind, argument]);
         let line = refusal(cell, &[&["rdma"], words].concat())?;

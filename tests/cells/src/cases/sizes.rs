@@ -85,7 +85,7 @@ fn fill_windows(cell: &mut Cell) -> Result<()> {
     ensure!(sizes.len() > 1, "the server's window never grew: {sizes:?}");
     cell.figure("the server's windows", format!("{sizes:?}"));
     // A client that goes on at once has somewhere to write to.
-    let ahead = cell.info()?.number("rdma_windows_ahead")?;
+    let ahead = cell.info()?.number("rdma_announcements_sent_early")?;
     ensure!(ahead > 0, "no window was announced before the one before was read");
     cell.figure("windows announced ahead", ahead);
     Ok(())
@@ -132,7 +132,7 @@ fn odd_windows(cell: &mut Cell) -> Result<()> {
         }
         cell.moved(length, 2 * length);
     }
-    let windows = cell.info()?.number("rdma_windows_sent")?;
+    let windows = cell.info()?.number("rdma_announcements_received")?;
     ensure!(windows > 100, "only {windows} windows were used up");
     Ok(())
 }
@@ -162,7 +162,7 @@ fn odd_receive_size(cell: &mut Cell) -> Result<()> {
         }
         let after = cell.info()?;
         let count = |name: &str| Ok::<_, anyhow::Error>(after.number(name)? - before.number(name)?);
-        counts.push((count("rdma_registrations")?, count("rdma_windows_received")?));
+        counts.push((count("rdma_registrations")?, count("rdma_announcements_sent")?));
         cell.moved(5 * value.len(), 0);
     }
     let (registrations, windows) = counts[1];

@@ -58,7 +58,7 @@ fn soak(cell: &mut Cell, lives: u64) -> Result<()> {
         Err(_) => SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64 % 1_000_000_000,
     };
     cell.figure("seed", seed);
-    cell.settings.arguments.push("liveness-interval=300".to_owned());
+    cell.settings.arguments.push("keepalive-interval=300".to_owned());
     let common = cell.settings.clone();
     let mut seen = Seen::default();
     for seed in seed..seed + lives {
