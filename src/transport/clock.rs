@@ -4,7 +4,9 @@
 //! Two clocks, each running only while it has something to look at: a slow one for
 //! all endpoints (keepalive, idle memory), a fast one for those in handshake or
 //! lingering. Both are timers of the module API; a pending one also makes the
-//! server refuse to unload us.
+//! server refuse to unload us. No timer comes while the server runs its event loop from
+//! within a script, or while it loads its data. There the fast clock is asked before each
+//! sleep.
 
 use super::endpoint::{Endpoint, Fate, Reason};
 use super::guard::{guard, guard_endpoint};
@@ -21,17 +23,21 @@ use std::time::Duration;
 
 const SLOW: Duration = Duration::from_secs(1);
 const FAST: Duration = Duration::from_millis(50);
+/// A fast clock that has not ticked for so long has no timer at the moment, in milliseconds.
+const LATE: Millis = 100;
 
 #[derive(Debug)]
 struct Clocks {
     slow_runs: bool,
     fast_runs: bool,
+    /// When the fast one ticked last.
+    ticked: Millis,
     /// Endpoints in handshake or lingering.
     attended: Vec<Key>,
 }
 
 static CLOCKS: MainCell<Clocks> =
-    MainCell::new(Clocks { slow_runs: false, fast_runs: false, attended: Vec::new() });
+    MainCell::new(Clocks { slow_runs: false, fast_runs: false, ticked: 0, attended: Vec::new() });
 
 /// Milliseconds on the system's monotonic clock, true to a few (the kernel's tick): every
 /// completion asks, and the coarse clock costs a quarter of the fine one.
@@ -53,10 +59,12 @@ fn read(clock: libc::clockid_t) -> Nanos {
 
 /// Watches an endpoint that is in handshake or lingers, from now on.
 pub fn attend(endpoint: &Arc<Endpoint>) {
-    step(endpoint, now(), false);
+    let now = now();
+    step(endpoint, now, false);
     let mut clocks = CLOCKS.open();
     clocks.attended.push(endpoint.key());
     if !std::mem::replace(&mut clocks.fast_runs, true) {
+        clocks.ticked = now;
         api::after(FAST, on_fast);
     }
     if !std::mem::replace(&mut clocks.slow_runs, true) {
@@ -113,14 +121,24 @@ fn time_out(endpoint: &Arc<Endpoint>, why: &str) {
     poller.lose(endpoint, Fate::Gone, Reason::Timeout);
 }
 
-unsafe extern "C" fn on_fast(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
+/// Ticks the fast clock where its timer does not. To be asked before the server sleeps.
+pub fn tick_if_late() {
+    let clocks = CLOCKS.open();
+    let late = clocks.fast_runs && now() >= clocks.ticked + LATE;
+    drop(clocks);
+    if late {
+        tick();
+    }
+}
+
+/// Looks at those who are in handshake or linger.
+fn tick() {
     let poller = &Transport::get().poller;
-    let is_transient =
-        |key: &Key| poller.find(*key).is_some_and(|it| it.own().session.is_transient());
     guard("fast clock", (), || {
+        let now = now();
+        CLOCKS.open().ticked = now;
         let keys = CLOCKS.open().attended.clone();
         let attended: Vec<_> = keys.into_iter().filter_map(|key| poller.find(key)).collect();
-        let now = now();
         let overdue = |endpoint: &Arc<Endpoint>| endpoint.own().session.is_overdue(now);
         // What completes a handshake may wait since before its time was over.
         let caught_up = attended.iter().any(overdue) && poller.catch_up();
@@ -130,6 +148,13 @@ unsafe extern "C" fn on_fast(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
             });
         }
     });
+}
+
+unsafe extern "C" fn on_fast(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
+    let poller = &Transport::get().poller;
+    let is_transient =
+        |key: &Key| poller.find(*key).is_some_and(|it| it.own().session.is_transient());
+    tick();
     // Whatever became of that, the clock goes on.
     guard("the fast clock's next tick", (), || {
         let mut attended = std::mem::take(&mut CLOCKS.open().attended);

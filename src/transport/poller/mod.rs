@@ -318,6 +318,7 @@ impl Poller {
     /// were served.
     pub fn run(&self) -> usize {
         let _pass = self.pass();
+        clock::tick_if_late();
         *self.job_sent.open() = false;
         let unfinished = std::mem::take(&mut *self.unfinished.open());
         for index in 0.. {

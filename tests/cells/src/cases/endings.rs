@@ -8,8 +8,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use client::Value;
 use client::raw::{Options, Raw};
+use client::rdma::Connection;
+use client::{Client, Value};
 
 use super::basics::expect;
 use super::hostile::{Holdings, Inbox, Target};
@@ -29,6 +30,12 @@ pub const CASES: &[Case] = &[
     Case::new("refused-linger", refused_linger).with(|settings| {
         settings.directive(&format!("maxclients {CLIENTS}"));
         settings.arguments.push(format!("max-handshakes={TRANSIENTS}"));
+    }),
+    Case::new("busy-server", busy_server).with(|settings| {
+        settings.arguments.push(format!("max-handshakes={SILENT}"));
+        settings.arguments.push("handshake-timeout=500".to_owned());
+        settings.directive("busy-reply-threshold 50");
+        settings.directive("loading-process-events-interval-bytes 1024");
     }),
 ];
 
@@ -261,4 +268,72 @@ fn refused_linger(cell: &mut Cell) -> Result<()> {
     drop(open);
     rest.wait_back(cell)?;
     Ok(())
+}
+
+/// As many as may be in handshake.
+const SILENT: usize = 3;
+
+/// A server that carries out a script for long, or loads its data, lets go of who quits and of
+/// who never speaks: it runs its event loop meanwhile, but no timers.
+fn busy_server(cell: &mut Cell) -> Result<()> {
+    let mut killer = cell.rdma()?;
+    let mut script = cell.rdma()?;
+    script.request(&[b"EVAL", b"while true do end", b"0"])?;
+    wait_refused(cell, &mut killer, "BUSY")?;
+    let result = comings_and_goings(cell).context("while a script runs");
+    expect(&mut killer, "SCRIPT KILL", "OK")?;
+    ensure!(script.reply()?.is_error(), "the script was not killed");
+    result?;
+
+    expect(&mut killer, "DEBUG POPULATE 3000 key 100", "OK")?;
+    // Of each key, in microseconds.
+    expect(&mut killer, "CONFIG SET key-load-delay 3000", "OK")?;
+    script.request(&[b"DEBUG", b"RELOAD"])?;
+    wait_refused(cell, &mut killer, "LOADING")?;
+    comings_and_goings(cell).context("while the server loads")?;
+    ensure!(killer.words("GET key")?.text().contains("LOADING"), "it loaded too quickly");
+    expect(&mut killer, "CONFIG SET key-load-delay 0", "OK")?;
+    ensure!(script.reply()?.text() == "OK", "DEBUG RELOAD");
+    cell.moved(100, 100);
+    Ok(())
+}
+
+/// Waits until commands are answered by this error.
+fn wait_refused(cell: &Cell, client: &mut Client<Connection>, error: &str) -> Result<()> {
+    let deadline = Instant::now() + cell.lab.patience();
+    while !client.words("GET key")?.text().contains(error) {
+        ensure!(Instant::now() < deadline, "the server is not {error}");
+    }
+    Ok(())
+}
+
+/// Clients that quit, and others that never speak and take all the room there is for
+/// handshakes: until it is free again.
+fn comings_and_goings(cell: &Cell) -> Result<()> {
+    let target = Target::of(cell);
+    let soon = || Instant::now() + Duration::from_secs(4);
+    for _ in 0..3 {
+        let (mut raw, mut inbox) = open(cell)?;
+        inbox.say(&mut raw, b"QUIT\r\n")?;
+        raw.wait_end(soon()).context("one that quit")?;
+    }
+    let options = Options { receives: 1, memory: 1, ..Options::default() };
+    let mut silent = Vec::new();
+    for _ in 0..SILENT {
+        silent.push(target.open_with(&options)?);
+    }
+    for raw in &mut silent {
+        raw.wait_end(soon()).context("one that never spoke")?;
+    }
+    drop(open(cell).context("one that comes after those")?);
+    Ok(())
+}
+
+/// A client that has announced its window, and knows the server's.
+fn open(cell: &Cell) -> Result<(Raw, Inbox)> {
+    let target = Target::of(cell);
+    let mut raw = target.open_with(&Options::default())?;
+    raw.send(&raw.window().announcement())?;
+    let inbox = target.inbox(&mut raw)?;
+    Ok((raw, inbox))
 }
