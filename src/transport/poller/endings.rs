@@ -202,6 +202,8 @@ impl Poller {
     pub(super) fn violate(&self, endpoint: &Arc<Endpoint>, violation: Violation) {
         if endpoint.fate() != Fate::Broken {
             METRICS.violated(&violation);
+            // Also where the server has closed already, or the peer has left.
+            endpoint.own().reason = Some(Reason::Violation);
             let peer = endpoint.peer_text();
             let message = format_args!("client {peer} broke the protocol: {violation}");
             self.violations.open().say(clock::now(), Level::Warn, message);

@@ -23,7 +23,8 @@ use crate::process::Process;
 use crate::server::free_port;
 
 pub const CASES: &[Case] = &[
-    Case::new("hostile-messages", |cell| run(cell, MESSAGES)),
+    Case::new("hostile-messages", |cell| run(cell, MESSAGES))
+        .with(|settings| settings.arguments.push("linger-time=2000".to_owned())),
     Case::new("hostile-immediates", |cell| run(cell, IMMEDIATES)),
     Case::new("hostile-windows", |cell| run(cell, WINDOWS)),
     Case::new("hostile-announcements", |cell| run(cell, ANNOUNCEMENTS)),
@@ -200,6 +201,13 @@ const MESSAGES: &[Attack] = &[
     attack("opcode 65535", Violation("opcode 65535"), |t| late(t, &[0xff; 32])),
     attack("a feature that is none", Violation("feature"), |t| early(t, &features(1))),
     attack("all features", Violation("feature"), |t| late(t, &features(u64::MAX))),
+    attack("opcode 4 when the server has closed", Violation("opcode 4"), |t| {
+        let (mut raw, mut inbox) = t.join()?;
+        inbox.say(&mut raw, b"QUIT\r\n")?;
+        t.reply(&mut raw, &mut inbox, b"+OK\r\n")?;
+        raw.send(&wire::bare(4))?;
+        Ok(raw)
+    }),
     attack("no feature", Harmless, |t| {
         let (mut raw, mut inbox) = t.join()?;
         raw.send(&features(0))?;
