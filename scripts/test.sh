@@ -51,7 +51,7 @@ main() {
 
     if ((!$#)); then
         say "Unit tests"
-        tests "cargo test" "$log/units" cargo test --locked --workspace
+        tests "cargo test" "$log/units" cargo test --locked --workspace --no-fail-fast
         say "All interleavings, many seeds, inputs that coverage finds"
         explorations "$level" "$log"
         say "Programs that nobody here wrote, on the software fabric"

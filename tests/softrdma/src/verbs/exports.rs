@@ -871,7 +871,12 @@ unsafe extern "C" fn ibv_get_async_event(
                     srq.async_acks.reported();
                     ibv_async_event_element_t { srq: Arc::as_ptr(srq).cast_mut().cast() }
                 }
-                About::Device => ibv_async_event_element_t { port_num: 1 },
+                About::Device => {
+                    // Whoever looks at the pointer in its place finds no leftovers in the rest.
+                    let mut element = ibv_async_event_element_t { cq: null_mut() };
+                    element.port_num = 1;
+                    element
+                }
             };
             // SAFETY: see above.
             unsafe { out.write(ibv_async_event { element, event_type: event.kind }) };
