@@ -212,14 +212,18 @@ fn limits() -> [Limit; 4] {
     ]
 }
 
-/// What `INFO rdma` shows, without the module's version.
+/// The counters of `INFO rdma`. Any thread.
+pub fn counters() -> Vec<(String, Reply)> {
+    METRICS.fields().into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect()
+}
+
+/// What `INFO rdma` shows, without the module's version. Main thread.
 pub fn fields() -> Vec<(String, Reply)> {
     let mut fields = Vec::new();
     for (index, device) in Transport::get().poller.devices().into_iter().enumerate() {
         fields.push((format!("device{index}"), device));
     }
-    let counters = METRICS.fields();
-    fields.extend(counters.into_iter().map(|(name, value)| (name.to_owned(), value.into())));
+    fields.extend(counters());
     for limit in limits() {
         let most = limit.most.map_or_else(|| String::from("none"), |most| most.to_string());
         fields.push((format!("limit_{}", limit.name), format!("{}/{most}", limit.now).into()));

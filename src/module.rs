@@ -4,7 +4,7 @@
 use crate::commands;
 use crate::config::Settings;
 use crate::host::line::{Line, Version};
-use crate::host::main_cell::declare_main_thread;
+use crate::host::main_cell::{declare_main_thread, is_main_thread};
 use crate::host::symbols::{self, Symbols, server_has_own_rdma};
 use crate::host::{api, fingerprint};
 use crate::namesake;
@@ -230,8 +230,15 @@ unsafe fn io_threads(ctx: *mut raw::RedisModuleCtx) -> usize {
     }
 }
 
-unsafe extern "C" fn info(ctx: *mut raw::RedisModuleInfoCtx, _for_crash_report: c_int) {
+unsafe extern "C" fn info(ctx: *mut raw::RedisModuleInfoCtx, for_crash_report: c_int) {
     guard("INFO", (), || {
+        // A crash report is made on the thread that crashed, whatever that was doing: nothing
+        // but the counters can be read there.
+        let fields = if for_crash_report != 0 || !is_main_thread() {
+            commands::counters()
+        } else {
+            commands::fields()
+        };
         // SAFETY: the server's own context, C strings, numbers.
         unsafe {
             if raw::RedisModule_InfoAddSection.expect("server API")(ctx, c"".as_ptr()) == ERR {
@@ -245,7 +252,7 @@ unsafe extern "C" fn info(ctx: *mut raw::RedisModuleInfoCtx, _for_crash_report: 
             };
             text("version", env!("CARGO_PKG_VERSION"));
             text("line", &Transport::get().line.to_string());
-            for (name, value) in commands::fields() {
+            for (name, value) in fields {
                 text(&name, &value.to_string());
             }
         }

@@ -29,9 +29,39 @@ pub const CASES: &[Case] = &[
     }),
     Case::new("rdma-commands", commands),
     Case::new("quiet-log", quiet_log),
+    Case::new("crash-report", crash_report),
     Case::new("watchdog", watchdog).unstarted(),
     Case::new("watchdog-off", watchdog_off).unstarted(),
 ];
+
+/// A server that crashes says what the transport counted, on whichever thread it crashed, and
+/// does not blame the module for that.
+fn crash_report(cell: &mut Cell) -> Result<()> {
+    let mut client = cell.rdma()?;
+    expect(&mut client, "PING", "PONG")?;
+    let pid = cell.server().pid();
+    let mut thread = pid;
+    for entry in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let entry = entry?;
+        if std::fs::read_to_string(entry.path().join("comm"))?.starts_with("io_thd") {
+            thread = entry.file_name().to_string_lossy().parse()?;
+        }
+    }
+    ensure!((thread != pid) == (cell.id.io_threads > 1), "I/O threads have another name");
+    // SAFETY: numbers; a signal to a thread of the cell's own server.
+    let sent = unsafe { libc::syscall(libc::SYS_tgkill, pid, thread, libc::SIGSEGV) };
+    ensure!(sent == 0, "tgkill: {}", std::io::Error::last_os_error());
+    let mut server = cell.take_server()?;
+    let status = server.wait_exit(cell.lab.patience())?;
+    ensure!(!status.success(), "the server ended with {status}");
+    let log = server.log()?;
+    for words in ["rdma_version:", "rdma_bytes_sent:", "rdma_registered_bytes:"] {
+        ensure!(log.contains(words), "the crash report has no {words}");
+    }
+    ensure!(!log.contains("please report it"), "the crash report blames the module");
+    client.stream().wait_end(Instant::now() + cell.lab.patience())?;
+    Ok(())
+}
 
 /// A map of a reply: names and values in turn.
 struct Map(Vec<Value>);
