@@ -244,7 +244,7 @@ END
     row "main-thread CPU of the idle server, %" "$1" "$2"
     row "" "I/O threads" "main thread"
     row "short writes" "$(info short_writes_io)" "$(info short_writes_main)"
-    row "resumptions" "$(info resumptions_io)" "$(info resumptions)"
+    row "resumptions" "-" "$(info resumptions)"
     row "" asked "slowest, ms"
     row "PING over TCP" "$pings" $((slowest / 1000))
 }

@@ -978,7 +978,7 @@ fn crowd(cell: &mut Cell) -> Result<()> {
         let after = before.wait_back(cell)?;
         let timed_out = after.by_timeout - before.by_timeout;
         ensure!(timed_out > 0, "nobody was timed out");
-        let lines = cell.server().log_lines("handshake was not completed")?;
+        let lines = cell.server().log_lines("handshake not completed")?;
         ensure!(
             (1..=90).contains(&lines.len()),
             "{} lines about {timed_out} time-outs in less than three minutes",
@@ -1079,7 +1079,10 @@ fn keepalive(cell: &mut Cell) -> Result<()> {
         before.wait_back(cell).context("a client that answers no probe")?;
         ensure!(Holdings::of(cell)?.by_timeout == after.by_timeout + 1, "not counted as timed out");
         let lines = lines_about(cell, who)?;
-        ensure!(lines.len() == 1 && lines[0].contains("did not answer"), "the log says: {lines:?}");
+        ensure!(
+            lines.len() == 1 && lines[0].contains("no reply to a keepalive probe"),
+            "the log says: {lines:?}"
+        );
         Ok(())
     })
 }
