@@ -80,7 +80,7 @@ documents() {
         printf '\nFiles: usr/lib/valkey/modules/libvalkey_rdma.so\nComment: contains, besides, the crates\n'
         # What is part of a build on the way to it is not in the module.
         cargo tree --locked --package valkey-rdma --edges normal,no-proc-macro --prefix none --format '{p}: {l}' |
-            sed -e '/^valkey-rdma /d' -e 's/ (\*)$//' -e 's/^/ /' | LC_ALL=C sort -u
+            sed -e '/^valkey-rdma/d' -e 's/ (\*)$//' -e 's/^/ /' | LC_ALL=C sort -u
     } >"$root/$doc/copyright"
 }
 

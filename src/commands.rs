@@ -12,10 +12,10 @@ use crate::metrics::METRICS;
 use crate::transport::guard::guard;
 use crate::transport::key::MAX_ENDPOINTS;
 use crate::transport::{Transport, status};
-use crate::verbs::{locked_memory_limit, memory};
 use redis_module::raw;
 use std::ffi::{CStr, c_int};
 use std::ptr;
+use verbs::account;
 
 const OK: c_int = raw::REDISMODULE_OK as c_int;
 
@@ -197,7 +197,7 @@ fn limits() -> [Limit; 4] {
         let settings = transport.settings.open();
         (u64::from(settings.max_handshakes), settings.max_registered_memory)
     };
-    let (registered, _) = memory::registered();
+    let (registered, _) = account::registered();
     let connections = transport.poller.count() as u64;
     let [handshakes, registered_bytes, locked_bytes, most_connections] = LIMITS;
     [
@@ -207,7 +207,7 @@ fn limits() -> [Limit; 4] {
             now: registered,
             most: (max_registered_memory != u64::MAX).then_some(max_registered_memory),
         },
-        Limit { name: locked_bytes, now: registered, most: locked_memory_limit() },
+        Limit { name: locked_bytes, now: registered, most: account::locked_memory_limit() },
         Limit { name: most_connections, now: connections, most: Some(MAX_ENDPOINTS as u64) },
     ]
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Valkey over RDMA as a module for stock valkey-server binaries.
 //!
-//! The protocol itself is the crate [`proto`]. Dependencies in this direction only:
+//! The protocol itself is the crate [`proto`], and [`verbs`] owns the RDMA objects.
+//! Dependencies in this direction only:
 //!
-//! * [`verbs`]: owners of RDMA objects.
 //! * [`host`]: the server's ABI.
 //! * [`config`], [`metrics`]: what is set and what is counted.
 //! * [`transport`]: all of it together, and the table that the server calls.
@@ -24,4 +24,3 @@ pub mod metrics;
 pub mod module;
 pub mod namesake;
 pub mod transport;
-pub mod verbs;

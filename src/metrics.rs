@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Counters and gauges behind `INFO rdma` and `RDMA.STATS`. Counting costs one relaxed add.
 
-use crate::verbs::completion::Failure;
-use crate::verbs::memory;
 use proto::session::Violation;
 use std::sync::atomic::{AtomicU64, Ordering};
+use verbs::account;
+use verbs::cq::Failure;
 
 /// One number that only grows, or a gauge that also shrinks. Any thread.
 #[derive(Debug, Default)]
@@ -50,12 +50,12 @@ macro_rules! metrics {
 
             /// Every counter's name and value, in the order of `INFO rdma`.
             pub fn fields(&self) -> Vec<(&'static str, u64)> {
-                let (now, peak) = memory::registered();
+                let (now, peak) = account::registered();
                 vec![
                     $((stringify!($name), self.$name.get()),)*
                     ("registered_bytes", now),
                     ("registered_peak_bytes", peak),
-                    ("registrations", memory::registrations()),
+                    ("registrations", account::registrations()),
                 ]
             }
         }

@@ -10,9 +10,9 @@ use crate::host::{api, fingerprint};
 use crate::namesake;
 use crate::transport::guard::{guard, log_panics};
 use crate::transport::{Transport, listener, rebind, table};
-use crate::verbs::{library, memory};
 use redis_module::raw;
 use std::ffi::{CString, c_char, c_int};
+use verbs::{account, fork, library};
 
 /// The module's name, which is also that of the connection type.
 const NAME: &std::ffi::CStr = c"rdma";
@@ -152,8 +152,8 @@ unsafe fn load(
     unsafe { fingerprint::check_live(line, symbols.tcp_table()) }
         .map_err(|mismatch| foreign(mismatch.to_string()))?;
     library::load().map_err(|error| error.to_string())?;
-    library::prepare_for_fork().map_err(|error| error.to_string())?;
-    memory::limit_registered(settings.max_registered_memory);
+    fork::prepare().map_err(|error| error.to_string())?;
+    account::limit_registered(settings.max_registered_memory);
 
     // SAFETY: by the caller's promise.
     let io_threads = unsafe { io_threads(ctx) };

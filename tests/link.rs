@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! What the linker made: the module depends on libc alone and exports what the server
-//! looks for. Why that matters is told in `src/verbs/library.rs`.
+//! looks for. Why that matters is told in `crates/verbs/src/library.rs`.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -36,9 +36,19 @@ fn it_depends_on_libc_alone() {
     for library in &needed {
         assert!(
             ["libc.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2", "libm.so.6"].contains(library),
-            "the module depends on {library}: a function of it is not forwarded"
+            "the module depends on {library}: is a function called by its name?"
         );
     }
+}
+
+/// Neither defined, which another object in the process might find, nor needed.
+#[test]
+fn it_has_no_symbol_of_the_rdma_libraries() {
+    let symbols = objdump("-T");
+    let names = symbols.lines().filter_map(|line| line.split_whitespace().last());
+    let theirs: Vec<_> =
+        names.filter(|name| name.starts_with("ibv_") || name.starts_with("rdma_")).collect();
+    assert!(theirs.is_empty(), "{theirs:?}");
 }
 
 #[test]

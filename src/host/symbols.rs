@@ -32,8 +32,7 @@ unsafe impl Sync for Symbols {}
 
 fn find(name: &'static CStr) -> Option<*mut c_void> {
     // SAFETY: the handle of the main program is always there; a NUL-terminated name.
-    // Not RTLD_DEFAULT: that would look into this module too, which defines
-    // functions of librdmacm (`verbs::library`).
+    // Not RTLD_DEFAULT: that would look into this module too, and what it depends on.
     let address = unsafe {
         let program = libc::dlopen(std::ptr::null(), libc::RTLD_NOW);
         libc::dlsym(program, name.as_ptr())

@@ -9,10 +9,10 @@
 use super::clock;
 use super::valve::Valve;
 use crate::host::MainCell;
-use crate::verbs::fork;
 use log::Level;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
+use verbs::fork;
 
 /// Whether this process is a child that the server forked.
 static IN_CHILD: AtomicBool = AtomicBool::new(false);

@@ -18,12 +18,13 @@
 use crate::host::MainCell;
 use crate::host::reply::Reply;
 use crate::metrics::METRICS;
-use crate::verbs::Error;
-use crate::verbs::cm::{Device, Id, IdKey, Limits};
-use crate::verbs::completion::{Batch, Completion, CompletionChannel, CompletionQueue};
 use proto::busy_poll::{Nanos, Pace};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use verbs::Error;
+use verbs::cm::{Id, IdKey};
+use verbs::cq::{Batch, Completion, CompletionChannel, CompletionQueue};
+use verbs::device::{Device, Limits};
 
 /// Entries of a device's queues, in the order in which they are made: for 77 connections,
 /// for 154 and so on, twice as many each time up to 2,473, or to the device's limit. Few

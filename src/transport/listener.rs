@@ -15,11 +15,12 @@ use super::{Transport, clock, relisten};
 use crate::config::Settings;
 use crate::host::layout::{ConnectionType91, EventLoop, Listener81, MAX_BINDS, RdmaSettings};
 use crate::metrics::METRICS;
-use crate::verbs::Error;
-use crate::verbs::cm::{Device, EventChannel, EventKind, Id, IdKey};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd, RawFd};
+use verbs::Error;
+use verbs::cm::{EventChannel, EventKind, Id, IdKey};
+use verbs::device::Device;
 
 /// Connection requests that wait in the kernel; it caps the number itself.
 const BACKLOG: i32 = 1024;

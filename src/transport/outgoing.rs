@@ -12,8 +12,6 @@ use crate::host::connection::{Handler, State};
 use crate::host::main_cell::is_main_thread;
 use crate::host::{MainCell, api};
 use crate::metrics::METRICS;
-use crate::verbs::Error;
-use crate::verbs::cm::{Event, EventKind, Id};
 use redis_module::raw::RedisModuleCtx;
 use std::collections::VecDeque;
 use std::ffi::c_void;
@@ -21,6 +19,8 @@ use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use verbs::Error;
+use verbs::cm::{Event, EventKind, Id};
 
 /// Time for resolving an address, and again for a route, in milliseconds.
 const RESOLVE_MS: i32 = 2000;

@@ -4,9 +4,9 @@
 
 use super::Endpoint;
 use crate::transport::key::Work;
-use crate::verbs::Error;
-use crate::verbs::pair::Slice;
 use proto::wire::{MESSAGE_LEN, Message};
+use verbs::Error;
+use verbs::qp::Slice;
 
 /// Receives that a peer finds posted: each of its writes and messages uses one
 /// until the next pass. A peer that is ahead waits, by RNR, for 0.64 ms.

@@ -27,10 +27,6 @@ use super::teardown::Place;
 use super::watchdog::Watch;
 use crate::host::{Connection, MainCell};
 use crate::metrics::{Counter, METRICS};
-use crate::verbs::Error;
-use crate::verbs::cm::{Device, Id, IdKey};
-use crate::verbs::memory::{self, Access, ProtectionDomain, Region};
-use crate::verbs::pair::QueuePair;
 use control::{CONTROL_BYTES, CONTROL_SLOTS, RECEIVE_SLOTS, SMALL_STAGING};
 use proto::buffer_size;
 use proto::session::{Millis, Session, Timing};
@@ -45,6 +41,12 @@ use std::ptr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use verbs::Error;
+use verbs::account;
+use verbs::cm::{Id, IdKey};
+use verbs::device::Device;
+use verbs::mr::{Access, ProtectionDomain, Region};
+use verbs::qp::QueuePair;
 
 /// Payload work requests that may be in flight.
 const PAYLOAD_DEPTH: usize = 32;
@@ -178,7 +180,7 @@ impl Endpoint {
     /// # Errors
     /// In words.
     pub fn try_memory(device: Device) -> Result<(), String> {
-        memory::uncounted(|| {
+        account::uncounted(|| {
             let domain = ProtectionDomain::new(device)?;
             let _control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
             Region::new(&domain, buffer_size::FIRST as usize, Access::RemoteWrite).map(drop)

@@ -5,12 +5,12 @@ use super::{Endpoint, Fate};
 use crate::host::main_cell::is_main_thread;
 use crate::metrics::METRICS;
 use crate::transport::clock;
-use crate::verbs::Error;
-use crate::verbs::memory::{Access, Region};
 use proto::buffer_size;
 use proto::session::Millis;
 use proto::wire::{Memory, Message};
 use std::ptr;
+use verbs::Error;
+use verbs::mr::{Access, Region};
 
 /// What a read came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,12 +9,12 @@ use crate::host::main_cell::is_main_thread;
 use crate::metrics::METRICS;
 use crate::transport::key::Work;
 use crate::transport::status::Shortage;
-use crate::verbs::Error;
-use crate::verbs::memory::{Access, Region};
-use crate::verbs::pair::{Slice, Target};
 use proto::window::{Announcement, Writer};
 use std::ptr;
 use std::sync::atomic::Ordering;
+use verbs::Error;
+use verbs::mr::{Access, Region};
+use verbs::qp::{Slice, Target};
 
 /// Most bytes of one work request: the device sends one piece while the next is copied.
 const PIECE: usize = 256 * 1024;

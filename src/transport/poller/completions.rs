@@ -8,12 +8,12 @@ use crate::transport::endpoint::{Endpoint, Fate, Reason};
 use crate::transport::guard::guard_endpoint;
 use crate::transport::hub::{Hub, Progress, Which};
 use crate::transport::key::{Key, Work};
-use crate::verbs::completion::{Completion, Outcome};
 use proto::busy_poll::Nanos;
 use proto::session::{Reaction, Violation};
 use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
+use verbs::cq::{Completion, Outcome};
 
 impl Poller {
     /// Takes what completed on a hub, and looks until `deadline` if that is nothing. Returns

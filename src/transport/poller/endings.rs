@@ -8,12 +8,12 @@ use crate::metrics::METRICS;
 use crate::transport::endpoint::{Endpoint, Fate, Reason, Stage};
 use crate::transport::hub::Hub;
 use crate::transport::{clock, outgoing, teardown};
-use crate::verbs::Error;
-use crate::verbs::cm::{Event, EventKind};
 use log::Level;
 use proto::session::Violation;
 use std::rc::Rc;
 use std::sync::Arc;
+use verbs::Error;
+use verbs::cm::{Event, EventKind};
 
 impl Poller {
     /// What happened to a connection, or to one that is being opened.

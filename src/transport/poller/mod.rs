@@ -37,8 +37,6 @@ use super::{Transport, clock};
 use crate::host::reply::Reply;
 use crate::host::{MainCell, api};
 use crate::metrics::METRICS;
-use crate::verbs::Error;
-use crate::verbs::cm::{Device, EventChannel, Id, IdKey};
 use log::Level;
 use redis_module::raw;
 use registry::Registry;
@@ -48,6 +46,9 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
+use verbs::Error;
+use verbs::cm::{EventChannel, Id, IdKey};
+use verbs::device::Device;
 
 /// Connection manager events handled in one go, so that a storm of connects leaves
 /// the event loop its turn.

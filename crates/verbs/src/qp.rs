@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Queue pairs, and the four work requests of this protocol.
 
-use super::cm::Id;
-use super::completion::CompletionQueue;
-use super::memory::ProtectionDomain;
-use super::{Error, library};
+use crate::Error;
+use crate::cm::Id;
+use crate::cq::CompletionQueue;
+use crate::library::call;
+use crate::mr::ProtectionDomain;
 use rdma_sys::*;
 use std::mem;
 use std::ptr;
@@ -78,7 +79,7 @@ impl QueuePair {
             attributes.qp_type = ibv_qp_type::IBV_QPT_RC;
             // SAFETY: live id, domain and queue.
             Error::check("create a queue pair", unsafe {
-                library::rdma_create_qp(id.raw(), domain.raw(), &mut attributes)
+                call!(rdma_create_qp(id.raw(), domain.raw(), &mut attributes))
             })?;
             // SAFETY: the call succeeded, so the id has its queue pair.
             let raw = unsafe { (*id.raw()).qp };
@@ -100,7 +101,7 @@ impl QueuePair {
         let mask = ibv_qp_attr_mask::IBV_QP_MIN_RNR_TIMER.0 as i32;
         // SAFETY: a live queue pair.
         Error::check_number("set the RNR timer", unsafe {
-            library::ibv_modify_qp(self.raw, &mut attributes, mask)
+            call!(ibv_modify_qp(self.raw, &mut attributes, mask))
         })
     }
 
@@ -214,7 +215,7 @@ impl Drop for QueuePair {
             if !(*self.id).qp.is_null() {
                 self.detach();
             }
-            library::ibv_destroy_qp(self.raw);
+            call!(ibv_destroy_qp(self.raw));
         }
     }
 }

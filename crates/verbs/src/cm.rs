@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! The connection manager: event channels, ids, addresses.
+//! The connection manager: event channels and ids.
 
-use super::{Error, error, fork, library};
+use crate::address::{from_c, to_c};
+use crate::descriptor::set_nonblocking;
+use crate::device::Device;
+use crate::library::call;
+use crate::{Error, error, fork};
 use rdma_sys::*;
-use std::ffi::{CStr, c_int, c_void};
-use std::mem::{self, MaybeUninit};
-use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::ffi::c_int;
+use std::net::SocketAddr;
 use std::os::fd::RawFd;
-use std::ptr;
+use std::{mem, ptr};
 
 /// A queue of connection manager events behind one descriptor.
 #[derive(Debug)]
@@ -54,7 +57,7 @@ impl EventChannel {
     /// If the kernel has no RDMA connection manager, or no descriptor is left.
     pub fn new() -> Result<Self, Error> {
         // SAFETY: no arguments.
-        let raw = unsafe { library::rdma_create_event_channel() };
+        let raw = unsafe { call!(rdma_create_event_channel()) };
         if raw.is_null() {
             return Err(Error::last(error::OPEN));
         }
@@ -77,7 +80,7 @@ impl EventChannel {
     pub fn next(&self) -> Result<Option<Event>, Error> {
         let mut raw = ptr::null_mut();
         // SAFETY: a live channel and a place for the event.
-        if unsafe { library::rdma_get_cm_event(self.raw, &mut raw) } != 0 {
+        if unsafe { call!(rdma_get_cm_event(self.raw, &mut raw)) } != 0 {
             let error = Error::last("read connection manager events");
             return match error.errno {
                 libc::EAGAIN | libc::EINTR => Ok(None),
@@ -92,7 +95,7 @@ impl EventChannel {
                 id: IdKey((*raw).id as usize),
                 status: (*raw).status,
             };
-            library::rdma_ack_cm_event(raw);
+            call!(rdma_ack_cm_event(raw));
             Ok(Some(event))
         }
     }
@@ -102,7 +105,7 @@ impl Drop for EventChannel {
     fn drop(&mut self) {
         fork::forget(self.fd());
         // SAFETY: created by rdma_create_event_channel; nobody else frees it.
-        unsafe { library::rdma_destroy_event_channel(self.raw) }
+        unsafe { call!(rdma_destroy_event_channel(self.raw)) }
     }
 }
 
@@ -159,12 +162,12 @@ impl Id {
         let mut raw = ptr::null_mut();
         // SAFETY: a live channel and a place for the id.
         Error::check("create a connection manager id", unsafe {
-            library::rdma_create_id(
+            call!(rdma_create_id(
                 channel.raw,
                 &mut raw,
                 ptr::null_mut(),
                 rdma_port_space::RDMA_PS_TCP,
-            )
+            ))
         })?;
         Ok(Self { raw })
     }
@@ -183,7 +186,7 @@ impl Id {
     }
 
     /// The pointer for the sibling owners of this module.
-    pub(super) fn raw(&self) -> *mut rdma_cm_id {
+    pub(crate) fn raw(&self) -> *mut rdma_cm_id {
         self.raw
     }
 
@@ -196,21 +199,21 @@ impl Id {
         // SAFETY: a live id; an int of the given length. A refusal is harmless
         // (the option is older than any kernel with RoCE), so it is not looked at.
         unsafe {
-            library::rdma_set_option(
+            call!(rdma_set_option(
                 self.raw,
                 OPTION_LEVEL_ID,
                 OPTION_FAMILY_ONLY,
                 (&raw mut only).cast(),
                 mem::size_of::<c_int>(),
-            );
+            ));
         }
-        let mut storage = to_storage(address);
+        let mut storage = to_c(address);
         // SAFETY: a live id and a valid socket address.
         Error::check("bind the address to an RDMA device", unsafe {
-            library::rdma_bind_addr(self.raw, (&raw mut storage).cast())
+            call!(rdma_bind_addr(self.raw, (&raw mut storage).cast()))
         })?;
         // SAFETY: a bound id.
-        Error::check("listen", unsafe { library::rdma_listen(self.raw, backlog) })
+        Error::check("listen", unsafe { call!(rdma_listen(self.raw, backlog)) })
     }
 
     /// Starts resolving `to`; [`EventKind::AddressResolved`] follows.
@@ -223,12 +226,12 @@ impl Id {
         to: SocketAddr,
         timeout_ms: i32,
     ) -> Result<(), Error> {
-        let mut source = from.map(to_storage);
-        let source = source.as_mut().map_or(ptr::null_mut(), |s| (s as *mut sockaddr_store).cast());
-        let mut target = to_storage(to);
+        let mut source = from.map(to_c);
+        let source = source.as_mut().map_or(ptr::null_mut(), |s| ptr::from_mut(s).cast());
+        let mut target = to_c(to);
         // SAFETY: a live id, socket addresses or NULL.
         Error::check("resolve the address", unsafe {
-            library::rdma_resolve_addr(self.raw, source, (&raw mut target).cast(), timeout_ms)
+            call!(rdma_resolve_addr(self.raw, source, (&raw mut target).cast(), timeout_ms))
         })
     }
 
@@ -239,7 +242,7 @@ impl Id {
     pub fn resolve_route(&self, timeout_ms: i32) -> Result<(), Error> {
         // SAFETY: a live id.
         Error::check("resolve the route", unsafe {
-            library::rdma_resolve_route(self.raw, timeout_ms)
+            call!(rdma_resolve_route(self.raw, timeout_ms))
         })
     }
 
@@ -251,7 +254,7 @@ impl Id {
     pub fn migrate(&self, channel: &EventChannel) -> Result<(), Error> {
         // SAFETY: a live id and a live channel.
         Error::check("move the connection to its event channel", unsafe {
-            library::rdma_migrate_id(self.raw, channel.raw)
+            call!(rdma_migrate_id(self.raw, channel.raw))
         })
     }
 
@@ -263,7 +266,7 @@ impl Id {
         let mut parameters = parameters();
         // SAFETY: an id of a request that has its queue pair.
         Error::check("accept the connection", unsafe {
-            library::rdma_accept(self.raw, &mut parameters)
+            call!(rdma_accept(self.raw, &mut parameters))
         })
     }
 
@@ -274,19 +277,19 @@ impl Id {
     pub fn connect(&self) -> Result<(), Error> {
         let mut parameters = parameters();
         // SAFETY: a resolved id that has its queue pair.
-        Error::check("connect", unsafe { library::rdma_connect(self.raw, &mut parameters) })
+        Error::check("connect", unsafe { call!(rdma_connect(self.raw, &mut parameters)) })
     }
 
     /// Refuses a connection request.
     pub fn reject(&self) {
         // SAFETY: a live id, no private data. A failure leaves the peer to its time-out.
-        unsafe { library::rdma_reject(self.raw, ptr::null(), 0) };
+        unsafe { call!(rdma_reject(self.raw, ptr::null(), 0)) };
     }
 
     /// Ends the connection: work requests in flight are flushed, the peer is told.
     pub fn disconnect(&self) {
         // SAFETY: a live id. A failure means that it is disconnected already.
-        unsafe { library::rdma_disconnect(self.raw) };
+        unsafe { call!(rdma_disconnect(self.raw)) };
     }
 
     /// The device that serves the id, once there is one.
@@ -312,13 +315,13 @@ impl Id {
     /// Address of this end.
     pub fn local_address(&self) -> Option<SocketAddr> {
         // SAFETY: a live id; the union's members all start with the family.
-        unsafe { from_storage(&(*self.raw).route.addr.src_addr_union.src_storage) }
+        unsafe { from_c(&(*self.raw).route.addr.src_addr_union.src_storage) }
     }
 
     /// Address of the other end.
     pub fn peer_address(&self) -> Option<SocketAddr> {
         // SAFETY: as above.
-        unsafe { from_storage(&(*self.raw).route.addr.dst_addr_union.dst_storage) }
+        unsafe { from_c(&(*self.raw).route.addr.dst_addr_union.dst_storage) }
     }
 }
 
@@ -326,7 +329,7 @@ impl Drop for Id {
     fn drop(&mut self) {
         // SAFETY: created or taken over by us, freed here alone; its queue pair,
         // if it had one, is gone, see `pair::QueuePair`.
-        unsafe { library::rdma_destroy_id(self.raw) };
+        unsafe { call!(rdma_destroy_id(self.raw)) };
     }
 }
 
@@ -343,167 +346,5 @@ fn parameters() -> rdma_conn_param {
         rnr_retry_count: RETRIES,
         srq: 0,
         qp_num: 0,
-    }
-}
-
-/// An open RDMA device, by its context. librdmacm opens it, and closes it once the device
-/// was removed and no id is bound to it any more. So whoever keeps a device, or makes
-/// something on it, keeps an id that is bound to it as well, for longer. Not comparable: a
-/// context that is opened later may have the address of one that was closed.
-#[derive(Clone, Copy, Debug)]
-pub struct Device(pub(super) *mut ibv_context);
-
-/// What a device can do, as far as the transport asks.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// Most entries of one completion queue.
-    pub completion_entries: u32,
-    /// Completion vectors, at least 1.
-    pub vectors: u32,
-}
-
-impl Device {
-    /// Shows `each` all devices that the connection manager can use, which are open until
-    /// this returns. librdmacm looks at what devices there are now, and closes those that
-    /// were removed and that nothing uses any more.
-    pub fn for_each(mut each: impl FnMut(Self)) {
-        let mut count = 0;
-        // SAFETY: a place for the count; the list is NULL-terminated and ours to free.
-        unsafe {
-            let list = library::rdma_get_devices(&mut count);
-            if list.is_null() {
-                return;
-            }
-            (0..count as usize).for_each(|index| each(Self(*list.add(index))));
-            library::rdma_free_devices(list);
-        }
-    }
-
-    /// The names of all devices that the connection manager can use.
-    pub fn names() -> Vec<String> {
-        let mut names = Vec::new();
-        Self::for_each(|device| names.push(device.name()));
-        names
-    }
-
-    /// The device's name, such as `mlx5_0`.
-    pub fn name(self) -> String {
-        // SAFETY: a live context has a live device with a NUL-terminated name.
-        unsafe {
-            let name = library::ibv_get_device_name((*self.0).device);
-            if name.is_null() {
-                String::from("?")
-            } else {
-                CStr::from_ptr(name).to_string_lossy().into_owned()
-            }
-        }
-    }
-
-    /// Asks the device for its limits.
-    ///
-    /// # Errors
-    /// If the device does not answer.
-    pub fn limits(self) -> Result<Limits, Error> {
-        let mut attributes = MaybeUninit::<ibv_device_attr>::zeroed();
-        // SAFETY: a live context and room for the answer, which is plain numbers.
-        let attributes = unsafe {
-            Error::check_number(
-                "query the device",
-                library::ibv_query_device(self.0, attributes.as_mut_ptr()),
-            )?;
-            attributes.assume_init()
-        };
-        // SAFETY: a live context.
-        let vectors = unsafe { (*self.0).num_comp_vectors };
-        Ok(Limits {
-            completion_entries: attributes.max_cqe.max(0) as u32,
-            vectors: vectors.max(1) as u32,
-        })
-    }
-}
-
-// SAFETY: a context may be used from any thread (libibverbs is thread-safe); who keeps
-// it keeps it open, see the type's text.
-unsafe impl Send for Device {}
-// SAFETY: as above.
-unsafe impl Sync for Device {}
-
-/// Switches a descriptor to non-blocking.
-pub(super) fn set_nonblocking(fd: RawFd) -> Result<(), Error> {
-    // SAFETY: fcntl with integer arguments on a descriptor of ours.
-    unsafe {
-        let flags = libc::fcntl(fd, libc::F_GETFL);
-        if flags < 0 || libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) < 0 {
-            return Err(Error::last("make a descriptor non-blocking"));
-        }
-        libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
-    }
-    Ok(())
-}
-
-#[allow(non_camel_case_types)]
-type sockaddr_store = libc::sockaddr_storage;
-
-fn to_storage(address: SocketAddr) -> sockaddr_store {
-    // SAFETY: a socket address of zeroes is valid, and the storage is large and
-    // aligned enough for either family's structure.
-    unsafe {
-        let mut storage: sockaddr_store = mem::zeroed();
-        let place: *mut c_void = (&raw mut storage).cast();
-        match address {
-            SocketAddr::V4(v4) => {
-                let mut raw: libc::sockaddr_in = mem::zeroed();
-                raw.sin_family = libc::AF_INET as libc::sa_family_t;
-                raw.sin_port = v4.port().to_be();
-                raw.sin_addr.s_addr = u32::from_ne_bytes(v4.ip().octets());
-                place.cast::<libc::sockaddr_in>().write(raw);
-            }
-            SocketAddr::V6(v6) => {
-                let mut raw: libc::sockaddr_in6 = mem::zeroed();
-                raw.sin6_family = libc::AF_INET6 as libc::sa_family_t;
-                raw.sin6_port = v6.port().to_be();
-                raw.sin6_addr.s6_addr = v6.ip().octets();
-                raw.sin6_scope_id = v6.scope_id();
-                place.cast::<libc::sockaddr_in6>().write(raw);
-            }
-        }
-        storage
-    }
-}
-
-fn from_storage(storage: &sockaddr_store) -> Option<SocketAddr> {
-    let place: *const c_void = (&raw const *storage).cast();
-    match i32::from(storage.ss_family) {
-        libc::AF_INET => {
-            // SAFETY: the family says that a sockaddr_in stands here.
-            let raw = unsafe { &*place.cast::<libc::sockaddr_in>() };
-            let ip = IpAddr::from(raw.sin_addr.s_addr.to_ne_bytes());
-            let IpAddr::V4(ip) = ip else { return None };
-            Some(SocketAddr::V4(SocketAddrV4::new(ip, u16::from_be(raw.sin_port))))
-        }
-        libc::AF_INET6 => {
-            // SAFETY: the family says that a sockaddr_in6 stands here.
-            let raw = unsafe { &*place.cast::<libc::sockaddr_in6>() };
-            Some(SocketAddr::V6(SocketAddrV6::new(
-                raw.sin6_addr.s6_addr.into(),
-                u16::from_be(raw.sin6_port),
-                0,
-                raw.sin6_scope_id,
-            )))
-        }
-        _ => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn addresses_survive_the_c_structures() {
-        for text in ["10.9.9.1:6379", "0.0.0.0:0", "[::1]:65535", "[fe80::1%3]:7"] {
-            let address: SocketAddr = text.parse().unwrap();
-            assert_eq!(from_storage(&to_storage(address)), Some(address));
-        }
     }
 }

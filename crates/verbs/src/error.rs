@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! What went wrong: what was being done, and what the system answered.
 
+use crate::account::locked_memory_limit;
 use std::{fmt, io};
 
 /// The actions whose failure has causes worth explaining.
-pub(super) const REGISTER: &str = "register memory";
-pub(super) const OPEN: &str = "open the RDMA connection manager";
+pub(crate) const REGISTER: &str = "register memory";
+pub(crate) const OPEN: &str = "open the RDMA connection manager";
 
 /// A verbs or connection manager call that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,18 +19,18 @@ pub struct Error {
 
 impl Error {
     /// The error that `errno` holds right after a call failed.
-    pub(super) fn last(action: &'static str) -> Self {
+    pub(crate) fn last(action: &'static str) -> Self {
         Self { action, errno: io::Error::last_os_error().raw_os_error().unwrap_or(0) }
     }
 
     /// `Ok` for the 0 of calls that return 0 or −1 and set `errno`.
-    pub(super) fn check(action: &'static str, result: i32) -> Result<(), Self> {
+    pub(crate) fn check(action: &'static str, result: i32) -> Result<(), Self> {
         if result == 0 { Ok(()) } else { Err(Self::last(action)) }
     }
 
     /// `Ok` for the 0 of calls that return the error number itself. Where the manual promises
     /// a number some providers return it with a minus, and others −1 and set `errno`.
-    pub(super) fn check_number(action: &'static str, result: i32) -> Result<(), Self> {
+    pub(crate) fn check_number(action: &'static str, result: i32) -> Result<(), Self> {
         match result {
             0 => Ok(()),
             -1 => Err(Self::last(action)),
@@ -99,14 +100,6 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
-
-/// The process's limit on locked memory in bytes, if it has one.
-pub fn locked_memory_limit() -> Option<u64> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: a structure to fill in.
-    let result = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) };
-    (result == 0 && limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur)
-}
 
 #[cfg(test)]
 mod tests {

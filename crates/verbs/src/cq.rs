@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Completion channels and completion queues.
 
-use super::cm::{Device, set_nonblocking};
-use super::{Error, library};
+use crate::Error;
+use crate::descriptor::set_nonblocking;
+use crate::device::Device;
+use crate::library::call;
 use rdma_sys::*;
 use std::ffi::CStr;
 use std::os::fd::RawFd;
@@ -27,7 +29,7 @@ impl CompletionChannel {
     /// If the device or the process has no descriptor left.
     pub fn new(device: Device) -> Result<Self, Error> {
         // SAFETY: a live context.
-        let raw = unsafe { library::ibv_create_comp_channel(device.0) };
+        let raw = unsafe { call!(ibv_create_comp_channel(device.0)) };
         if raw.is_null() {
             return Err(Error::last("create a completion channel"));
         }
@@ -54,14 +56,14 @@ impl CompletionChannel {
         // SAFETY: a live channel and places for the answer; the queue is live,
         // since destroying one takes its events off the channel.
         unsafe {
-            if library::ibv_get_cq_event(self.raw, &mut cq, &mut context) != 0 {
+            if call!(ibv_get_cq_event(self.raw, &mut cq, &mut context)) != 0 {
                 let error = Error::last("take completion events");
                 return match error.errno {
                     libc::EAGAIN | libc::EINTR => Ok(None),
                     _ => Err(error),
                 };
             }
-            library::ibv_ack_cq_events(cq, 1);
+            call!(ibv_ack_cq_events(cq, 1));
         }
         Ok(Some(context.addr()))
     }
@@ -70,7 +72,7 @@ impl CompletionChannel {
 impl Drop for CompletionChannel {
     fn drop(&mut self) {
         // SAFETY: created by us, destroyed here alone; its queues are gone.
-        unsafe { library::ibv_destroy_comp_channel(self.raw) };
+        unsafe { call!(ibv_destroy_comp_channel(self.raw)) };
     }
 }
 
@@ -145,7 +147,7 @@ impl Status {
     pub fn text(self) -> String {
         // SAFETY: the function answers any number with a static string.
         unsafe {
-            let text = library::ibv_wc_status_str(self.0);
+            let text = call!(ibv_wc_status_str(self.0));
             CStr::from_ptr(text).to_string_lossy().into_owned()
         }
     }
@@ -183,13 +185,13 @@ impl CompletionQueue {
     ) -> Result<Self, Error> {
         // SAFETY: a live context and channel.
         let raw = unsafe {
-            library::ibv_create_cq(
+            call!(ibv_create_cq(
                 device.0,
                 entries as i32,
                 ptr::without_provenance_mut(number),
                 channel.raw,
                 vector as i32,
-            )
+            ))
         };
         if raw.is_null() {
             return Err(Error::last("create a completion queue"));
@@ -197,7 +199,7 @@ impl CompletionQueue {
         Ok(Self { raw })
     }
 
-    pub(super) fn raw(&self) -> *mut ibv_cq {
+    pub(crate) fn raw(&self) -> *mut ibv_cq {
         self.raw
     }
 
@@ -305,7 +307,7 @@ impl Drop for CompletionQueue {
     fn drop(&mut self) {
         // SAFETY: created by us, destroyed here alone; its queue pairs are gone
         // and its events are acknowledged as they are taken.
-        unsafe { library::ibv_destroy_cq(self.raw) };
+        unsafe { call!(ibv_destroy_cq(self.raw)) };
     }
 }
 

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! What a forked child must not keep.
+//! Forking beside RDMA: what has to be prepared, and what a child must not keep.
 //!
 //! The server forks to save its data, and the child may live for minutes, also when the
 //! server has crashed. The kernel ends what belongs to an event channel when the last process
 //! closes it: a child that kept the listeners' would keep the server from being started
 //! again, and with the connections' their clients would wait for a server that is gone.
 
+use crate::Error;
+use crate::library::call;
+use rdma_sys::IBV_FORK_DISABLED;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicI32, Ordering};
 
@@ -16,13 +19,31 @@ const NONE: RawFd = -1;
 /// the poller's, with room to spare.
 static CHANNELS: [AtomicI32; 64] = [const { AtomicI32::new(NONE) }; 64];
 
+/// Makes `fork` safe beside registered memory, where the kernel does not by itself.
+/// Must come before the first registration.
+///
+/// # Errors
+/// If the libraries can't.
+pub fn prepare() -> Result<(), Error> {
+    // SAFETY: no arguments.
+    unsafe {
+        if call!(ibv_is_fork_initialized()) == IBV_FORK_DISABLED {
+            return Error::check_number(
+                "make registered memory safe for fork",
+                call!(ibv_fork_init()),
+            );
+        }
+    }
+    Ok(())
+}
+
 /// Notes a descriptor that a child is to close.
-pub(super) fn note(fd: RawFd) {
+pub(crate) fn note(fd: RawFd) {
     replace(NONE, fd);
 }
 
 /// Forgets a descriptor that is about to be closed.
-pub(super) fn forget(fd: RawFd) {
+pub(crate) fn forget(fd: RawFd) {
     replace(fd, NONE);
 }
 
