@@ -13,7 +13,8 @@ use std::time::Duration;
 /// A context that lives as long as the process: for the log and for timers.
 static CONTEXT: AtomicPtr<raw::RedisModuleCtx> = AtomicPtr::new(std::ptr::null_mut());
 
-fn context() -> *mut raw::RedisModuleCtx {
+/// See [`CONTEXT`]; null once the server has let us go.
+pub(super) fn context() -> *mut raw::RedisModuleCtx {
     CONTEXT.load(Ordering::Acquire)
 }
 

@@ -12,10 +12,12 @@
 //! * [`symbols`]: the functions that the executable exports.
 //! * [`fingerprint`]: whether the running server has the shape of its line.
 //! * [`api`]: the public module API: event loop, timers, log.
+//! * [`filter`]: a look at each command, while somebody needs it.
 //! * [`reply`]: replies of commands, as values.
 
 pub mod api;
 pub mod connection;
+pub mod filter;
 pub mod fingerprint;
 pub mod layout;
 pub mod line;

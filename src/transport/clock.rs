@@ -12,7 +12,7 @@ use super::endpoint::{Endpoint, Fate, Reason};
 use super::guard::{guard, guard_endpoint};
 use super::key::Key;
 use super::watchdog;
-use super::{Transport, child};
+use super::{Transport, child, dual_channel};
 use crate::host::{MainCell, api};
 use proto::busy_poll::Nanos;
 use proto::session::{Duty, Millis};
@@ -172,8 +172,9 @@ unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     let poller = &Transport::get().poller;
     guard("slow clock", (), || {
         child::tell();
-        // A notification that the device lost costs a second, and not all its connections.
         let now = now();
+        dual_channel::rest(now);
+        // A notification that the device lost costs a second, and not all its connections.
         let caught_up = poller.catch_up();
         let endpoints = poller.endpoints();
         for endpoint in &endpoints {
@@ -185,7 +186,7 @@ unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     // Whatever became of that, the clock goes on.
     guard("the slow clock's next tick", (), || {
         poller.shrink_hubs();
-        let runs = poller.needs_clock();
+        let runs = poller.needs_clock() || dual_channel::is_filtering();
         // Without endpoints this clock stops: what it would let go of later goes now.
         poller.shrink_echoes(!runs);
         CLOCKS.open().slow_runs = runs;

@@ -16,6 +16,7 @@
 //! * [`status`]: what a connection is doing, for those who ask.
 //! * [`outgoing`]: connections that this server opens.
 //! * [`child`]: what forked children must not do, and what is said of it.
+//! * `dual_channel`: replicas that want what only a child could give.
 //! * [`address`]: addresses as the operator writes them.
 //! * [`valve`]: messages that must not flood the log.
 //! * [`guard`]: no panic crosses into C; `panics` puts it to the test.
@@ -25,6 +26,7 @@ pub mod address;
 pub mod child;
 pub mod clock;
 pub mod connection;
+mod dual_channel;
 mod echoes;
 pub mod endpoint;
 pub mod guard;

@@ -8,7 +8,7 @@
 use super::connection::RdmaConnection;
 use super::endpoint::{Fate, ReadOutcome, WriteOutcome};
 use super::guard::{give_up, guard};
-use super::{Transport, child, in_child, listener, outgoing};
+use super::{Transport, child, dual_channel, in_child, listener, outgoing};
 use crate::host::Line;
 use crate::host::connection::{
     Connection, FLAG_CLOSE_SCHEDULED, FLAG_WRITE_BARRIER, Handler, State,
@@ -286,6 +286,9 @@ unsafe extern "C" fn write(
         // SAFETY: the server passes a live connection and `length` readable bytes.
         unsafe {
             let taken = write_pieces(connection, &[(data.cast(), length)]);
+            if usize::try_from(taken) == Ok(length) {
+                dual_channel::look_at(std::slice::from_raw_parts(data.cast(), length));
+            }
             match &(*ours(connection)).endpoint {
                 Some(endpoint)
                     if usize::try_from(taken).unwrap_or(0) < length

@@ -255,6 +255,12 @@ impl Poller {
         self.registry.open().all().cloned().collect()
     }
 
+    /// The endpoint of the client that has this number at the server, if it is one of ours.
+    pub fn find_client(&self, client: u64) -> Option<Arc<Endpoint>> {
+        let is_it = |endpoint: &&Arc<Endpoint>| endpoint.own().client == Some(client);
+        self.registry.open().all().find(is_it).cloned()
+    }
+
     /// How many endpoints there are.
     pub fn count(&self) -> usize {
         self.registry.open().count()

@@ -5,6 +5,7 @@
 //! A cell that is listed and selected and does not pass is a failure, also if it could not
 //! even start; the only way to skip one is to write down why, in the matrix.
 
+mod bridge;
 mod cases;
 mod cell;
 mod tools;

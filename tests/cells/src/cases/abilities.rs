@@ -134,7 +134,7 @@ fn abilities(cell: &mut Cell) -> Result<()> {
         let (there, here) = (bare.words(command)?, with.words(command)?);
         // Addresses and ages differ by themselves.
         let comparable = |reply: &Value| match command {
-            "DEBUG OBJECT key" => reply.text().split(' ').next_back().map(str::to_owned),
+            "DEBUG OBJECT key" => reply.text().split(' ').nth(3).map(str::to_owned),
             _ => Some(reply.text()),
         };
         ensure!(

@@ -20,6 +20,7 @@ mod outgoing;
 mod panics;
 mod refusals;
 mod removal;
+mod replica;
 mod sizes;
 mod soak;
 mod stalled;
@@ -49,6 +50,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         config::CASES,
         refusals::CASES,
         removal::CASES,
+        replica::CASES,
     ]
     .into_iter()
     .flatten()
