@@ -7,6 +7,7 @@
 //! at once, which the door to C turns into the end of one connection.
 
 use std::cell::{RefCell, RefMut};
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The main thread's pointer to itself, or 0. The thread lives as long as the process, so
@@ -18,10 +19,11 @@ pub fn declare_main_thread() {
     let _ = MAIN.compare_exchange(0, this_thread(), Ordering::Relaxed, Ordering::Relaxed);
 }
 
-/// Whether the caller is the main thread. Before the declaration every thread is.
+/// Whether the caller is the main thread. Before the declaration no thread is; in unit tests,
+/// which have no server, each is.
 pub fn is_main_thread() -> bool {
     let main = MAIN.load(Ordering::Relaxed);
-    main == 0 || main == this_thread()
+    main == this_thread() || (cfg!(test) && main == 0)
 }
 
 /// What `pthread_self` answers, without the call: the word at the start of what the FS
@@ -38,17 +40,24 @@ fn this_thread() -> u64 {
     pointer
 }
 
-/// See the module's text.
-#[derive(Debug, Default)]
-pub struct MainCell<T>(RefCell<T>);
+/// State of the server's main thread inside a structure that other threads hold too.
+///
+/// Only the main thread reaches the value, and one borrow at a time: both are checked at each
+/// access. Whichever thread drops the last holder drops the value, thus `T: Send`.
+#[derive(Default)]
+pub struct MainCell<T: Send>(RefCell<T>);
 
-// SAFETY: the value is reached on the main thread only, see `open`. It moves with its holder;
-// who has that dropped on another thread sees to it that nothing in it minds.
-unsafe impl<T> Send for MainCell<T> {}
-// SAFETY: as above.
-unsafe impl<T> Sync for MainCell<T> {}
+// SAFETY: the value and the cell's borrow flag are reached through a shared reference by
+// `open` alone, which refuses every thread but one; the value may be dropped on any.
+unsafe impl<T: Send> Sync for MainCell<T> {}
 
-impl<T> MainCell<T> {
+impl<T: Send + fmt::Debug> fmt::Debug for MainCell<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if is_main_thread() { self.0.fmt(f) } else { f.write_str("MainCell(of the main thread)") }
+    }
+}
+
+impl<T: Send> MainCell<T> {
     /// A cell around `value`.
     pub const fn new(value: T) -> Self {
         Self(RefCell::new(value))
@@ -65,6 +74,29 @@ impl<T> MainCell<T> {
         self.0.borrow_mut()
     }
 }
+
+/// A pointer that the main thread alone follows, so that what holds it may be dropped on any.
+#[repr(transparent)]
+#[derive(Debug)]
+pub struct MainPtr<T>(pub *mut T);
+
+// SAFETY: the pointer is a number to every thread; who follows it says why that is sound.
+unsafe impl<T> Send for MainPtr<T> {}
+
+impl<T> MainPtr<T> {
+    /// A pointer to nothing.
+    pub const fn null() -> Self {
+        Self(std::ptr::null_mut())
+    }
+}
+
+impl<T> Clone for MainPtr<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for MainPtr<T> {}
 
 #[cfg(test)]
 mod tests {

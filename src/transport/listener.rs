@@ -14,6 +14,7 @@ use super::valve::Valve;
 use super::{Transport, clock, relisten};
 use crate::config::Settings;
 use crate::host::layout::{ConnectionType91, EventLoop, Listener81, MAX_BINDS, RdmaSettings};
+use crate::host::main_cell::MainPtr;
 use crate::metrics::METRICS;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::net::SocketAddr;
@@ -45,7 +46,7 @@ pub struct Listeners {
     /// Whether it was tried that a first client can be served.
     memory_tried: bool,
     /// What `bindaddr` of the server's structure points to, for `INFO`.
-    pointers: Box<[*mut c_char; MAX_BINDS]>,
+    pointers: Box<[MainPtr<c_char>; MAX_BINDS]>,
     refusals: Valve,
 }
 
@@ -72,7 +73,7 @@ impl Listeners {
             by_own: false,
             next_by_own: false,
             memory_tried: false,
-            pointers: Box::new([std::ptr::null_mut(); MAX_BINDS]),
+            pointers: Box::new([MainPtr::null(); MAX_BINDS]),
             refusals: Valve::new(1),
         }
     }
@@ -122,7 +123,7 @@ impl Listeners {
         let copies = copies.collect::<Result<Vec<_>, _>>()?;
         for (index, (ours, copy)) in self.open.iter_mut().zip(copies).enumerate() {
             ours.given = copy.into_raw_fd();
-            self.pointers[index] = ours.name.as_ptr().cast_mut();
+            self.pointers[index] = MainPtr(ours.name.as_ptr().cast_mut());
             // SAFETY: by the caller's promise; there are no more than the server has room
             // for.
             unsafe { (&raw mut (*listener).fd).cast::<c_int>().add(index).write(ours.given) };

@@ -9,7 +9,7 @@ use super::address::resolve;
 use super::connection::{RdmaConnection, call_handler};
 use super::endpoint::{Endpoint, Fate, ReadOutcome, Reason, Stage, WriteOutcome};
 use crate::host::connection::{Handler, State};
-use crate::host::main_cell::is_main_thread;
+use crate::host::main_cell::{MainPtr, is_main_thread};
 use crate::host::{MainCell, api};
 use crate::metrics::METRICS;
 use redis_module::raw::RedisModuleCtx;
@@ -29,12 +29,12 @@ const RESOLVE_MS: i32 = 2000;
 static RESOLVING: MainCell<Vec<Resolving>> = MainCell::new(Vec::new());
 
 /// Connections that failed so, and whose handlers are still to be called.
-static FAILED: MainCell<VecDeque<*mut RdmaConnection>> = MainCell::new(VecDeque::new());
+static FAILED: MainCell<VecDeque<MainPtr<RdmaConnection>>> = MainCell::new(VecDeque::new());
 
 #[derive(Debug)]
 struct Resolving {
     id: Id,
-    connection: *mut RdmaConnection,
+    connection: MainPtr<RdmaConnection>,
 }
 
 /// `ConnectionType.connect`. Returns whether it is under way; `handler` follows.
@@ -76,7 +76,7 @@ fn start(
     let id = resolving(source, target)
         .or_else(|error| if source.is_some() { resolving(None, target) } else { Err(error) })
         .map_err(|error| (error.errno, error.to_string()))?;
-    RESOLVING.open().push(Resolving { id, connection });
+    RESOLVING.open().push(Resolving { id, connection: MainPtr(connection) });
     Ok(())
 }
 
@@ -101,7 +101,7 @@ pub fn event(event: Event) {
         EventKind::RouteResolved => {
             let Resolving { id, connection } = resolving.swap_remove(index);
             drop(resolving);
-            join(id, connection);
+            join(id, connection.0);
             return;
         }
         EventKind::Failed if event.status < 0 => -event.status,
@@ -111,14 +111,14 @@ pub fn event(event: Event) {
     let Resolving { id, connection } = resolving.swap_remove(index);
     drop(resolving);
     drop(id);
-    fail(connection, errno);
+    fail(connection.0, errno);
 }
 
 /// Gives a resolved id its endpoint and asks for the connection.
 fn join(id: Id, connection: *mut RdmaConnection) {
     let poller = &Transport::get().poller;
     let joined = poller.enter(id).and_then(|endpoint| {
-        endpoint.own().connection = connection.cast();
+        endpoint.own().set_connection(connection.cast());
         // SAFETY: a connection that is being resolved is live: its close removes it
         // from the list.
         unsafe { (*connection).endpoint = Some(Arc::clone(&endpoint)) };
@@ -135,7 +135,7 @@ fn join(id: Id, connection: *mut RdmaConnection) {
 fn part(connection: *mut RdmaConnection) {
     // SAFETY: live, see `join`.
     if let Some(endpoint) = unsafe { (*connection).endpoint.take() } {
-        endpoint.own().connection = std::ptr::null_mut();
+        endpoint.own().set_connection(std::ptr::null_mut());
         Transport::get().poller.remove(endpoint, Reason::Error);
     }
 }
@@ -147,16 +147,16 @@ fn fail(connection: *mut RdmaConnection, errno: i32) {
     let base = unsafe { &(*connection).base };
     base.fail(errno);
     if base.conn_handler.is_some() {
-        FAILED.open().push_back(connection);
+        FAILED.open().push_back(MainPtr(connection));
         api::after(Duration::ZERO, on_failed);
     }
 }
 
 /// Calls the handler of the attempt that failed first.
 unsafe extern "C" fn on_failed(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
-    super::guard::guard("connect handler", (), || {
+    super::guard::guard("connect handler", || {
         let first = FAILED.open().pop_front();
-        if let Some(connection) = first {
+        if let Some(MainPtr(connection)) = first {
             // SAFETY: live, since its close removes it from the list; no cell is open
             // during the call.
             unsafe {
@@ -169,7 +169,7 @@ unsafe extern "C" fn on_failed(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
 
 /// The handshake of a connecting endpoint is complete, or has failed.
 pub fn finish(endpoint: &Arc<Endpoint>) {
-    let connection = endpoint.own().connection;
+    let connection = endpoint.own().connection();
     if connection.is_null() {
         return;
     }
@@ -183,7 +183,7 @@ pub fn finish(endpoint: &Arc<Endpoint>) {
             return;
         }
     }
-    if !endpoint.own().connection.is_null() {
+    if !endpoint.own().connection().is_null() {
         Transport::get().poller.mark_if_ready(endpoint);
     }
 }
@@ -214,9 +214,9 @@ fn settle(endpoint: &Arc<Endpoint>, connection: *mut RdmaConnection) -> bool {
 /// The server closes a connection, which may still be resolved, or have a handler to
 /// be called.
 pub fn forget(connection: *mut RdmaConnection) {
-    FAILED.open().retain(|other| *other != connection);
+    FAILED.open().retain(|other| other.0 != connection);
     let mut resolving = RESOLVING.open();
-    let found = resolving.iter().position(|entry| entry.connection == connection);
+    let found = resolving.iter().position(|entry| entry.connection.0 == connection);
     let entry = found.map(|index| resolving.swap_remove(index));
     drop(resolving);
     drop(entry);

@@ -18,6 +18,12 @@ pub struct EventChannel {
     raw: *mut rdma_event_channel,
 }
 
+// SAFETY: librdmacm reads events from the channel's descriptor and looks ids up under locks of
+// its own; the structure behind the pointer does not change after its creation.
+unsafe impl Send for EventChannel {}
+// SAFETY: as above.
+unsafe impl Sync for EventChannel {}
+
 /// What happened to an id. The kernel's event is copied and acknowledged before
 /// anybody looks at it, since destroying an id waits for its acknowledgements.
 #[derive(Clone, Copy, Debug)]

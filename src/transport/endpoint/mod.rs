@@ -25,6 +25,7 @@ use super::key::Key;
 use super::status::Activity;
 use super::teardown::Place;
 use super::watchdog::Watch;
+use crate::host::main_cell::MainPtr;
 use crate::host::{Connection, MainCell};
 use crate::metrics::{Counter, METRICS};
 use control::{CONTROL_BYTES, CONTROL_SLOTS, RECEIVE_SLOTS, SMALL_STAGING};
@@ -37,8 +38,6 @@ use receiving::Receive;
 use sending::Outgoing;
 pub use sending::WriteOutcome;
 use std::net::SocketAddr;
-use std::ptr;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use verbs::Error;
@@ -85,7 +84,7 @@ pub struct Endpoint {
     reservation: Reservation,
     id: Arc<Id>,
     /// The hub of its device, until it is removed.
-    hub: MainCell<Option<Rc<Hub>>>,
+    hub: MainCell<Option<Arc<Hub>>>,
     // When all else is gone.
     _place: Place,
 }
@@ -95,7 +94,7 @@ pub struct Endpoint {
 pub struct Own {
     pub session: Session,
     /// The server's connection, unless it has none yet or none any more.
-    pub connection: *mut Connection,
+    connection: MainPtr<Connection>,
     /// Whether the endpoint is in the ready queue.
     pub queued: bool,
     /// Whether it was parked with something to do.
@@ -120,6 +119,18 @@ pub struct Own {
     announcement_due: bool,
     /// `total_posted` at the last two ticks of the slow clock.
     posted_before: [u64; 2],
+}
+
+impl Own {
+    /// The server's connection, or null where there is none yet or none any more.
+    pub fn connection(&self) -> *mut Connection {
+        self.connection.0
+    }
+
+    /// Ties the endpoint to the server's `connection`; null unties it.
+    pub fn set_connection(&mut self, connection: *mut Connection) {
+        self.connection = MainPtr(connection);
+    }
 }
 
 /// Who or what ended a connection.
@@ -199,7 +210,7 @@ impl Endpoint {
     ///
     /// # Errors
     /// The first of its parts that could not be had.
-    pub fn new(id: Arc<Id>, hub: Rc<Hub>, plan: Plan) -> Result<Self, Error> {
+    pub fn new(id: Arc<Id>, hub: Arc<Hub>, plan: Plan) -> Result<Self, Error> {
         let domain = ProtectionDomain::new(hub.device())?;
         let control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
         let first = buffer_size::FIRST.min(plan.receive_bytes);
@@ -231,7 +242,7 @@ impl Endpoint {
             local: id.local_address(),
             own: MainCell::new(Own {
                 session: Session::new(plan.timing, plan.now),
-                connection: ptr::null_mut(),
+                connection: MainPtr::null(),
                 queued: false,
                 parked: false,
                 carried_out: None,
@@ -334,7 +345,7 @@ impl Endpoint {
 
     /// Whether one of the server's handlers has something to do. Main thread.
     pub fn has_work(&self) -> bool {
-        let connection = self.own().connection;
+        let connection = self.own().connection();
         if connection.is_null() {
             return false;
         }
@@ -353,8 +364,8 @@ impl Endpoint {
     ///
     /// # Panics
     /// After [`detach`](Self::detach).
-    pub fn hub(&self) -> Rc<Hub> {
-        Rc::clone(self.hub.open().as_ref().expect("an endpoint that is not removed"))
+    pub fn hub(&self) -> Arc<Hub> {
+        Arc::clone(self.hub.open().as_ref().expect("an endpoint that is not removed"))
     }
 
     /// The endpoint is removed: from here on it may be destroyed on any thread. What hub and

@@ -11,14 +11,13 @@ use crate::transport::key::{Key, Work};
 use proto::busy_poll::Nanos;
 use proto::session::{Reaction, Violation};
 use std::cell::Cell;
-use std::rc::Rc;
 use std::sync::Arc;
 use verbs::cq::{Completion, Outcome};
 
 impl Poller {
     /// Takes what completed on a hub, and looks until `deadline` if that is nothing. Returns
     /// whether there was something.
-    pub(super) fn wait_for_completions(&self, hub: &Rc<Hub>, deadline: Nanos) -> bool {
+    pub(super) fn wait_for_completions(&self, hub: &Arc<Hub>, deadline: Nanos) -> bool {
         loop {
             if self.take_completions(hub, Which::All) > 0 {
                 METRICS.busy_poll_hits.add(1);
@@ -33,7 +32,7 @@ impl Poller {
     }
 
     /// Returns how many there were.
-    pub(super) fn take_completions(&self, hub: &Rc<Hub>, which: Which) -> u64 {
+    pub(super) fn take_completions(&self, hub: &Arc<Hub>, which: Which) -> u64 {
         let count = Cell::new(0);
         let progress = hub.poll(which, |completion| {
             count.set(count.get() + 1);

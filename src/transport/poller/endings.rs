@@ -10,7 +10,6 @@ use crate::transport::hub::Hub;
 use crate::transport::{clock, outgoing, teardown};
 use log::Level;
 use proto::session::Violation;
-use std::rc::Rc;
 use std::sync::Arc;
 use verbs::Error;
 use verbs::cm::{Event, EventKind};
@@ -22,8 +21,8 @@ impl Poller {
         if event.kind == EventKind::DeviceRemoval {
             // Each id is told; the hub's own is there even if nobody is connected.
             let hubs = self.hubs.open();
-            let of_hub = |hub: &&Rc<Hub>| match &found {
-                Some(endpoint) => Rc::ptr_eq(&endpoint.hub(), hub),
+            let of_hub = |hub: &&Arc<Hub>| match &found {
+                Some(endpoint) => Arc::ptr_eq(&endpoint.hub(), hub),
                 None => hub.anchor() == event.id,
             };
             let hub = hubs.iter().find(of_hub).cloned();
@@ -75,10 +74,10 @@ impl Poller {
     /// descriptor, which would be readable for ever, is not looked at, and ends its
     /// connections. What hangs on the device goes with the last of them. A device that comes
     /// back, even the same, gets a new hub.
-    pub(super) fn retire(&self, hub: &Rc<Hub>, why: &str) {
+    pub(super) fn retire(&self, hub: &Arc<Hub>, why: &str) {
         {
             let mut hubs = self.hubs.open();
-            let Some(index) = hubs.iter().position(|it| Rc::ptr_eq(it, hub)) else { return };
+            let Some(index) = hubs.iter().position(|it| Arc::ptr_eq(it, hub)) else { return };
             hubs.remove(index);
         }
         api::unwatch(hub.fd());
@@ -86,7 +85,7 @@ impl Poller {
         self.echoes.open().shrink(true);
         METRICS.devices_lost.add(1);
         let mut ended = 0;
-        for endpoint in self.endpoints().iter().filter(|it| Rc::ptr_eq(&it.hub(), hub)) {
+        for endpoint in self.endpoints().iter().filter(|it| Arc::ptr_eq(&it.hub(), hub)) {
             self.lose(endpoint, Fate::Gone, Reason::Error);
             ended += 1;
         }
@@ -218,7 +217,7 @@ impl Poller {
         }
         let mut own = endpoint.own();
         own.reason.get_or_insert(reason);
-        let orphan = own.connection.is_null();
+        let orphan = own.connection().is_null();
         drop(own);
         if orphan {
             self.doom(endpoint);
@@ -234,7 +233,7 @@ impl Poller {
         endpoint.enter_stage(Stage::Lingering);
         let now = clock::now();
         let mut own = endpoint.own();
-        own.connection = std::ptr::null_mut();
+        own.set_connection(std::ptr::null_mut());
         own.watch.since = now;
         let left = own.reason == Some(Reason::Client);
         let alive = endpoint.fate() == Fate::Alive && !left;

@@ -44,7 +44,6 @@ use std::collections::VecDeque;
 use std::ffi::{c_int, c_void};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::rc::Rc;
 use std::sync::Arc;
 use verbs::Error;
 use verbs::cm::{EventChannel, Id, IdKey};
@@ -65,7 +64,7 @@ const LOSSES_PER_MINUTE: u32 = 30;
 #[derive(Debug)]
 pub struct Poller {
     /// Of the devices that are there; see `Poller::retire`.
-    hubs: MainCell<Vec<Rc<Hub>>>,
+    hubs: MainCell<Vec<Arc<Hub>>>,
     /// Hubs that there were so far.
     hubs_made: MainCell<usize>,
     registry: MainCell<Registry<IdKey, Arc<Endpoint>>>,
@@ -97,12 +96,6 @@ pub struct Poller {
     violations: MainCell<Valve>,
     troubles: MainCell<Valve>,
 }
-
-// SAFETY: all fields are cells of the main thread or used on it alone; the event
-// channel's pointer does not leave it.
-unsafe impl Send for Poller {}
-// SAFETY: as above.
-unsafe impl Sync for Poller {}
 
 impl Poller {
     /// A poller without endpoints, not watched yet.
@@ -156,10 +149,10 @@ impl Poller {
     ///
     /// # Errors
     /// If there is no device or it can't be opened.
-    fn hub_of(&self, id: &Arc<Id>) -> Result<Rc<Hub>, Error> {
+    fn hub_of(&self, id: &Arc<Id>) -> Result<Arc<Hub>, Error> {
         let mut hubs = self.hubs.open();
         if let Some(hub) = hubs.iter().find(|hub| hub.serves(id)) {
-            return Ok(Rc::clone(hub));
+            return Ok(Arc::clone(hub));
         }
         let (vector, patience) = {
             let settings = Transport::get().settings.open();
@@ -168,7 +161,7 @@ impl Poller {
         let mut made = self.hubs_made.open();
         *made += 1;
         let hub = match Hub::new(id, *made, vector, patience * 1000) {
-            Ok(hub) => Rc::new(hub),
+            Ok(hub) => Arc::new(hub),
             Err(error) => {
                 // librdmacm may take a device that is back for the one that was removed, where
                 // it knows the two by their GUID alone: it looks at what there is now.
@@ -180,17 +173,17 @@ impl Poller {
             return Err(Error { action: "watch the device's completions", errno: libc::ERANGE });
         }
         log::debug!("device {} opened", hub.name());
-        hubs.push(Rc::clone(&hub));
+        hubs.push(Arc::clone(&hub));
         Ok(hub)
     }
 
     /// The hub of a number, unless it is retired.
-    fn find_hub(&self, number: usize) -> Option<Rc<Hub>> {
+    fn find_hub(&self, number: usize) -> Option<Arc<Hub>> {
         self.hubs.open().iter().find(|hub| hub.number() == number).cloned()
     }
 
     /// The hub at a place, in the order of their making.
-    fn nth_hub(&self, index: usize) -> Option<Rc<Hub>> {
+    fn nth_hub(&self, index: usize) -> Option<Arc<Hub>> {
         self.hubs.open().get(index).cloned()
     }
 
@@ -198,8 +191,8 @@ impl Poller {
     pub fn devices(&self) -> Vec<Reply> {
         let endpoints = self.endpoints();
         let hubs = self.hubs.open().clone();
-        let describe = |hub: &Rc<Hub>| {
-            let own = endpoints.iter().filter(|endpoint| Rc::ptr_eq(&endpoint.hub(), hub));
+        let describe = |hub: &Arc<Hub>| {
+            let own = endpoints.iter().filter(|endpoint| Arc::ptr_eq(&endpoint.hub(), hub));
             let mut ports: Vec<u8> = own.map(|endpoint| endpoint.id().port()).collect();
             let connections = ports.len() as u64;
             ports.sort_unstable();
@@ -223,7 +216,7 @@ impl Poller {
         entered
     }
 
-    fn enter_on(&self, hub: Rc<Hub>, id: &Arc<Id>) -> Result<Arc<Endpoint>, Error> {
+    fn enter_on(&self, hub: Arc<Hub>, id: &Arc<Id>) -> Result<Arc<Endpoint>, Error> {
         let transport = Transport::get();
         teardown::help();
         let key = {
@@ -347,7 +340,7 @@ impl Poller {
     }
 
     /// A pass for the completions of one hub.
-    fn run_completions(&self, hub: &Rc<Hub>) {
+    fn run_completions(&self, hub: &Arc<Hub>) {
         let _pass = self.pass();
         let patience = hub.pace().patience(clock::nanos());
         let left = patience.is_some_and(|deadline| {
@@ -432,13 +425,13 @@ impl Poller {
     }
 
     /// Takes what completed on the queues of a hub that fired, without calling any handler.
-    fn look_at(&self, hub: &Rc<Hub>) {
+    fn look_at(&self, hub: &Arc<Hub>) {
         self.take_events(hub);
         self.arm(hub);
         self.take_completions(hub, Which::Fired);
     }
 
-    fn take_events(&self, hub: &Rc<Hub>) {
+    fn take_events(&self, hub: &Arc<Hub>) {
         if let Err(error) = hub.take_events() {
             self.retire(hub, &error.to_string());
         }
@@ -447,7 +440,7 @@ impl Poller {
 
     /// What completes from here on fires the descriptor again; what completed before is to
     /// be taken now.
-    fn arm(&self, hub: &Rc<Hub>) {
+    fn arm(&self, hub: &Arc<Hub>) {
         if let Err(error) = hub.arm() {
             self.retire(hub, &error.to_string());
         }
@@ -478,7 +471,7 @@ impl Drop for Pass<'_> {
 }
 
 unsafe extern "C" fn on_wake(_fd: c_int, _data: *mut c_void, _mask: c_int) {
-    guard("wake-up", (), || {
+    guard("wake-up", || {
         let poller = &Transport::get().poller;
         poller.clear_wake();
         let _pass = poller.pass();
@@ -487,11 +480,11 @@ unsafe extern "C" fn on_wake(_fd: c_int, _data: *mut c_void, _mask: c_int) {
 }
 
 unsafe extern "C" fn on_connection_event(_fd: c_int, _data: *mut c_void, _mask: c_int) {
-    guard("connection event", (), || Transport::get().poller.run_connection_events());
+    guard("connection event", || Transport::get().poller.run_connection_events());
 }
 
 unsafe extern "C" fn on_completions(_fd: c_int, data: *mut c_void, mask: c_int) {
-    guard("completion", (), || {
+    guard("completion", || {
         let poller = &Transport::get().poller;
         let Some(hub) = poller.find_hub(data as usize) else { return };
         // Nobody asked whether it is writable: so the event loop says that it is in error.

@@ -71,7 +71,7 @@ impl Poller {
     fn serve(&self, endpoint: &Arc<Endpoint>) {
         let (connection, open, doomed) = {
             let own = endpoint.own();
-            (own.connection, own.session.is_open(), own.doomed)
+            (own.connection(), own.session.is_open(), own.doomed)
         };
         if connection.is_null() {
             if open && !doomed {
@@ -96,7 +96,7 @@ impl Poller {
         }
         for step in steps {
             step(self, endpoint);
-            if endpoint.own().connection.is_null() {
+            if endpoint.own().connection().is_null() {
                 return;
             }
         }
@@ -126,7 +126,7 @@ impl Poller {
     /// are not in it yet.
     fn waits_for_sync(&self, endpoint: &Endpoint) -> bool {
         let own = endpoint.own();
-        let (connection, carried_out) = (own.connection, own.carried_out);
+        let (connection, carried_out) = (own.connection(), own.carried_out);
         drop(own);
         // SAFETY: an endpoint's connection is live until the server closes it, which clears
         // the pointer.
@@ -138,7 +138,7 @@ impl Poller {
 
     fn call_read(&self, endpoint: &Arc<Endpoint>) {
         loop {
-            let connection = endpoint.own().connection;
+            let connection = endpoint.own().connection();
             if connection.is_null() || !endpoint.is_readable() {
                 return;
             }
@@ -173,7 +173,7 @@ impl Poller {
     }
 
     fn call_write(&self, endpoint: &Arc<Endpoint>) {
-        let connection = endpoint.own().connection;
+        let connection = endpoint.own().connection();
         if connection.is_null() || self.waits_for_sync(endpoint) {
             return;
         }
@@ -202,7 +202,7 @@ impl Poller {
             }
             (*connection).endpoint = Some(Arc::clone(endpoint));
         }
-        endpoint.own().connection = connection.cast();
+        endpoint.own().set_connection(connection.cast());
         endpoint.enter_stage(Stage::Established);
         METRICS.connections_accepted.add(1);
         let ip = endpoint.peer().map_or_else(String::new, |peer| peer.ip().to_string());
