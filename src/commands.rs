@@ -69,7 +69,7 @@ pub unsafe fn register(ctx: *mut raw::RedisModuleCtx) -> Result<(), String> {
     // SAFETY: by the caller's promise; C strings.
     unsafe {
         api::on_client(ctx, |client| {
-            guard("new client", (), || Transport::get().poller.client_connected(client));
+            guard("new client", || Transport::get().poller.client_connected(client));
         })?;
         // Another module may have taken the category's name: then there is none of ours.
         let own_category =
@@ -169,7 +169,7 @@ unsafe extern "C" fn stats(
 /// # Safety
 /// `ctx` is that of a command that was not answered yet.
 unsafe fn answer(ctx: *mut raw::RedisModuleCtx, make: impl FnOnce() -> Reply) -> c_int {
-    let reply = guard("a command", None, || Some(make()));
+    let reply = guard("a command", make);
     // SAFETY: by the caller's promise.
     unsafe {
         match reply {

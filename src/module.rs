@@ -42,7 +42,7 @@ pub unsafe extern "C" fn ValkeyModule_OnLoad(
     argv: *mut *mut raw::RedisModuleString,
     argc: c_int,
 ) -> c_int {
-    guard("loading", ERR, || {
+    guard("loading", || {
         log_panics();
         declare_main_thread();
         let version = version_number();
@@ -69,6 +69,7 @@ pub unsafe extern "C" fn ValkeyModule_OnLoad(
             }
         }
     })
+    .unwrap_or(ERR)
 }
 
 /// Says who has our name.
@@ -231,7 +232,7 @@ unsafe fn io_threads(ctx: *mut raw::RedisModuleCtx) -> usize {
 }
 
 unsafe extern "C" fn info(ctx: *mut raw::RedisModuleInfoCtx, for_crash_report: c_int) {
-    guard("INFO", (), || {
+    guard("INFO", || {
         // A crash report is made on the thread that crashed, whatever that was doing: nothing
         // but the counters can be read there.
         let fields = if for_crash_report != 0 || !is_main_thread() {

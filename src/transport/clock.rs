@@ -134,7 +134,7 @@ pub fn tick_if_late() {
 /// Looks at those who are in handshake or linger.
 fn tick() {
     let poller = &Transport::get().poller;
-    guard("fast clock", (), || {
+    guard("fast clock", || {
         let now = now();
         CLOCKS.open().ticked = now;
         let keys = CLOCKS.open().attended.clone();
@@ -156,7 +156,7 @@ unsafe extern "C" fn on_fast(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
         |key: &Key| poller.find(*key).is_some_and(|it| it.own().session.is_transient());
     tick();
     // Whatever became of that, the clock goes on.
-    guard("the fast clock's next tick", (), || {
+    guard("the fast clock's next tick", || {
         let mut attended = std::mem::take(&mut CLOCKS.open().attended);
         attended.retain(is_transient);
         let mut clocks = CLOCKS.open();
@@ -170,7 +170,7 @@ unsafe extern "C" fn on_fast(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
 
 unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     let poller = &Transport::get().poller;
-    guard("slow clock", (), || {
+    guard("slow clock", || {
         child::tell();
         let now = now();
         dual_channel::rest(now);
@@ -184,7 +184,7 @@ unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
         }
     });
     // Whatever became of that, the clock goes on.
-    guard("the slow clock's next tick", (), || {
+    guard("the slow clock's next tick", || {
         poller.shrink_hubs();
         let runs = poller.needs_clock() || dual_channel::is_filtering();
         // Without endpoints this clock stops: what it would let go of later goes now.

@@ -32,26 +32,24 @@ pub fn log_panics() {
     }));
 }
 
-/// Runs `work`; a panic in it is logged and answered by `otherwise`.
-pub fn guard<T>(what: &str, otherwise: T, work: impl FnOnce() -> T) -> T {
+/// Runs `work`, known as `what` in the log. A panic in it is logged and answered by `None`.
+/// Any thread.
+pub fn guard<T>(what: &str, work: impl FnOnce() -> T) -> Option<T> {
     let work = || {
         #[cfg(feature = "test-panics")]
         super::panics::if_asked_for(what);
         work()
     };
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+    let result = catch_unwind(AssertUnwindSafe(work));
+    if result.is_err() {
         say(format_args!("panic in {what}: this is a bug in valkey-rdma, please report it"));
-        otherwise
-    })
+    }
+    result.ok()
 }
 
 /// As [`guard`], for the main thread's work on one endpoint among others.
 pub fn guard_endpoint(what: &str, endpoint: &Arc<Endpoint>, work: impl FnOnce()) {
-    let finished = guard(what, false, || {
-        work();
-        true
-    });
-    if !finished {
+    if guard(what, work).is_none() {
         give_up(endpoint);
     }
 }
@@ -59,7 +57,7 @@ pub fn guard_endpoint(what: &str, endpoint: &Arc<Endpoint>, work: impl FnOnce())
 /// Ends the connection of an endpoint that our own side failed. Main thread.
 pub fn give_up(endpoint: &Arc<Endpoint>) {
     endpoint.worsen(Fate::Broken);
-    guard("ending a connection", (), || {
+    guard("ending a connection", || {
         Transport::get().poller.lose(endpoint, Fate::Broken, Reason::Error);
     });
 }

@@ -26,11 +26,12 @@ const FAILED: Result<(), RedisError> = Err(RedisError::Str("failed; the server's
 
 impl ConfigurationValue<i64> for Port {
     fn get(&self, _: &ConfigurationContext) -> i64 {
-        guard("the value of rdma.port", 0, || i64::from(Transport::get().listeners.open().own_port))
+        guard("the value of rdma.port", || i64::from(Transport::get().listeners.open().own_port))
+            .unwrap_or(0)
     }
 
     fn set(&self, _: &ConfigurationContext, port: i64) -> Result<(), RedisError> {
-        guard("rdma.port", FAILED, || {
+        guard("rdma.port", || {
             let port = u16::try_from(port).map_err(|_| RedisError::Str("not a port"))?;
             let before = std::mem::replace(&mut Transport::get().listeners.open().own_port, port);
             if api::is_starting() && before != 0 && before != port {
@@ -38,19 +39,21 @@ impl ConfigurationValue<i64> for Port {
             }
             apply(|listeners| listeners.own_port = before)
         })
+        .unwrap_or(FAILED)
     }
 }
 
 impl ConfigurationValue<RedisString> for Bind {
     fn get(&self, _: &ConfigurationContext) -> RedisString {
-        let bind = guard("the value of rdma.bind", String::new(), || {
+        let bind = guard("the value of rdma.bind", || {
             Transport::get().listeners.open().own_bind.join(" ")
-        });
+        })
+        .unwrap_or_default();
         RedisString::create(None, bind)
     }
 
     fn set(&self, _: &ConfigurationContext, value: RedisString) -> Result<(), RedisError> {
-        guard("rdma.bind", FAILED, || {
+        guard("rdma.bind", || {
             let bind: Vec<String> =
                 value.to_string_lossy().split_ascii_whitespace().map(str::to_owned).collect();
             if bind.len() > MAX_BINDS {
@@ -59,6 +62,7 @@ impl ConfigurationValue<RedisString> for Bind {
             let before = std::mem::replace(&mut Transport::get().listeners.open().own_bind, bind);
             apply(|listeners| listeners.own_bind = before)
         })
+        .unwrap_or(FAILED)
     }
 }
 

@@ -27,10 +27,10 @@ pub fn begin() {
 }
 
 unsafe extern "C" fn on_tick(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
-    let waiting =
-        guard("listening again", true, || Transport::get().listeners.open().listen_again());
+    let waiting = guard("listening again", || Transport::get().listeners.open().listen_again())
+        .unwrap_or(true);
     // Whatever became of that, it is tried again.
-    guard("the next attempt to listen", (), || {
+    guard("the next attempt to listen", || {
         let mut pause = PAUSE.open();
         *pause = pause.filter(|_| waiting).map(|last| (2 * last).min(LONGEST));
         if let Some(next) = *pause {

@@ -30,19 +30,9 @@ const ERR: c_int = -1;
 const BLOCKING_WRITE: Duration = Duration::from_secs(5);
 
 /// As [`guard`], for work on a connection, which ends by a panic.
-fn guard_on<T>(
-    what: &str,
-    connection: *mut Connection,
-    otherwise: T,
-    work: impl FnOnce() -> T,
-) -> T {
-    let mut finished = false;
-    let answer = guard(what, otherwise, || {
-        let answer = work();
-        finished = true;
-        answer
-    });
-    if !finished && !connection.is_null() {
+fn guard_on<T>(what: &str, connection: *mut Connection, work: impl FnOnce() -> T) -> Option<T> {
+    let answer = guard(what, work);
+    if answer.is_none() && !connection.is_null() {
         // SAFETY: the server passed a live connection, and what panicked did not
         // come so far as to free it.
         let endpoint = unsafe {
@@ -78,7 +68,7 @@ unsafe extern "C" fn type_number() -> c_int {
 unsafe extern "C" fn ae_handler(_: *mut EventLoop, _: c_int, _: *mut c_void, _: c_int) {}
 
 unsafe extern "C" fn accept_handler(el: *mut EventLoop, fd: c_int, _: *mut c_void, _: c_int) {
-    guard("accept_handler", (), || listener::on_readable(el, fd));
+    guard("accept_handler", || listener::on_readable(el, fd));
 }
 
 unsafe extern "C" fn addr(
@@ -88,7 +78,7 @@ unsafe extern "C" fn addr(
     port: *mut c_int,
     remote: c_int,
 ) -> c_int {
-    guard_on("addr", connection, ERR, || {
+    guard_on("addr", connection, || {
         // SAFETY: the server passes a live connection.
         let endpoint = unsafe { (*ours(connection)).endpoint.as_ref() };
         let address = endpoint.and_then(|e| if remote != 0 { e.peer() } else { e.local() });
@@ -106,10 +96,11 @@ unsafe extern "C" fn addr(
         }
         if address.is_some() { OK } else { ERR }
     })
+    .unwrap_or(ERR)
 }
 
 unsafe extern "C" fn is_local(connection: *mut Connection) -> c_int {
-    guard_on("is_local", connection, ERR, || {
+    guard_on("is_local", connection, || {
         // SAFETY: the server passes a live connection.
         let endpoint = unsafe { (*ours(connection)).endpoint.as_ref() };
         let ends = endpoint.and_then(|e| Some((e.peer()?.ip(), e.local()?.ip())));
@@ -117,13 +108,15 @@ unsafe extern "C" fn is_local(connection: *mut Connection) -> c_int {
         // comes from the address that it goes to.
         ends.map_or(ERR, |(peer, local)| c_int::from(peer.is_loopback() || peer == local))
     })
+    .unwrap_or(ERR)
 }
 
 unsafe extern "C" fn listen(listener: *mut Listener81) -> c_int {
-    guard("listen", ERR, || {
+    guard("listen", || {
         // SAFETY: the server passes its own listener.
         if unsafe { listener::listen(listener) } { OK } else { ERR }
     })
+    .unwrap_or(ERR)
 }
 
 unsafe extern "C" fn listen_80(listener: *mut Listener80) -> c_int {
@@ -134,27 +127,27 @@ unsafe extern "C" fn listen_80(listener: *mut Listener80) -> c_int {
 
 unsafe extern "C" fn close_listener(listener: *mut Listener81) {
     // SAFETY: the server passes its own listener.
-    guard("closeListener", (), || unsafe { listener::close(listener) });
+    guard("closeListener", || unsafe { listener::close(listener) });
 }
 
 unsafe extern "C" fn conn_create() -> *mut Connection {
-    guard("conn_create", std::ptr::null_mut(), || {
-        RdmaConnection::create(Transport::get().kind(), State::None).cast()
-    })
+    guard("conn_create", || RdmaConnection::create(Transport::get().kind(), State::None).cast())
+        .unwrap_or(std::ptr::null_mut())
 }
 
 /// The server itself never calls this one: accepted connections come from us.
 unsafe extern "C" fn conn_create_accepted(_fd: c_int, _private: *mut c_void) -> *mut Connection {
-    guard("conn_create_accepted", std::ptr::null_mut(), || {
+    guard("conn_create_accepted", || {
         RdmaConnection::create(Transport::get().kind(), State::Accepting).cast()
     })
+    .unwrap_or(std::ptr::null_mut())
 }
 
 /// As shutdown(2) of both directions, for this side: nothing is read or written any more. The
 /// peer is told when the connection is closed, after it got what was written: the server shuts
 /// down right before it closes, wherever a forked child may have a copy of a socket.
 unsafe extern "C" fn shutdown(connection: *mut Connection) {
-    guard_on("shutdown", connection, (), || {
+    guard_on("shutdown", connection, || {
         if in_child() {
             return;
         }
@@ -180,20 +173,18 @@ unsafe extern "C" fn close(connection: *mut Connection) {
         (*connection).write_handler = None;
         (*connection).set_state(State::Closed);
         let endpoint = (*own).endpoint.take();
-        let mut closed = false;
-        guard("close", (), || {
+        let closed = guard("close", || {
             outgoing::forget(own);
             if let Some(endpoint) = &endpoint {
                 Transport::get().poller.close(endpoint);
             }
-            closed = true;
         });
-        if !closed {
+        if closed.is_none() {
             // Something may still point to the connection: it is not freed.
             (*connection).conn_handler = None;
             if let Some(endpoint) = endpoint {
-                guard("ending a connection", (), || {
-                    endpoint.own().connection = std::ptr::null_mut();
+                guard("ending a connection", || {
+                    endpoint.own().set_connection(std::ptr::null_mut());
                 });
                 give_up(&endpoint);
             }
@@ -212,7 +203,7 @@ unsafe extern "C" fn connect(
     source: *const c_char,
     handler: Option<Handler>,
 ) -> c_int {
-    guard_on("connect", connection, ERR, || {
+    guard_on("connect", connection, || {
         let port = u16::try_from(port).ok();
         // SAFETY: the server passes a live connection and strings, or null.
         unsafe {
@@ -226,6 +217,7 @@ unsafe extern "C" fn connect(
             if started { OK } else { ERR }
         }
     })
+    .unwrap_or(ERR)
 }
 
 unsafe extern "C" fn connect_multipath(
@@ -246,7 +238,7 @@ unsafe extern "C" fn blocking_connect(
     port: c_int,
     timeout: c_longlong,
 ) -> c_int {
-    guard_on("blocking_connect", connection, ERR, || {
+    guard_on("blocking_connect", connection, || {
         let port = u16::try_from(port).ok();
         // SAFETY: the server passes a live connection and a string.
         unsafe {
@@ -262,10 +254,11 @@ unsafe extern "C" fn blocking_connect(
             }
         }
     })
+    .unwrap_or(ERR)
 }
 
 unsafe extern "C" fn accept(connection: *mut Connection, handler: Option<Handler>) -> c_int {
-    guard_on("accept", connection, ERR, || {
+    guard_on("accept", connection, || {
         // SAFETY: the server passes a live connection, and keeps it alive over this call.
         unsafe {
             if (*connection).state() != State::Accepting {
@@ -275,6 +268,7 @@ unsafe extern "C" fn accept(connection: *mut Connection, handler: Option<Handler
             if super::connection::call_handler(connection, handler) { OK } else { ERR }
         }
     })
+    .unwrap_or(ERR)
 }
 
 unsafe extern "C" fn write(
@@ -282,7 +276,7 @@ unsafe extern "C" fn write(
     data: *const c_void,
     length: usize,
 ) -> c_int {
-    guard_on("write", connection, ERR, || {
+    guard_on("write", connection, || {
         // SAFETY: the server passes a live connection and `length` readable bytes.
         unsafe {
             let taken = write_pieces(connection, &[(data.cast(), length)]);
@@ -307,6 +301,7 @@ unsafe extern "C" fn write(
             }
         }
     })
+    .unwrap_or(ERR)
 }
 
 unsafe extern "C" fn writev(
@@ -314,7 +309,7 @@ unsafe extern "C" fn writev(
     pieces: *const iovec,
     count: c_int,
 ) -> c_int {
-    guard_on("writev", connection, ERR, || {
+    guard_on("writev", connection, || {
         // SAFETY: the server passes `count` pieces.
         let pieces = unsafe { std::slice::from_raw_parts(pieces, count.max(0) as usize) };
         let pieces: Vec<_> = pieces
@@ -324,6 +319,7 @@ unsafe extern "C" fn writev(
         // SAFETY: as above; each piece is readable.
         unsafe { write_pieces(connection, &pieces) }
     })
+    .unwrap_or(ERR)
 }
 
 /// # Safety
@@ -356,7 +352,7 @@ unsafe fn write_pieces(connection: *mut Connection, pieces: &[(*const u8, usize)
 }
 
 unsafe extern "C" fn read(connection: *mut Connection, to: *mut c_void, length: usize) -> c_int {
-    guard_on("read", connection, ERR, || {
+    guard_on("read", connection, || {
         // SAFETY: the server passes a live connection and `length` writable bytes.
         unsafe {
             if in_child() {
@@ -400,6 +396,7 @@ unsafe extern "C" fn read(connection: *mut Connection, to: *mut c_void, length: 
             }
         }
     })
+    .unwrap_or(ERR)
 }
 
 unsafe extern "C" fn set_write_handler(
@@ -407,7 +404,7 @@ unsafe extern "C" fn set_write_handler(
     handler: Option<Handler>,
     barrier: c_int,
 ) -> c_int {
-    guard_on("set_write_handler", connection, ERR, || {
+    guard_on("set_write_handler", connection, || {
         // SAFETY: the server passes a live connection, on the main thread.
         unsafe {
             (*connection).write_handler = handler;
@@ -420,13 +417,14 @@ unsafe extern "C" fn set_write_handler(
         }
         OK
     })
+    .unwrap_or(ERR)
 }
 
 unsafe extern "C" fn set_read_handler(
     connection: *mut Connection,
     handler: Option<Handler>,
 ) -> c_int {
-    guard_on("set_read_handler", connection, ERR, || {
+    guard_on("set_read_handler", connection, || {
         // SAFETY: the server passes a live connection, on the main thread.
         unsafe {
             (*connection).read_handler = handler;
@@ -434,6 +432,7 @@ unsafe extern "C" fn set_read_handler(
         }
         OK
     })
+    .unwrap_or(ERR)
 }
 
 /// Readiness is a level: what waits already is noticed when a handler comes.
@@ -466,13 +465,14 @@ unsafe extern "C" fn sync_write(
     size: ssize_t,
     timeout: c_longlong,
 ) -> ssize_t {
-    guard_on("sync_write", connection, -1, || {
+    guard_on("sync_write", connection, || {
         // SAFETY: the server passes a live connection and `size` readable bytes.
         let bytes = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), size.max(0) as usize) };
         blocking(connection, |endpoint| {
             outgoing::sync_write(endpoint, bytes, millis(timeout)).map(|()| bytes.len())
         })
     })
+    .unwrap_or(-1)
 }
 
 unsafe extern "C" fn sync_read(
@@ -481,13 +481,14 @@ unsafe extern "C" fn sync_read(
     size: ssize_t,
     timeout: c_longlong,
 ) -> ssize_t {
-    guard_on("sync_read", connection, -1, || {
+    guard_on("sync_read", connection, || {
         // SAFETY: the server passes a live connection and `size` writable bytes.
         let to = unsafe { std::slice::from_raw_parts_mut(to.cast::<u8>(), size.max(0) as usize) };
         blocking(connection, |endpoint| {
             outgoing::sync_read(endpoint, to, millis(timeout)).map(|()| to.len())
         })
     })
+    .unwrap_or(-1)
 }
 
 unsafe extern "C" fn sync_readline(
@@ -496,11 +497,12 @@ unsafe extern "C" fn sync_readline(
     size: ssize_t,
     timeout: c_longlong,
 ) -> ssize_t {
-    guard_on("sync_readline", connection, -1, || {
+    guard_on("sync_readline", connection, || {
         // SAFETY: the server passes a live connection and `size` writable bytes.
         let to = unsafe { std::slice::from_raw_parts_mut(to.cast::<u8>(), size.max(0) as usize) };
         blocking(connection, |endpoint| outgoing::sync_readline(endpoint, to, millis(timeout)))
     })
+    .unwrap_or(-1)
 }
 
 fn blocking(
@@ -527,21 +529,21 @@ fn blocking(
 }
 
 unsafe extern "C" fn has_pending_data() -> c_int {
-    guard("has_pending_data", 0, || {
-        c_int::from(!in_child() && Transport::get().poller.is_pending())
-    })
+    guard("has_pending_data", || c_int::from(!in_child() && Transport::get().poller.is_pending()))
+        .unwrap_or(0)
 }
 
 unsafe extern "C" fn process_pending_data() -> c_int {
-    guard("process_pending_data", 0, || {
+    guard("process_pending_data", || {
         if in_child() { 0 } else { Transport::get().poller.run() as c_int }
     })
+    .unwrap_or(0)
 }
 
 /// Before the server gives an I/O thread a job, and, with 0, when it has collected it. 9.1
 /// also calls it from an I/O thread that parses. Says nothing about what that thread is at.
 unsafe extern "C" fn postpone_update_state(_connection: *mut Connection, jobs: c_int) {
-    guard("postpone_update_state", (), || {
+    guard("postpone_update_state", || {
         if jobs != 0 && is_main_thread() && !in_child() {
             Transport::get().poller.job_sent();
         }
@@ -551,7 +553,7 @@ unsafe extern "C" fn postpone_update_state(_connection: *mut Connection, jobs: c
 /// Main thread, after an I/O thread did something. Calls no handler: the server may
 /// be in the middle of its own loop over connections.
 unsafe extern "C" fn update_state(connection: *mut Connection) {
-    guard_on("update_state", connection, (), || {
+    guard_on("update_state", connection, || {
         // SAFETY: the server passes a live connection.
         let endpoint = unsafe { (*ours(connection)).endpoint.clone() };
         if let Some(endpoint) = endpoint

@@ -144,7 +144,7 @@ fn work() {
 }
 
 fn destroy(endpoint: Arc<Endpoint>) {
-    guard("the end of an endpoint", (), || drop(endpoint));
+    guard("the end of an endpoint", || drop(endpoint));
     METRICS.connections_ending.sub(1);
 }
 
