@@ -4,24 +4,25 @@
 //! Every command of every client pays for it, so it is there only while somebody needs it.
 
 use super::api;
+use super::main_cell::MainPtr;
 use redis_module::raw;
 use std::ffi::c_int;
 
 /// A filter that is in place until it is dropped. Main thread.
 #[derive(Debug)]
-pub struct Filter(*mut raw::RedisModuleCommandFilter);
+pub struct Filter(MainPtr<raw::RedisModuleCommandFilter>);
 
 impl Filter {
     /// Has the server call `callback` before each command, from the next one on.
     pub fn new(callback: unsafe extern "C" fn(*mut raw::RedisModuleCommandFilterCtx)) -> Self {
         // SAFETY: the API table and the context are set at load.
-        Self(unsafe {
+        Self(MainPtr(unsafe {
             raw::RedisModule_RegisterCommandFilter.expect("server API")(
                 api::context(),
                 Some(callback),
                 0,
             )
-        })
+        }))
     }
 }
 
@@ -29,7 +30,7 @@ impl Drop for Filter {
     fn drop(&mut self) {
         // SAFETY: as above; the filter is this module's own, and registered.
         unsafe {
-            raw::RedisModule_UnregisterCommandFilter.expect("server API")(api::context(), self.0)
+            raw::RedisModule_UnregisterCommandFilter.expect("server API")(api::context(), self.0.0)
         };
     }
 }

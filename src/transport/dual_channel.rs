@@ -72,7 +72,7 @@ unsafe extern "C" fn before_command(shown: *mut RedisModuleCommandFilterCtx) {
     // SAFETY: the server's, for the time of this call.
     let mut command = unsafe { Command::new(shown) };
     if command.argument(0).eq_ignore_ascii_case(b"replconf") {
-        guard("the filter of commands", (), || correct(&mut command));
+        guard("the filter of commands", || correct(&mut command));
     }
 }
 
