@@ -9,7 +9,7 @@
 use crate::host::api;
 use crate::host::reply::Reply;
 use crate::metrics::METRICS;
-use crate::transport::guard::guard;
+use crate::panic::guard;
 use crate::transport::key::MAX_ENDPOINTS;
 use crate::transport::{Transport, status};
 use redis_module::raw;

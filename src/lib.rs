@@ -20,7 +20,12 @@ compile_error!(
 pub mod commands;
 pub mod config;
 pub mod host;
+pub mod log_limit;
 pub mod metrics;
 pub mod module;
 pub mod namesake;
+pub mod panic;
+#[cfg(feature = "test-panics")]
+mod test_panics;
+pub mod time;
 pub mod transport;

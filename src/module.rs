@@ -8,7 +8,7 @@ use crate::host::main_cell::{declare_main_thread, is_main_thread};
 use crate::host::symbols::{self, Symbols, server_has_own_rdma};
 use crate::host::{api, fingerprint};
 use crate::namesake;
-use crate::transport::guard::{guard, log_panics};
+use crate::panic::{guard, log_panics};
 use crate::transport::{Transport, listener, rebind, table};
 use redis_module::raw;
 use std::ffi::{CString, c_char, c_int};

@@ -4,13 +4,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Where lines are written past the valve that bounds them, how many, and why they can't flood
+/// Where lines are written past the limiter that bounds them, how many, and why they can't flood
 /// the log: each is the answer to one thing that an operator did.
 const ONCE: &[(&str, usize, &str)] = &[
     ("module.rs", 4, "the module is loaded, or is to be unloaded"),
     ("transport/listener.rs", 5, "the server starts to listen, or is told to listen elsewhere"),
     ("transport/rebind.rs", 1, "a setting is changed"),
-    ("transport/valve.rs", 1, "this is the valve"),
+    ("log_limit.rs", 1, "this is the limiter"),
 ];
 
 /// At level verbose there is a line for each event: who asks for them gets them.
@@ -28,7 +28,7 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
 }
 
 #[test]
-fn every_line_that_can_be_repeated_goes_through_a_valve() {
+fn every_line_that_can_be_repeated_goes_through_a_limiter() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
     sources(&root, &mut files);
@@ -54,7 +54,7 @@ fn every_line_that_can_be_repeated_goes_through_a_valve() {
         assert_eq!(
             calls.len(),
             allowed,
-            "{name} writes these lines past the valve; if none of them can be repeated without \
+            "{name} writes these lines past the limiter; if none of them can be repeated without \
              an operator's doing, say so in this test: {calls:#?}"
         );
         seen += usize::from(allowed > 0);

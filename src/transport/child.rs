@@ -6,9 +6,9 @@
 //! replica's second channel. Over RDMA they fail, and the client or replica tells nobody why:
 //! so the child leaves a note in memory that both see, and the parent says it.
 
-use super::clock;
-use super::valve::Valve;
 use crate::host::MainCell;
+use crate::log_limit::LogLimiter;
+use crate::time;
 use log::Level;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
@@ -63,10 +63,10 @@ pub fn note_write() {
 
 /// Says that children wanted to write, if any did, once a minute. Main thread.
 pub fn tell() {
-    static VALVE: MainCell<Valve> = MainCell::new(Valve::new(1));
+    static LINES: MainCell<LogLimiter> = MainCell::new(LogLimiter::new(1));
     if wanted().is_some_and(|wanted| wanted.swap(0, Ordering::Relaxed) > 0) {
-        VALVE.open().say(
-            clock::now(),
+        LINES.open().log(
+            time::now(),
             Level::Warn,
             format_args!(
                 "a child of the server wanted to write to an RDMA connection, which only the \

@@ -9,12 +9,12 @@
 //! sleep.
 
 use super::endpoint::{Endpoint, Fate, Reason};
-use super::guard::{guard, guard_endpoint};
 use super::key::Key;
 use super::watchdog;
 use super::{Transport, child, dual_channel};
 use crate::host::{MainCell, api};
-use proto::busy_poll::Nanos;
+use crate::panic::guard;
+use crate::time;
 use proto::session::{Duty, Millis};
 use redis_module::raw::RedisModuleCtx;
 use std::ffi::c_void;
@@ -39,27 +39,9 @@ struct Clocks {
 static CLOCKS: MainCell<Clocks> =
     MainCell::new(Clocks { slow_runs: false, fast_runs: false, ticked: 0, attended: Vec::new() });
 
-/// Milliseconds on the system's monotonic clock, true to a few (the kernel's tick): every
-/// completion asks, and the coarse clock costs a quarter of the fine one.
-pub fn now() -> Millis {
-    read(libc::CLOCK_MONOTONIC_COARSE) / 1_000_000
-}
-
-/// Nanoseconds on the same clock, as exact as it can be.
-pub fn nanos() -> Nanos {
-    read(libc::CLOCK_MONOTONIC)
-}
-
-fn read(clock: libc::clockid_t) -> Nanos {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: a place for the answer; both clocks are there since Linux 2.6.32.
-    unsafe { libc::clock_gettime(clock, &mut time) };
-    time.tv_sec as Nanos * 1_000_000_000 + time.tv_nsec as Nanos
-}
-
 /// Watches an endpoint that is in handshake or lingers, from now on.
 pub fn attend(endpoint: &Arc<Endpoint>) {
-    let now = now();
+    let now = time::now();
     step(endpoint, now, false);
     let mut clocks = CLOCKS.open();
     clocks.attended.push(endpoint.key());
@@ -124,7 +106,7 @@ fn time_out(endpoint: &Arc<Endpoint>, why: &str) {
 /// Ticks the fast clock where its timer does not. To be asked before the server sleeps.
 pub fn tick_if_late() {
     let clocks = CLOCKS.open();
-    let late = clocks.fast_runs && now() >= clocks.ticked + LATE;
+    let late = clocks.fast_runs && time::now() >= clocks.ticked + LATE;
     drop(clocks);
     if late {
         tick();
@@ -135,7 +117,7 @@ pub fn tick_if_late() {
 fn tick() {
     let poller = &Transport::get().poller;
     guard("fast clock", || {
-        let now = now();
+        let now = time::now();
         CLOCKS.open().ticked = now;
         let keys = CLOCKS.open().attended.clone();
         let attended: Vec<_> = keys.into_iter().filter_map(|key| poller.find(key)).collect();
@@ -143,7 +125,7 @@ fn tick() {
         // What completes a handshake may wait since before its time was over.
         let caught_up = attended.iter().any(overdue) && poller.catch_up();
         for endpoint in attended.iter().filter(|it| it.own().session.is_transient()) {
-            guard_endpoint("one endpoint's fast clock", endpoint, || {
+            poller.guard("one endpoint's fast clock", endpoint, || {
                 step(endpoint, now, caught_up);
             });
         }
@@ -172,13 +154,13 @@ unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     let poller = &Transport::get().poller;
     guard("slow clock", || {
         child::tell();
-        let now = now();
+        let now = time::now();
         dual_channel::rest(now);
         // A notification that the device lost costs a second, and not all its connections.
         let caught_up = poller.catch_up();
         let endpoints = poller.endpoints();
         for endpoint in &endpoints {
-            guard_endpoint("one endpoint's slow clock", endpoint, || {
+            poller.guard("one endpoint's slow clock", endpoint, || {
                 look_after(endpoint, now, caught_up);
             });
         }

@@ -14,12 +14,13 @@
 //! replica was seen for a while. The second channel of the first attempt is refused, in words
 //! that the replica logs; the next attempt, a second later, goes by one channel.
 
-use super::guard::guard;
-use super::valve::Valve;
-use super::{Transport, clock};
+use super::Transport;
 use crate::host::filter::{Command, Filter};
 use crate::host::main_cell::is_main_thread;
 use crate::host::{MainCell, api};
+use crate::log_limit::LogLimiter;
+use crate::panic::guard;
+use crate::time;
 use log::Level;
 use proto::session::Millis;
 use redis_module::raw::RedisModuleCommandFilterCtx;
@@ -47,7 +48,7 @@ pub fn look_at(written: &[u8]) {
     // A client may have a script answer the same: then the filter comes in vain.
     if written == OFFER && is_main_thread() && !api::is_exiting() {
         let mut filter = FILTER.open();
-        let now = clock::now();
+        let now = time::now();
         match &mut *filter {
             Some((_, seen)) => *seen = now,
             None => *filter = Some((Filter::new(before_command), now)),
@@ -92,10 +93,10 @@ fn correct(command: &mut Command) {
     if let Some(at) = wants {
         command.replace(at, NO_CHANNEL);
     }
-    static VALVE: MainCell<Valve> = MainCell::new(Valve::new(1));
+    static LINES: MainCell<LogLimiter> = MainCell::new(LogLimiter::new(1));
     let peer = endpoint.peer().map_or_else(|| String::from("?"), |peer| peer.to_string());
-    let now = clock::now();
-    VALVE.open().say(
+    let now = time::now();
+    LINES.open().log(
         now,
         Level::Info,
         format_args!(

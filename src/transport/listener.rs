@@ -10,12 +10,13 @@
 
 use super::address::resolve;
 use super::endpoint::{Endpoint, Reason};
-use super::valve::Valve;
-use super::{Transport, clock, relisten};
+use super::{Transport, relisten};
 use crate::config::Settings;
 use crate::host::layout::{ConnectionType91, EventLoop, Listener81, MAX_BINDS, RdmaSettings};
 use crate::host::main_cell::MainPtr;
+use crate::log_limit::LogLimiter;
 use crate::metrics::METRICS;
+use crate::time;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd, RawFd};
@@ -47,7 +48,7 @@ pub struct Listeners {
     memory_tried: bool,
     /// What `bindaddr` of the server's structure points to, for `INFO`.
     pointers: Box<[MainPtr<c_char>; MAX_BINDS]>,
-    refusals: Valve,
+    refusals: LogLimiter,
 }
 
 #[derive(Debug)]
@@ -74,7 +75,7 @@ impl Listeners {
             next_by_own: false,
             memory_tried: false,
             pointers: Box::new([MainPtr::null(); MAX_BINDS]),
-            refusals: Valve::new(1),
+            refusals: LogLimiter::new(1),
         }
     }
 
@@ -595,5 +596,5 @@ unsafe fn accept(key: IdKey) {
 pub(super) fn refused(peer: &str, why: &str) {
     METRICS.connections_refused.add(1);
     let message = format_args!("client {peer} refused: {why}");
-    Transport::get().listeners.open().refusals.say(clock::now(), log::Level::Warn, message);
+    Transport::get().listeners.open().refusals.log(time::now(), log::Level::Warn, message);
 }

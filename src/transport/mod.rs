@@ -18,8 +18,6 @@
 //! * [`child`]: what forked children must not do, and what is said of it.
 //! * `dual_channel`: replicas that want what only a child could give.
 //! * [`address`]: addresses as the operator writes them.
-//! * [`valve`]: messages that must not flood the log.
-//! * [`guard`]: no panic crosses into C; `panics` puts it to the test.
 //! * [`table`]: the functions of `ConnectionType`, the door to C.
 
 pub mod address;
@@ -29,20 +27,16 @@ pub mod connection;
 mod dual_channel;
 mod echoes;
 pub mod endpoint;
-pub mod guard;
 pub mod hub;
 pub mod key;
 pub mod listener;
 pub mod outgoing;
-#[cfg(feature = "test-panics")]
-pub mod panics;
 pub mod poller;
 pub mod rebind;
 mod relisten;
 pub mod status;
 pub mod table;
 mod teardown;
-pub mod valve;
 pub mod watchdog;
 
 use crate::config::Settings;

@@ -154,7 +154,7 @@ fn fail(connection: *mut RdmaConnection, errno: i32) {
 
 /// Calls the handler of the attempt that failed first.
 unsafe extern "C" fn on_failed(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
-    super::guard::guard("connect handler", || {
+    crate::panic::guard("connect handler", || {
         let first = FAILED.open().pop_front();
         if let Some(MainPtr(connection)) = first {
             // SAFETY: live, since its close removes it from the list; no cell is open

@@ -7,10 +7,10 @@
 //! `CONFIG SET` says wins over those.
 
 use super::Transport;
-use super::guard::guard;
 use super::listener::{self, Listeners};
 use crate::host::api;
 use crate::host::layout::MAX_BINDS;
+use crate::panic::guard;
 use redis_module::configuration::{
     ConfigurationContext, ConfigurationFlags, ConfigurationValue, register_i64_configuration,
     register_string_configuration,

@@ -7,8 +7,8 @@
 //! the server listens on something else.
 
 use super::Transport;
-use super::guard::guard;
 use crate::host::{MainCell, api};
+use crate::panic::guard;
 use redis_module::raw::RedisModuleCtx;
 use std::ffi::c_void;
 use std::time::Duration;

@@ -5,10 +5,10 @@
 //! does has to be noted when the wait begins, and only where writing is held back is
 //! that on another thread: [`Activity`] is the place for it.
 
-use super::clock;
 use super::endpoint::{Endpoint, Fate, Stage};
 use crate::host::reply::Reply;
 use crate::metrics::{Counter, METRICS};
+use crate::time;
 use proto::session::Millis;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -57,7 +57,7 @@ impl Activity {
     /// A write took so many bytes: whatever held it back is over.
     pub fn wrote(&self, bytes: u64) {
         self.sent.fetch_add(bytes, Ordering::Relaxed);
-        self.written.store(clock::now(), Ordering::Relaxed);
+        self.written.store(time::now(), Ordering::Relaxed);
         if self.held_back.load(Ordering::Relaxed) != 0 {
             over(self.held_back.swap(0, Ordering::Relaxed));
         }
@@ -68,7 +68,7 @@ impl Activity {
         if self.held_back().is_some_and(|(present, _)| present == shortage) {
             return;
         }
-        let now = ((clock::now() + 1) << 1) | shortage as u64;
+        let now = ((time::now() + 1) << 1) | shortage as u64;
         if shortage == Shortage::Window {
             // First: the main thread takes it off again as soon as it sees the shortage.
             METRICS.connections_window_full.add(1);
@@ -120,7 +120,7 @@ fn unpack(held_back: u64) -> Option<(Shortage, Millis)> {
 /// Counts the time of a shortage that is over, if there was one.
 fn over(held_back: u64) {
     let Some((shortage, since)) = unpack(held_back) else { return };
-    shortage.counters().1.add(clock::now().saturating_sub(since));
+    shortage.counters().1.add(time::now().saturating_sub(since));
     if shortage == Shortage::Window {
         METRICS.connections_window_full.sub(1);
     }
@@ -207,7 +207,7 @@ pub fn wait(endpoint: &Endpoint) -> (Wait, Millis) {
 
 /// All that there is to say about a connection, as `RDMA.CLIENTS` says it. Main thread.
 pub fn describe(endpoint: &Endpoint) -> Reply {
-    let now = clock::now();
+    let now = time::now();
     let ago = |since: Millis| Reply::from(now.saturating_sub(since));
     let (waits_for, since) = wait(endpoint);
     let (received, received_size) = endpoint.inbound().position();

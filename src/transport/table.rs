@@ -7,7 +7,6 @@
 
 use super::connection::RdmaConnection;
 use super::endpoint::{Fate, ReadOutcome, WriteOutcome};
-use super::guard::{give_up, guard};
 use super::{Transport, child, dual_channel, in_child, listener, outgoing};
 use crate::host::Line;
 use crate::host::connection::{
@@ -18,6 +17,7 @@ use crate::host::layout::{
 };
 use crate::host::main_cell::is_main_thread;
 use crate::host::symbols::{TYPE_NAME, TYPE_NUMBER};
+use crate::panic::guard;
 use libc::{iovec, ssize_t};
 use std::ffi::{CStr, c_char, c_int, c_longlong, c_void};
 use std::sync::Arc;
@@ -41,7 +41,7 @@ fn guard_on<T>(what: &str, connection: *mut Connection, work: impl FnOnce() -> T
         };
         if let Some(endpoint) = endpoint {
             if is_main_thread() && !in_child() {
-                give_up(endpoint);
+                Transport::get().poller.give_up(endpoint);
             } else {
                 // The server looks for itself when an I/O thread's job is over.
                 endpoint.worsen(Fate::Broken);
@@ -186,7 +186,7 @@ unsafe extern "C" fn close(connection: *mut Connection) {
                 guard("ending a connection", || {
                     endpoint.own().set_connection(std::ptr::null_mut());
                 });
-                give_up(&endpoint);
+                Transport::get().poller.give_up(&endpoint);
             }
         } else if (*connection).refs > 0 {
             (*connection).flags |= FLAG_CLOSE_SCHEDULED;

@@ -22,9 +22,9 @@
 
 use super::Transport;
 use super::endpoint::Endpoint;
-use super::guard::guard;
 use super::key::Key;
 use crate::metrics::METRICS;
+use crate::panic::guard;
 use log::Level;
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};

@@ -16,8 +16,8 @@
 use super::Transport;
 use super::endpoint::{Endpoint, Stage};
 use super::status;
-use super::valve::Valve;
 use crate::host::MainCell;
+use crate::log_limit::LogLimiter;
 use crate::metrics::METRICS;
 use proto::session::Millis;
 use std::time::Duration;
@@ -25,7 +25,7 @@ use std::time::Duration;
 /// Nudges that are logged in a minute.
 const LINES_PER_MINUTE: u32 = 10;
 
-static LINES: MainCell<Valve> = MainCell::new(Valve::new(LINES_PER_MINUTE));
+static LINES: MainCell<LogLimiter> = MainCell::new(LogLimiter::new(LINES_PER_MINUTE));
 
 /// What the watchdog remembers of an endpoint.
 #[derive(Debug, Default)]
@@ -95,7 +95,7 @@ fn nudge(endpoint: &Endpoint, now: Millis) {
         "connection of {peer} was stuck with something to do and has been nudged; this is a \
          bug in valkey-rdma, please report it: {state}"
     );
-    LINES.open().say(now, log::Level::Warn, message);
+    LINES.open().log(now, log::Level::Warn, message);
 }
 
 #[cfg(test)]

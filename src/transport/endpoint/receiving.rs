@@ -4,7 +4,7 @@
 use super::{Endpoint, Fate};
 use crate::host::main_cell::is_main_thread;
 use crate::metrics::METRICS;
-use crate::transport::clock;
+use crate::time;
 use proto::buffer_size;
 use proto::session::Millis;
 use proto::wire::{Memory, Message};
@@ -132,7 +132,7 @@ impl Endpoint {
     /// Has the next receive buffer ready, of a size that fits the traffic, the present one
     /// being full. `false` if the peer has to wait until that was read.
     fn turn_receive_buffer(&self) -> bool {
-        let now = clock::now();
+        let now = time::now();
         let writes = self.own().session.writes();
         let mut receive = self.receive.open();
         let receive = &mut *receive;

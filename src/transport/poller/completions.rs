@@ -3,9 +3,9 @@
 
 use super::Poller;
 use crate::metrics::METRICS;
+use crate::time;
 use crate::transport::clock;
 use crate::transport::endpoint::{Endpoint, Fate, Reason};
-use crate::transport::guard::guard_endpoint;
 use crate::transport::hub::{Hub, Progress, Which};
 use crate::transport::key::{Key, Work};
 use proto::busy_poll::Nanos;
@@ -23,7 +23,7 @@ impl Poller {
                 METRICS.busy_poll_hits.add(1);
                 return true;
             }
-            if deadline == 0 || clock::nanos() >= deadline {
+            if deadline == 0 || time::nanos() >= deadline {
                 METRICS.busy_poll_misses.add(1);
                 return false;
             }
@@ -57,7 +57,7 @@ impl Poller {
         let Some((key, work)) = Key::parse(completion.work_request) else { return };
         // A connection that is gone may still have completions on their way.
         let Some(endpoint) = self.find(key) else { return };
-        guard_endpoint("one completion", &endpoint, || {
+        self.guard("one completion", &endpoint, || {
             self.complete_work(&endpoint, work, completion.outcome);
         });
     }
@@ -94,7 +94,7 @@ impl Poller {
             }
             Outcome::Immediate(count) => {
                 let Work::Receive(slot) = work else { return };
-                let now = clock::now();
+                let now = time::now();
                 let result = endpoint.own().session.immediate(count, endpoint.inbound(), now);
                 match result {
                     Ok(()) => {
@@ -109,12 +109,12 @@ impl Poller {
             Outcome::Sent => match work {
                 Work::Payload(sequence) => {
                     endpoint.payload_completed((sequence + 1) & 0x00ff_ffff);
-                    endpoint.own().session.payload_completed(clock::now());
+                    endpoint.own().session.payload_completed(time::now());
                     self.delivered(endpoint);
                 }
                 Work::Probe(sequence) => {
                     endpoint.payload_completed(sequence);
-                    endpoint.own().session.probe_completed(clock::now());
+                    endpoint.own().session.probe_completed(time::now());
                     self.delivered(endpoint);
                 }
                 Work::Control(slot) => {
@@ -131,7 +131,7 @@ impl Poller {
     fn delivered(&self, endpoint: &Arc<Endpoint>) {
         if endpoint.own().session.is_lingering() {
             // Perhaps that was all that it lingered for.
-            clock::step(endpoint, clock::now(), false);
+            clock::step(endpoint, time::now(), false);
         } else {
             self.mark_if_ready(endpoint);
         }
@@ -140,7 +140,7 @@ impl Poller {
     fn receive_message(&self, endpoint: &Arc<Endpoint>, slot: u16, length: u32) {
         let bytes = endpoint.received(slot, length);
         let reaction =
-            endpoint.own().session.message(&bytes, slot, endpoint.outbound(), clock::now());
+            endpoint.own().session.message(&bytes, slot, endpoint.outbound(), time::now());
         match reaction {
             Ok(Reaction::Nothing) => self.post_again(endpoint, slot),
             Ok(Reaction::WindowOpened) => {

@@ -5,6 +5,8 @@
 use super::{ENDINGS_PER_PASS, Poller};
 use crate::host::api;
 use crate::metrics::METRICS;
+use crate::panic::guard;
+use crate::time;
 use crate::transport::endpoint::{Endpoint, Fate, Reason, Stage};
 use crate::transport::hub::Hub;
 use crate::transport::{clock, outgoing, teardown};
@@ -189,12 +191,12 @@ impl Poller {
     pub fn say_lost(&self, endpoint: &Endpoint, why: &str) {
         let peer = endpoint.peer_text();
         let message = format_args!("connection of {peer} lost: {why}");
-        self.losses.open().say(clock::now(), Level::Info, message);
+        self.losses.open().log(time::now(), Level::Info, message);
     }
 
     /// Says what befell a device or an address, unless much does.
     pub fn say_trouble(&self, level: log::Level, what: &str) {
-        self.troubles.open().say(clock::now(), level, format_args!("{what}"));
+        self.troubles.open().log(time::now(), level, format_args!("{what}"));
     }
 
     /// The peer broke the protocol: that is said, and the connection is over.
@@ -205,7 +207,7 @@ impl Poller {
             endpoint.own().reason = Some(Reason::Violation);
             let peer = endpoint.peer_text();
             let message = format_args!("client {peer} broke the protocol: {violation}");
-            self.violations.open().say(clock::now(), Level::Warn, message);
+            self.violations.open().log(time::now(), Level::Warn, message);
         }
         self.lose(endpoint, Fate::Broken, Reason::Violation);
     }
@@ -231,7 +233,7 @@ impl Poller {
     pub fn close(&self, endpoint: &Arc<Endpoint>) {
         self.say_refusal(endpoint);
         endpoint.enter_stage(Stage::Lingering);
-        let now = clock::now();
+        let now = time::now();
         let mut own = endpoint.own();
         own.set_connection(std::ptr::null_mut());
         own.watch.since = now;
@@ -248,5 +250,18 @@ impl Poller {
         } else {
             self.doom(endpoint);
         }
+    }
+
+    /// As [`guard`], for the main thread's work on one endpoint: a panic ends its connection.
+    pub fn guard(&self, what: &str, endpoint: &Arc<Endpoint>, work: impl FnOnce()) {
+        if guard(what, work).is_none() {
+            self.give_up(endpoint);
+        }
+    }
+
+    /// Ends the connection of an endpoint that our own side failed.
+    pub fn give_up(&self, endpoint: &Arc<Endpoint>) {
+        endpoint.worsen(Fate::Broken);
+        guard("ending a connection", || self.lose(endpoint, Fate::Broken, Reason::Error));
     }
 }

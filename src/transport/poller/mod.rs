@@ -28,15 +28,16 @@ mod serving;
 
 use super::echoes::Echoes;
 use super::endpoint::{Endpoint, Plan, Stage};
-use super::guard::guard;
 use super::hub::{Hub, Which};
 use super::key::Key;
 use super::teardown::{self, Place};
-use super::valve::Valve;
 use super::{Transport, clock};
 use crate::host::reply::Reply;
 use crate::host::{MainCell, api};
+use crate::log_limit::LogLimiter;
 use crate::metrics::METRICS;
+use crate::panic::guard;
+use crate::time;
 use log::Level;
 use redis_module::raw;
 use registry::Registry;
@@ -92,9 +93,9 @@ pub struct Poller {
     echoes: MainCell<Echoes>,
     /// The endpoint whose connection the server accepts at this moment.
     accepting: MainCell<Option<Arc<Endpoint>>>,
-    losses: MainCell<Valve>,
-    violations: MainCell<Valve>,
-    troubles: MainCell<Valve>,
+    losses: MainCell<LogLimiter>,
+    violations: MainCell<LogLimiter>,
+    troubles: MainCell<LogLimiter>,
 }
 
 impl Poller {
@@ -126,9 +127,9 @@ impl Poller {
             turn: MainCell::default(),
             echoes: MainCell::default(),
             accepting: MainCell::default(),
-            losses: MainCell::new(Valve::new(LOSSES_PER_MINUTE)),
-            violations: MainCell::new(Valve::new(LOSSES_PER_MINUTE)),
-            troubles: MainCell::new(Valve::new(LOSSES_PER_MINUTE)),
+            losses: MainCell::new(LogLimiter::new(LOSSES_PER_MINUTE)),
+            violations: MainCell::new(LogLimiter::new(LOSSES_PER_MINUTE)),
+            troubles: MainCell::new(LogLimiter::new(LOSSES_PER_MINUTE)),
         })
     }
 
@@ -230,7 +231,7 @@ impl Poller {
             (settings.rx_size, settings.timing)
         };
         let place = Place::new(key);
-        let plan = Plan { key, place, receive_bytes, timing, now: clock::now() };
+        let plan = Plan { key, place, receive_bytes, timing, now: time::now() };
         let endpoint = Arc::new(Endpoint::new(Arc::clone(id), hub, plan)?);
         self.registry.open().enter(key, endpoint.id_key(), Arc::clone(&endpoint));
         endpoint.enter_stage(Stage::Handshaking);
@@ -342,10 +343,10 @@ impl Poller {
     /// A pass for the completions of one hub.
     fn run_completions(&self, hub: &Arc<Hub>) {
         let _pass = self.pass();
-        let patience = hub.pace().patience(clock::nanos());
+        let patience = hub.pace().patience(time::nanos());
         let left = patience.is_some_and(|deadline| {
             let found = self.wait_for_completions(hub, deadline);
-            hub.pace().looked(found, clock::nanos())
+            hub.pace().looked(found, time::nanos())
         });
         if !left {
             self.take_events(hub);
@@ -361,7 +362,7 @@ impl Poller {
             self.echoes.open().grow(hub.fd(), busy);
         }
         let served = self.serve_ready();
-        hub.pace().passed(served, clock::nanos());
+        hub.pace().passed(served, time::nanos());
     }
 
     /// Gives back completion queues that are not needed any more. Slow clock.

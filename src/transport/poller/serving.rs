@@ -7,7 +7,6 @@ use crate::metrics::METRICS;
 use crate::transport::Transport;
 use crate::transport::connection::{RdmaConnection, call_handler, has_write_barrier};
 use crate::transport::endpoint::{Endpoint, Fate, Reason, Stage};
-use crate::transport::guard::guard_endpoint;
 use crate::transport::{listener, outgoing};
 use std::ffi::CString;
 use std::sync::Arc;
@@ -27,7 +26,7 @@ impl Poller {
             }
         }
         #[cfg(feature = "test-panics")]
-        if crate::transport::panics::asked_for("mark_ready") {
+        if crate::test_panics::asked_for("mark_ready") {
             // As the worst of faults would have it: queued, it believes, and it is not.
             return;
         }
@@ -61,7 +60,7 @@ impl Poller {
             let Some(key) = self.ready.open().pop_front() else { break };
             let Some(endpoint) = self.find(key) else { continue };
             endpoint.own().queued = false;
-            guard_endpoint("one endpoint", &endpoint, || self.serve(&endpoint));
+            self.guard("one endpoint", &endpoint, || self.serve(&endpoint));
             served += 1;
         }
         self.remove_doomed();
