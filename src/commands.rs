@@ -11,7 +11,9 @@ use crate::host::reply::Reply;
 use crate::metrics::METRICS;
 use crate::panic::guard;
 use crate::transport::key::MAX_ENDPOINTS;
-use crate::transport::{Transport, status};
+use crate::transport::listener::Listening;
+use crate::transport::poller::Poller;
+use crate::transport::status;
 use redis_module::raw;
 use std::ffi::{CStr, c_int};
 use std::ptr;
@@ -69,7 +71,7 @@ pub unsafe fn register(ctx: *mut raw::RedisModuleCtx) -> Result<(), String> {
     // SAFETY: by the caller's promise; C strings.
     unsafe {
         api::on_client(ctx, |client| {
-            guard("new client", || Transport::get().poller.client_connected(client));
+            guard("new client", || Listening::get().client_connected(client));
         })?;
         // Another module may have taken the category's name: then there is none of ours.
         let own_category =
@@ -136,7 +138,7 @@ unsafe extern "C" fn clients(
     // SAFETY: the server's context of this command.
     unsafe {
         answer(ctx, || {
-            let endpoints = Transport::get().poller.endpoints();
+            let endpoints = Poller::get().endpoints();
             Reply::List(endpoints.iter().map(|endpoint| status::describe(endpoint)).collect())
         })
     }
@@ -158,7 +160,7 @@ unsafe extern "C" fn stats(
                 (limit.name, Reply::Map(values.into()))
             });
             map.push(("limits", Reply::Map(limits.collect())));
-            map.push(("devices", Reply::List(Transport::get().poller.devices())));
+            map.push(("devices", Reply::List(Poller::get().devices())));
             Reply::Map(map)
         })
     }
@@ -192,16 +194,16 @@ struct Limit {
 }
 
 fn limits() -> [Limit; 4] {
-    let transport = Transport::get();
+    let poller = Poller::get();
     let (max_handshakes, max_registered_memory) = {
-        let settings = transport.settings.open();
+        let settings = poller.settings().open();
         (u64::from(settings.max_handshakes), settings.max_registered_memory)
     };
     let (registered, _) = account::registered();
-    let connections = transport.poller.count() as u64;
+    let connections = poller.count() as u64;
     let [handshakes, registered_bytes, locked_bytes, most_connections] = LIMITS;
     [
-        Limit { name: handshakes, now: transport.poller.transients(), most: Some(max_handshakes) },
+        Limit { name: handshakes, now: poller.transients(), most: Some(max_handshakes) },
         Limit {
             name: registered_bytes,
             now: registered,
@@ -220,7 +222,7 @@ pub fn counters() -> Vec<(String, Reply)> {
 /// What `INFO rdma` shows, without the module's version. Main thread.
 pub fn fields() -> Vec<(String, Reply)> {
     let mut fields = Vec::new();
-    for (index, device) in Transport::get().poller.devices().into_iter().enumerate() {
+    for (index, device) in Poller::get().devices().into_iter().enumerate() {
         fields.push((format!("device{index}"), device));
     }
     fields.extend(counters());

@@ -9,7 +9,8 @@ use crate::host::symbols::{self, Symbols, server_has_own_rdma};
 use crate::host::{api, fingerprint};
 use crate::namesake;
 use crate::panic::{guard, log_panics};
-use crate::transport::{Transport, listener, rebind, table};
+use crate::transport::listener::Listening;
+use crate::transport::{self, rebind, table};
 use redis_module::raw;
 use std::ffi::{CString, c_char, c_int};
 use verbs::{account, fork, library};
@@ -158,13 +159,14 @@ unsafe fn load(
 
     // SAFETY: by the caller's promise.
     let io_threads = unsafe { io_threads(ctx) };
-    let transport = Transport::start(line, symbols, settings)?;
+    let (poller, listening) =
+        transport::start(line, symbols, settings).map_err(|error| error.to_string())?;
     let echoes = if line.wakes_threads_by_descriptors() && io_threads > 1 {
         (2 * io_threads).min(MOST_ECHOES)
     } else {
         0
     };
-    if !transport.poller.watch(echoes) {
+    if !poller.watch(echoes) {
         return Err(String::from("the server's event loop takes no more descriptors (maxclients)"));
     }
     if !line.has_directives() {
@@ -179,13 +181,12 @@ unsafe fn load(
     }
     // From here on nothing may fail: a registered type can't be taken back.
     let kind = table::of(line);
-    transport.set_kind(kind);
     // SAFETY: the line's table, which lives for ever; the listener is our type's own.
     unsafe {
         if !symbols.register(kind) {
             return Err(String::from("the server has a connection type \"rdma\" already"));
         }
-        listener::configure(symbols.listener(), kind);
+        listening.configure(symbols.listener(), kind);
         raw::RedisModule_RegisterInfoFunc.expect("server API")(ctx, Some(info));
     }
     log::info!(
@@ -252,7 +253,7 @@ unsafe extern "C" fn info(ctx: *mut raw::RedisModuleInfoCtx, for_crash_report: c
                 add(ctx, name.as_ptr().cast::<c_char>(), value.as_ptr());
             };
             text("version", env!("CARGO_PKG_VERSION"));
-            text("line", &Transport::get().line.to_string());
+            text("line", &Listening::get().line().to_string());
             for (name, value) in fields {
                 text(&name, &value.to_string());
             }

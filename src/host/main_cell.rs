@@ -82,6 +82,8 @@ pub struct MainPtr<T>(pub *mut T);
 
 // SAFETY: the pointer is a number to every thread; who follows it says why that is sound.
 unsafe impl<T> Send for MainPtr<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for MainPtr<T> {}
 
 impl<T> MainPtr<T> {
     /// A pointer to nothing.

@@ -14,7 +14,7 @@
 //! replica was seen for a while. The second channel of the first attempt is refused, in words
 //! that the replica logs; the next attempt, a second later, goes by one channel.
 
-use super::Transport;
+use super::poller::Poller;
 use crate::host::filter::{Command, Filter};
 use crate::host::main_cell::is_main_thread;
 use crate::host::{MainCell, api};
@@ -86,7 +86,7 @@ fn correct(command: &mut Command) {
     if able.is_none() && wants.is_none() {
         return;
     }
-    let Some(endpoint) = Transport::get().poller.find_client(command.client()) else { return };
+    let Some(endpoint) = Poller::get().find_client(command.client()) else { return };
     if let Some(at) = able {
         command.replace(at + 1, ONE_CHANNEL);
     }

@@ -9,17 +9,21 @@
 //! had leaves what was listened on: it is only given to the server again.
 
 use super::address::resolve;
-use super::endpoint::{Endpoint, Reason};
-use super::{Transport, relisten};
+use super::endpoint::Endpoint;
+use super::poller::Poller;
+use super::relisten;
 use crate::config::Settings;
-use crate::host::layout::{ConnectionType91, EventLoop, Listener81, MAX_BINDS, RdmaSettings};
+use crate::host::layout::{ConnectionType91, Listener81, MAX_BINDS, RdmaSettings};
 use crate::host::main_cell::MainPtr;
+use crate::host::symbols::Symbols;
+use crate::host::{Line, MainCell};
 use crate::log_limit::LogLimiter;
 use crate::metrics::METRICS;
-use crate::time;
+use once_cell::sync::OnceCell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 use verbs::Error;
 use verbs::cm::{EventChannel, EventKind, Id, IdKey};
 use verbs::device::Device;
@@ -32,14 +36,31 @@ const EVENTS_PER_GO: usize = 10;
 /// What the server listens on when it is told no address.
 const EVERYWHERE: [&str; 2] = ["*", "-::*"];
 
-/// State of the server's listener of our type. Main thread only.
+/// The server's listener of our type. Main thread.
 #[derive(Debug)]
-pub struct Listeners {
+pub struct Listening {
+    line: Line,
+    pub(super) symbols: Symbols,
+    pub(super) settings: Arc<MainCell<Settings>>,
+    pub(super) poller: &'static Poller,
+    listeners: MainCell<Listeners>,
+    pub(super) refusals: MainCell<LogLimiter>,
+    /// The registered `ConnectionType`.
+    kind: OnceCell<MainPtr<c_void>>,
+    /// The endpoint whose connection the server accepts at this moment.
+    pub(super) accepting: MainCell<Option<Arc<Endpoint>>>,
+}
+
+static LISTENING: OnceCell<Listening> = OnceCell::new();
+
+/// What is listened on. Main thread.
+#[derive(Debug)]
+struct Listeners {
     open: Vec<Listener>,
     /// What the module itself was told, by its arguments or, on 8.0, by its settings:
     /// what counts where no directive of the server's does.
-    pub own_bind: Vec<String>,
-    pub own_port: u16,
+    own_bind: Vec<String>,
+    own_port: u16,
     /// Whether that is what is listened on.
     by_own: bool,
     /// Whether the next `listen` is for that, and not for a directive.
@@ -48,7 +69,6 @@ pub struct Listeners {
     memory_tried: bool,
     /// What `bindaddr` of the server's structure points to, for `INFO`.
     pointers: Box<[MainPtr<c_char>; MAX_BINDS]>,
-    refusals: LogLimiter,
 }
 
 #[derive(Debug)]
@@ -66,7 +86,7 @@ struct Listener {
 
 impl Listeners {
     /// Nothing is listened on yet.
-    pub fn new(settings: &Settings) -> Self {
+    fn new(settings: &Settings) -> Self {
         Self {
             open: Vec::new(),
             own_bind: settings.bind.clone(),
@@ -75,13 +95,12 @@ impl Listeners {
             next_by_own: false,
             memory_tried: false,
             pointers: Box::new([MainPtr::null(); MAX_BINDS]),
-            refusals: LogLimiter::new(1),
         }
     }
 
     /// The device of a listener was removed, and the listener with it. Its descriptor, which
     /// the server has, is good for the next one.
-    fn lose(&mut self, id: IdKey) {
+    fn lose(&mut self, id: IdKey, poller: &Poller) {
         let lost = |listener: &&mut Listener| listener.id.as_ref().is_some_and(|it| it.key() == id);
         if let Some(listener) = self.open.iter_mut().find(lost) {
             listener.stop();
@@ -89,19 +108,19 @@ impl Listeners {
                 "the RDMA device of {} was removed: listening there again as soon as it is back",
                 listener.address
             );
-            Transport::get().poller.say_trouble(log::Level::Warn, &what);
-            relisten::begin();
+            poller.say_trouble(log::Level::Warn, &what);
+            relisten::begin(listen_again);
         }
     }
 
     /// Tries to listen where a device was removed. Returns whether that is to be tried again.
-    pub fn listen_again(&mut self) -> bool {
+    fn listen_again(&mut self, poller: &Poller) -> bool {
         let mut waiting = false;
         for listener in self.open.iter_mut().filter(|listener| listener.id.is_none()) {
             match listener.start() {
                 Ok(()) => {
                     let what = format!("listening on {} again", listener.address);
-                    Transport::get().poller.say_trouble(log::Level::Info, &what);
+                    poller.say_trouble(log::Level::Info, &what);
                 }
                 Err(error) => {
                     log::debug!("not listening on {} yet: {error}", listener.address);
@@ -253,7 +272,7 @@ impl Listeners {
         for mut listener in aside {
             if let Err(error) = listener.start() {
                 log::error!("not listening on {} for now: {error}", listener.address);
-                relisten::begin();
+                relisten::begin(listen_again);
             }
             self.open.push(listener);
         }
@@ -312,130 +331,273 @@ fn try_all_devices() -> Result<(), String> {
     }
 }
 
-/// Tells the server, while we are loaded, what to listen on.
-///
-/// # Safety
-/// `listener` is the server's own, of our registered type.
-pub unsafe fn configure(listener: *mut Listener81, kind: *const c_void) {
-    let mut listeners = Transport::get().listeners.open();
-    if listeners.own_port == 0 {
-        return;
-    }
-    listeners.next_by_own = true;
-    let port = listeners.own_port;
-    // SAFETY: by the caller's promise. The addresses are not given here: `listen`
-    // takes them from the arguments.
-    unsafe {
-        (*listener).ct = kind;
-        (*listener).port = c_int::from(port);
-    }
+/// An attempt to listen where a device was removed. Returns whether that is to be tried again.
+fn listen_again() -> bool {
+    let listening = Listening::get();
+    listening.listeners.open().listen_again(listening.poller)
 }
 
-/// `ConnectionType.listen`.
-///
-/// # Safety
-/// `listener` is the server's own, of our type.
-pub unsafe fn listen(listener: *mut Listener81) -> bool {
-    let was_by_own = Transport::get().listeners.open().by_own;
-    // SAFETY: by the caller's promise.
-    let result = unsafe { attempt(listener) };
-    if let Err(why) = &result {
-        log::error!("{why}");
-        // After a setting that did not work the server goes back to the one before. Until
-        // then `INFO` shows what is listened on, and `close` is called: if the module's own
-        // port is in use, which to the server is port 0, that one sees to the rest.
-        let mut listeners = Transport::get().listeners.open();
-        listeners.by_own = was_by_own;
-        // SAFETY: as above.
-        if let Err(why) = unsafe { listeners.give(listener) } {
+impl Listening {
+    /// Makes the process's only one, while the module loads. Nothing is listened on yet.
+    pub fn start(
+        line: Line,
+        symbols: Symbols,
+        settings: Arc<MainCell<Settings>>,
+        poller: &'static Poller,
+    ) -> &'static Self {
+        let listeners = MainCell::new(Listeners::new(&settings.open()));
+        LISTENING.get_or_init(|| Self {
+            line,
+            symbols,
+            settings,
+            poller,
+            listeners,
+            refusals: MainCell::new(LogLimiter::new(1)),
+            kind: OnceCell::new(),
+            accepting: MainCell::default(),
+        })
+    }
+
+    /// The process's only one, for functions that the server calls.
+    ///
+    /// # Panics
+    /// Before [`start`](Self::start).
+    pub fn get() -> &'static Self {
+        LISTENING.get().expect("the module is loaded")
+    }
+
+    /// The server's line.
+    pub fn line(&self) -> Line {
+        self.line
+    }
+
+    /// The registered `ConnectionType`.
+    pub fn kind(&self) -> *const c_void {
+        self.kind.get().expect("the type is registered").0
+    }
+
+    /// What the module itself was told to listen on: addresses and port.
+    pub fn own(&self) -> (Vec<String>, u16) {
+        let listeners = self.listeners.open();
+        (listeners.own_bind.clone(), listeners.own_port)
+    }
+
+    /// Tells the module to listen on other addresses, or on another port, from the next
+    /// [`reopen`](Self::reopen) on. Returns what it was told before.
+    pub fn set_own(&self, bind: Option<Vec<String>>, port: Option<u16>) -> (Vec<String>, u16) {
+        let before = self.own();
+        let mut listeners = self.listeners.open();
+        listeners.own_bind = bind.unwrap_or_else(|| before.0.clone());
+        listeners.own_port = port.unwrap_or(before.1);
+        before
+    }
+
+    /// Tells the server, while we are loaded, what to listen on.
+    ///
+    /// # Safety
+    /// `listener` is the server's own, of our registered type.
+    pub unsafe fn configure(&self, listener: *mut Listener81, kind: *mut c_void) {
+        let _ = self.kind.set(MainPtr(kind));
+        let mut listeners = self.listeners.open();
+        if listeners.own_port == 0 {
+            return;
+        }
+        listeners.next_by_own = true;
+        let port = listeners.own_port;
+        // SAFETY: by the caller's promise. The addresses are not given here: `listen`
+        // takes them from the arguments.
+        unsafe {
+            (*listener).ct = kind;
+            (*listener).port = c_int::from(port);
+        }
+    }
+
+    /// `ConnectionType.listen`.
+    ///
+    /// # Safety
+    /// `listener` is the server's own, of our type.
+    pub unsafe fn listen(&self, listener: *mut Listener81) -> bool {
+        let was_by_own = self.listeners.open().by_own;
+        // SAFETY: by the caller's promise.
+        let result = unsafe { self.attempt(listener) };
+        if let Err(why) = &result {
             log::error!("{why}");
+            // After a setting that did not work the server goes back to the one before. Until
+            // then `INFO` shows what is listened on, and `close` is called: if the module's own
+            // port is in use, which to the server is port 0, that one sees to the rest.
+            let mut listeners = self.listeners.open();
+            listeners.by_own = was_by_own;
+            // SAFETY: as above.
+            if let Err(why) = unsafe { listeners.give(listener) } {
+                log::error!("{why}");
+            }
+        }
+        result.is_ok()
+    }
+
+    /// Listens on what the server or the module was told.
+    ///
+    /// # Errors
+    /// In words. What was listened on before is listened on still.
+    ///
+    /// # Safety
+    /// As [`listen`].
+    unsafe fn attempt(&self, listener: *mut Listener81) -> Result<(), String> {
+        // SAFETY: by the caller's promise; the fields are those of all lines.
+        let (port, server_binds) = unsafe { ((*listener).port, self.server_binds(listener)) };
+        // SAFETY: as above.
+        let core = unsafe { self.core_settings(listener) };
+        let mut listeners = self.listeners.open();
+        listeners.by_own = std::mem::take(&mut listeners.next_by_own) && core.is_none();
+        if core.is_some() && listeners.own_port != 0 {
+            log::info!(
+                "the directive rdma-port ({port}) wins over the module's argument port={}",
+                listeners.own_port
+            );
+        }
+        if let Some((rx_size, vector)) = core {
+            let mut settings = self.settings.open();
+            settings.rx_size = rx_size;
+            settings.completion_vector = vector;
+        }
+        if port == 0 {
+            return Ok(());
+        }
+        let binds = if !server_binds.is_empty() {
+            server_binds
+        } else if !listeners.own_bind.is_empty() {
+            listeners.own_bind.clone()
+        } else {
+            EVERYWHERE.map(str::to_owned).to_vec()
+        };
+        listeners.change(&binds, port as u16)?;
+        // SAFETY: as above.
+        unsafe { listeners.give(listener) }
+    }
+
+    /// The addresses that the server was told, unless they are our own names.
+    ///
+    /// # Safety
+    /// As [`listen`].
+    unsafe fn server_binds(&self, listener: *mut Listener81) -> Vec<String> {
+        let listeners = self.listeners.open();
+        // SAFETY: `bindaddr` has `bindaddr_count` strings, or is our own array.
+        unsafe {
+            let array = (*listener).bindaddr;
+            let own: *const *mut c_char = (&raw const *listeners.pointers).cast();
+            if array.is_null() || std::ptr::eq(array.cast_const(), own) {
+                return Vec::new();
+            }
+            let count = (*listener).bindaddr_count.clamp(0, MAX_BINDS as c_int) as usize;
+            (0..count)
+                .map(|index| *array.add(index))
+                .filter(|text| !text.is_null())
+                .map(|text| CStr::from_ptr(text).to_string_lossy().into_owned())
+                .collect()
         }
     }
-    result.is_ok()
-}
 
-/// Listens on what the server or the module was told.
-///
-/// # Errors
-/// In words. What was listened on before is listened on still.
-///
-/// # Safety
-/// As [`listen`].
-unsafe fn attempt(listener: *mut Listener81) -> Result<(), String> {
-    let transport = Transport::get();
-    // SAFETY: by the caller's promise; the fields are those of all lines.
-    let (port, server_binds) = unsafe { ((*listener).port, server_binds(listener)) };
-    // SAFETY: as above.
-    let core = unsafe { core_settings(listener) };
-    let mut listeners = transport.listeners.open();
-    listeners.by_own = std::mem::take(&mut listeners.next_by_own) && core.is_none();
-    if core.is_some() && listeners.own_port != 0 {
-        log::info!(
-            "the directive rdma-port ({port}) wins over the module's argument port={}",
+    /// Receive size and completion vector of the core's own settings, if the listener
+    /// has them: only where the line knows the directives, and `rdma-port` was set when
+    /// the server started.
+    ///
+    /// # Safety
+    /// As [`listen`].
+    unsafe fn core_settings(&self, listener: *mut Listener81) -> Option<(u32, i32)> {
+        if !self.line.has_directives() {
+            return None;
+        }
+        // SAFETY: the line's listener has `priv`, null or the core's settings.
+        let settings: *const RdmaSettings = unsafe { (*listener).private }.cast();
+        if settings.is_null() {
+            return None;
+        }
+        // SAFETY: as above.
+        let (rx_size, vector) = unsafe { ((*settings).rx_size, (*settings).completion_vector) };
+        let rx_size = u64::try_from(rx_size).ok().and_then(crate::config::receive_size)?;
+        crate::config::COMPLETION_VECTOR.contains(&i64::from(vector)).then_some((rx_size, vector))
+    }
+
+    /// Listens on what the module was told by now. Returns whether that worked.
+    ///
+    /// # Safety
+    /// Main thread, after registration.
+    pub unsafe fn reopen(&self) -> bool {
+        let listener = self.symbols.listener();
+        let port = {
+            let mut listeners = self.listeners.open();
+            listeners.next_by_own = true;
             listeners.own_port
-        );
-    }
-    if let Some((rx_size, vector)) = core {
-        let mut settings = transport.settings.open();
-        settings.rx_size = rx_size;
-        settings.completion_vector = vector;
-    }
-    if port == 0 {
-        return Ok(());
-    }
-    let binds = if !server_binds.is_empty() {
-        server_binds
-    } else if !listeners.own_bind.is_empty() {
-        listeners.own_bind.clone()
-    } else {
-        EVERYWHERE.map(str::to_owned).to_vec()
-    };
-    listeners.change(&binds, port as u16)?;
-    // SAFETY: as above.
-    unsafe { listeners.give(listener) }
-}
-
-/// The addresses that the server was told, unless they are our own names.
-///
-/// # Safety
-/// As [`listen`].
-unsafe fn server_binds(listener: *mut Listener81) -> Vec<String> {
-    let listeners = Transport::get().listeners.open();
-    // SAFETY: `bindaddr` has `bindaddr_count` strings, or is our own array.
-    unsafe {
-        let array = (*listener).bindaddr;
-        let own: *const *mut c_char = (&raw const *listeners.pointers).cast();
-        if array.is_null() || std::ptr::eq(array.cast_const(), own) {
-            return Vec::new();
+        };
+        // SAFETY: the server's own listener. Without addresses of the server's, `listen`
+        // takes the module's.
+        unsafe {
+            (*listener).ct = self.kind();
+            (*listener).port = c_int::from(port);
+            (*listener).bindaddr_count = 0;
+            let changed = self.symbols.change_listener(listener);
+            if port == 0 {
+                self.listeners.open().open.clear();
+            }
+            changed
         }
-        let count = (*listener).bindaddr_count.clamp(0, MAX_BINDS as c_int) as usize;
-        (0..count)
-            .map(|index| *array.add(index))
-            .filter(|text| !text.is_null())
-            .map(|text| CStr::from_ptr(text).to_string_lossy().into_owned())
-            .collect()
     }
-}
 
-/// Receive size and completion vector of the core's own settings, if the listener
-/// has them: only where the line knows the directives, and `rdma-port` was set when
-/// the server started.
-///
-/// # Safety
-/// As [`listen`].
-unsafe fn core_settings(listener: *mut Listener81) -> Option<(u32, i32)> {
-    if !Transport::get().line.has_directives() {
-        return None;
+    /// `ConnectionType.closeListener`, of 8.1 and on.
+    ///
+    /// # Safety
+    /// `listener` is the server's own, of our type.
+    pub unsafe fn close(&self, listener: *mut Listener81) {
+        // SAFETY: 8.1's table and 9.1's agree up to this member, which only wants the
+        // listener's descriptors: it deregisters and closes them.
+        unsafe {
+            let tcp: *const ConnectionType91 = self.symbols.tcp_table().cast();
+            if let Some(close_listener) = (*tcp).close_listener {
+                close_listener(listener);
+            }
+        }
+        // SAFETY: by the caller's promise. A port of 0 comes here for two reasons: the
+        // operator set rdma-port to 0, or set rdma-bind while rdma-port was 0 all along
+        // and the arguments' port is in use. The second must not stop us listening. Where there
+        // is a port the server calls `listen` next, which sees what of the old ones is wanted.
+        unsafe {
+            let mut listeners = self.listeners.open();
+            if (*listener).port == 0 && listeners.by_own {
+                (*listener).port = c_int::from(listeners.own_port);
+                listeners.next_by_own = true;
+            } else if (*listener).port == 0 {
+                listeners.open.clear();
+            }
+        }
     }
-    // SAFETY: the line's listener has `priv`, null or the core's settings.
-    let settings: *const RdmaSettings = unsafe { (*listener).private }.cast();
-    if settings.is_null() {
-        return None;
+
+    /// `ConnectionType.accept_handler`: connection requests of one listener.
+    pub fn on_readable(&self, fd: RawFd) {
+        for _ in 0..EVENTS_PER_GO {
+            let event = {
+                let listeners = self.listeners.open();
+                let Some(listener) = listeners.open.iter().find(|l| l.given == fd) else { return };
+                listener.channel.next()
+            };
+            match event {
+                Ok(Some(event)) => match event.kind {
+                    // SAFETY: a connection request that nobody took over yet.
+                    EventKind::ConnectRequest => unsafe { self.accept(event.id) },
+                    EventKind::DeviceRemoval => self.listeners.open().lose(event.id, self.poller),
+                    EventKind::AddressChange => {
+                        let what = "the address of a listener changed";
+                        self.poller.say_trouble(log::Level::Info, what);
+                    }
+                    other => log::debug!("listener: {other:?}, status {}", event.status),
+                },
+                Ok(None) => return,
+                Err(error) => {
+                    self.poller.say_trouble(log::Level::Warn, &format!("listener: {error}"));
+                    return;
+                }
+            }
+        }
     }
-    // SAFETY: as above.
-    let (rx_size, vector) = unsafe { ((*settings).rx_size, (*settings).completion_vector) };
-    let rx_size = u64::try_from(rx_size).ok().and_then(crate::config::receive_size)?;
-    crate::config::COMPLETION_VECTOR.contains(&i64::from(vector)).then_some((rx_size, vector))
 }
 
 /// What is there to listen on, in words.
@@ -472,129 +634,4 @@ fn duplicate(fd: RawFd) -> Result<OwnedFd, String> {
     unsafe { BorrowedFd::borrow_raw(fd) }
         .try_clone_to_owned()
         .map_err(|error| format!("no descriptor left: {error}"))
-}
-
-/// Listens on what the module was told by now. Returns whether that worked.
-///
-/// # Safety
-/// Main thread, after registration.
-pub unsafe fn reopen() -> bool {
-    let transport = Transport::get();
-    let listener = transport.symbols.listener();
-    let port = {
-        let mut listeners = transport.listeners.open();
-        listeners.next_by_own = true;
-        listeners.own_port
-    };
-    // SAFETY: the server's own listener. Without addresses of the server's, `listen`
-    // takes the module's.
-    unsafe {
-        (*listener).ct = transport.kind();
-        (*listener).port = c_int::from(port);
-        (*listener).bindaddr_count = 0;
-        let changed = transport.symbols.change_listener(listener);
-        if port == 0 {
-            transport.listeners.open().open.clear();
-        }
-        changed
-    }
-}
-
-/// `ConnectionType.closeListener`, of 8.1 and on.
-///
-/// # Safety
-/// `listener` is the server's own, of our type.
-pub unsafe fn close(listener: *mut Listener81) {
-    let transport = Transport::get();
-    // SAFETY: 8.1's table and 9.1's agree up to this member, which only wants the
-    // listener's descriptors: it deregisters and closes them.
-    unsafe {
-        let tcp: *const ConnectionType91 = transport.symbols.tcp_table().cast();
-        if let Some(close_listener) = (*tcp).close_listener {
-            close_listener(listener);
-        }
-    }
-    // SAFETY: by the caller's promise. A port of 0 comes here for two reasons: the
-    // operator set rdma-port to 0, or set rdma-bind while rdma-port was 0 all along
-    // and the arguments' port is in use. The second must not stop us listening. Where there
-    // is a port the server calls `listen` next, which sees what of the old ones is wanted.
-    unsafe {
-        let mut listeners = transport.listeners.open();
-        if (*listener).port == 0 && listeners.by_own {
-            (*listener).port = c_int::from(listeners.own_port);
-            listeners.next_by_own = true;
-        } else if (*listener).port == 0 {
-            listeners.open.clear();
-        }
-    }
-}
-
-/// `ConnectionType.accept_handler`: connection requests of one listener.
-pub fn on_readable(_el: *mut EventLoop, fd: RawFd) {
-    let transport = Transport::get();
-    for _ in 0..EVENTS_PER_GO {
-        let event = {
-            let listeners = transport.listeners.open();
-            let Some(listener) = listeners.open.iter().find(|l| l.given == fd) else { return };
-            listener.channel.next()
-        };
-        match event {
-            Ok(Some(event)) => match event.kind {
-                // SAFETY: a connection request that nobody took over yet.
-                EventKind::ConnectRequest => unsafe { accept(event.id) },
-                EventKind::DeviceRemoval => transport.listeners.open().lose(event.id),
-                EventKind::AddressChange => {
-                    let what = "the address of a listener changed";
-                    transport.poller.say_trouble(log::Level::Info, what);
-                }
-                other => log::debug!("listener: {other:?}, status {}", event.status),
-            },
-            Ok(None) => return,
-            Err(error) => {
-                transport.poller.say_trouble(log::Level::Warn, &format!("listener: {error}"));
-                return;
-            }
-        }
-    }
-}
-
-/// Accepts a connection request, or refuses it.
-///
-/// # Safety
-/// The key is that of a connection request that nobody took over.
-unsafe fn accept(key: IdKey) {
-    let transport = Transport::get();
-    // SAFETY: by the caller's promise.
-    let id = unsafe { Id::from_request(key) };
-    let peer = id.peer_address().map_or_else(String::new, |peer| peer.to_string());
-    let most = u64::from(transport.settings.open().max_handshakes);
-    if !transport.poller.make_room(most) {
-        id.reject();
-        METRICS.refused_handshakes.add(1);
-        refused(&peer, &format!("{most} connections are in handshake or ending (max-handshakes)"));
-        return;
-    }
-    let result = id
-        .migrate(transport.poller.channel())
-        .and_then(|()| transport.poller.enter(id))
-        .and_then(|endpoint| {
-            let accepted = endpoint.id().accept();
-            if accepted.is_err() {
-                endpoint.id().reject();
-                transport.poller.remove(endpoint, Reason::Error);
-            }
-            accepted
-        });
-    if let Err(error) = result {
-        if error.is_about_memory() { &METRICS.refused_memory } else { &METRICS.refused_device }
-            .add(1);
-        refused(&peer, &error.to_string());
-    }
-}
-
-/// Counts a refusal and says so, once a minute.
-pub(super) fn refused(peer: &str, why: &str) {
-    METRICS.connections_refused.add(1);
-    let message = format_args!("client {peer} refused: {why}");
-    Transport::get().listeners.open().refusals.log(time::now(), log::Level::Warn, message);
 }

@@ -8,6 +8,7 @@
 //! * [`connection`]: the server's `connection` of our type.
 //! * [`poller`]: completions in, handlers called, the ready queue.
 //! * [`listener`]: listening and accepting.
+//! * [`accept`]: connections that clients open.
 //! * [`relisten`]: listening again where the device was removed.
 //! * [`rebind`]: the settings that change what is listened on in 8.0.
 //! * `teardown`: the thread that gives back what endpoints consisted of.
@@ -20,6 +21,7 @@
 //! * [`address`]: addresses as the operator writes them.
 //! * [`table`]: the functions of `ConnectionType`, the door to C.
 
+pub mod accept;
 pub mod address;
 pub mod child;
 pub mod clock;
@@ -37,67 +39,30 @@ mod relisten;
 pub mod status;
 pub mod table;
 mod teardown;
+mod upcalls;
 pub mod watchdog;
 
 use crate::config::Settings;
 use crate::host::symbols::Symbols;
 use crate::host::{Line, MainCell};
 pub use child::in_child;
-use listener::Listeners;
+use listener::Listening;
 use poller::Poller;
-use std::ffi::c_void;
-use std::sync::OnceLock;
+use std::sync::Arc;
+use upcalls::ConnectionType;
+use verbs::Error;
 
-/// Everything of the running module.
-#[derive(Debug)]
-pub struct Transport {
-    pub line: Line,
-    pub symbols: Symbols,
-    pub settings: MainCell<Settings>,
-    pub poller: Poller,
-    pub listeners: MainCell<Listeners>,
-    kind: OnceLock<usize>,
-}
-
-static TRANSPORT: OnceLock<Transport> = OnceLock::new();
-
-impl Transport {
-    /// Sets the transport up; once, while the module loads.
-    ///
-    /// # Errors
-    /// In words, if something of the system's can't be had.
-    pub fn start(
-        line: Line,
-        symbols: Symbols,
-        settings: Settings,
-    ) -> Result<&'static Self, String> {
-        child::start();
-        let transport = Self {
-            line,
-            symbols,
-            poller: Poller::new().map_err(|error| error.to_string())?,
-            listeners: MainCell::new(Listeners::new(&settings)),
-            settings: MainCell::new(settings),
-            kind: OnceLock::new(),
-        };
-        Ok(TRANSPORT.get_or_init(|| transport))
-    }
-
-    /// The running transport.
-    ///
-    /// # Panics
-    /// Before [`start`](Self::start).
-    pub fn get() -> &'static Self {
-        TRANSPORT.get().expect("the module is loaded")
-    }
-
-    /// The registered `ConnectionType`.
-    pub fn kind(&self) -> *const c_void {
-        *self.kind.get().expect("the type is registered") as *const c_void
-    }
-
-    /// Keeps the address of the registered `ConnectionType`.
-    pub fn set_kind(&self, table: *const c_void) {
-        let _ = self.kind.set(table as usize);
-    }
+/// Sets the transport up; once, while the module loads.
+///
+/// # Errors
+/// If a descriptor can't be had, or the kernel has no RDMA connection manager.
+pub fn start(
+    line: Line,
+    symbols: Symbols,
+    settings: Settings,
+) -> Result<(&'static Poller, &'static Listening), Error> {
+    child::start();
+    let settings = Arc::new(MainCell::new(settings));
+    let poller = Poller::start(Arc::clone(&settings), &ConnectionType)?;
+    Ok((poller, Listening::start(line, symbols, settings, poller)))
 }

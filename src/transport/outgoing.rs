@@ -4,10 +4,10 @@
 //! No stock server calls these for RDMA yet (replication and the cluster use TCP),
 //! but the table has them, and they do what TCP's do.
 
-use super::Transport;
 use super::address::resolve;
 use super::connection::{RdmaConnection, call_handler};
 use super::endpoint::{Endpoint, Fate, ReadOutcome, Reason, Stage, WriteOutcome};
+use super::poller::Poller;
 use crate::host::connection::{Handler, State};
 use crate::host::main_cell::{MainPtr, is_main_thread};
 use crate::host::{MainCell, api};
@@ -42,6 +42,7 @@ struct Resolving {
 /// # Safety
 /// `connection` is live and new.
 pub unsafe fn connect(
+    poller: &Poller,
     connection: *mut RdmaConnection,
     to: &str,
     port: u16,
@@ -50,7 +51,7 @@ pub unsafe fn connect(
 ) -> bool {
     // SAFETY: by the caller's promise.
     let base = unsafe { &mut (*connection).base };
-    match start(connection, to, port, from) {
+    match start(poller, connection, to, port, from) {
         Ok(()) => {
             base.conn_handler = handler;
             base.set_state(State::Connecting);
@@ -65,6 +66,7 @@ pub unsafe fn connect(
 }
 
 fn start(
+    poller: &Poller,
     connection: *mut RdmaConnection,
     to: &str,
     port: u16,
@@ -73,22 +75,24 @@ fn start(
     let target = resolve(to, port).map_err(|why| (libc::EADDRNOTAVAIL, why))?;
     // As for TCP, a source that can't be had is no reason not to connect.
     let source = from.and_then(|name| resolve(name, 0).ok());
-    let id = resolving(source, target)
-        .or_else(|error| if source.is_some() { resolving(None, target) } else { Err(error) })
+    let id = resolving(poller, source, target)
+        .or_else(
+            |error| if source.is_some() { resolving(poller, None, target) } else { Err(error) },
+        )
         .map_err(|error| (error.errno, error.to_string()))?;
     RESOLVING.open().push(Resolving { id, connection: MainPtr(connection) });
     Ok(())
 }
 
 /// An id whose address is being resolved.
-fn resolving(source: Option<SocketAddr>, target: SocketAddr) -> Result<Id, Error> {
-    let id = Id::new(Transport::get().poller.channel())?;
+fn resolving(poller: &Poller, source: Option<SocketAddr>, target: SocketAddr) -> Result<Id, Error> {
+    let id = Id::new(poller.channel())?;
     id.resolve_address(source, target, RESOLVE_MS)?;
     Ok(id)
 }
 
 /// An event of an id that has no endpoint: one that is being resolved.
-pub fn event(event: Event) {
+pub fn event(poller: &Poller, event: Event) {
     let mut resolving = RESOLVING.open();
     let Some(index) = resolving.iter().position(|entry| entry.id.key() == event.id) else {
         return;
@@ -101,7 +105,7 @@ pub fn event(event: Event) {
         EventKind::RouteResolved => {
             let Resolving { id, connection } = resolving.swap_remove(index);
             drop(resolving);
-            join(id, connection.0);
+            join(poller, id, connection.0);
             return;
         }
         EventKind::Failed if event.status < 0 => -event.status,
@@ -115,8 +119,7 @@ pub fn event(event: Event) {
 }
 
 /// Gives a resolved id its endpoint and asks for the connection.
-fn join(id: Id, connection: *mut RdmaConnection) {
-    let poller = &Transport::get().poller;
+fn join(poller: &Poller, id: Id, connection: *mut RdmaConnection) {
     let joined = poller.enter(id).and_then(|endpoint| {
         endpoint.own().set_connection(connection.cast());
         // SAFETY: a connection that is being resolved is live: its close removes it
@@ -126,17 +129,17 @@ fn join(id: Id, connection: *mut RdmaConnection) {
     });
     if let Err(error) = joined {
         log::debug!("cannot connect: {error}");
-        part(connection);
+        part(poller, connection);
         fail(connection, error.errno);
     }
 }
 
 /// Parts a connection from an endpoint that did not come to be connected.
-fn part(connection: *mut RdmaConnection) {
+fn part(poller: &Poller, connection: *mut RdmaConnection) {
     // SAFETY: live, see `join`.
     if let Some(endpoint) = unsafe { (*connection).endpoint.take() } {
         endpoint.own().set_connection(std::ptr::null_mut());
-        Transport::get().poller.remove(endpoint, Reason::Error);
+        poller.remove(endpoint, Reason::Error);
     }
 }
 
@@ -168,12 +171,12 @@ unsafe extern "C" fn on_failed(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
 }
 
 /// The handshake of a connecting endpoint is complete, or has failed.
-pub fn finish(endpoint: &Arc<Endpoint>) {
+pub fn finish(poller: &Poller, endpoint: &Arc<Endpoint>) {
     let connection = endpoint.own().connection();
     if connection.is_null() {
         return;
     }
-    if !settle(endpoint, connection.cast()) {
+    if !settle(poller, endpoint, connection.cast()) {
         return;
     }
     // SAFETY: the endpoint's connection is live; no cell is open during the call.
@@ -184,12 +187,12 @@ pub fn finish(endpoint: &Arc<Endpoint>) {
         }
     }
     if !endpoint.own().connection().is_null() {
-        Transport::get().poller.mark_if_ready(endpoint);
+        poller.mark_if_ready(endpoint);
     }
 }
 
 /// Takes over the outcome of a handshake. Returns whether there is one.
-fn settle(endpoint: &Arc<Endpoint>, connection: *mut RdmaConnection) -> bool {
+fn settle(poller: &Poller, endpoint: &Arc<Endpoint>, connection: *mut RdmaConnection) -> bool {
     // SAFETY: the endpoint's connection is live.
     let base = unsafe { &(*connection).base };
     if base.state() != State::Connecting {
@@ -199,7 +202,7 @@ fn settle(endpoint: &Arc<Endpoint>, connection: *mut RdmaConnection) -> bool {
         let late = endpoint.own().reason == Some(Reason::Timeout);
         let failure = endpoint.own().failure;
         base.fail(if late { libc::ETIMEDOUT } else { failure });
-        part(connection);
+        part(poller, connection);
         return true;
     }
     if !endpoint.own().session.is_open() {
@@ -230,8 +233,11 @@ fn later(timeout: Duration) -> Instant {
 
 /// Waits for completions and connection events until `done` says so or the time is
 /// over. No handler of the server runs meanwhile. Returns what `done` said.
-fn wait_for<T>(deadline: Instant, mut done: impl FnMut() -> Option<T>) -> Option<T> {
-    let poller = &Transport::get().poller;
+fn wait_for<T>(
+    poller: &Poller,
+    deadline: Instant,
+    mut done: impl FnMut() -> Option<T>,
+) -> Option<T> {
     loop {
         if let Some(answer) = done() {
             return Some(answer);
@@ -267,20 +273,21 @@ fn sleep_until_readable(descriptors: &[RawFd], left: Duration) {
 /// # Safety
 /// `connection` is live and new.
 pub unsafe fn blocking_connect(
+    poller: &Poller,
     connection: *mut RdmaConnection,
     to: &str,
     port: u16,
     timeout: Duration,
 ) -> bool {
     // SAFETY: by the caller's promise.
-    if !unsafe { connect(connection, to, port, None, None) } {
+    if !unsafe { connect(poller, connection, to, port, None, None) } {
         return false;
     }
-    let outcome = wait_for(later(timeout), || {
+    let outcome = wait_for(poller, later(timeout), || {
         // SAFETY: nobody closes the connection while its owner waits here.
         let endpoint = unsafe { (*connection).endpoint.clone() };
         if let Some(endpoint) = endpoint {
-            settle(&endpoint, connection);
+            settle(poller, &endpoint, connection);
         }
         // SAFETY: as above.
         let state = unsafe { (*connection).base.state() };
@@ -288,7 +295,7 @@ pub unsafe fn blocking_connect(
     });
     if outcome.is_none() {
         forget(connection);
-        part(connection);
+        part(poller, connection);
         // SAFETY: as above.
         unsafe { (*connection).base.fail(libc::ETIMEDOUT) };
     }
@@ -302,9 +309,14 @@ type Failed = i32;
 ///
 /// # Errors
 /// `ETIMEDOUT`, or `ECONNRESET` if the connection is not there any more.
-pub fn sync_write(endpoint: &Arc<Endpoint>, bytes: &[u8], timeout: Duration) -> Result<(), Failed> {
+pub fn sync_write(
+    poller: &Poller,
+    endpoint: &Arc<Endpoint>,
+    bytes: &[u8],
+    timeout: Duration,
+) -> Result<(), Failed> {
     let mut done = 0;
-    wait_for(later(timeout), || {
+    wait_for(poller, later(timeout), || {
         while done < bytes.len() && endpoint.fate() == Fate::Alive {
             let rest = &bytes[done..];
             // SAFETY: a piece of a slice.
@@ -320,9 +332,9 @@ pub fn sync_write(endpoint: &Arc<Endpoint>, bytes: &[u8], timeout: Duration) -> 
 }
 
 /// A read that waits for as long as it takes. Main thread.
-pub fn blocking_read(endpoint: &Endpoint, to: &mut [u8]) -> ReadOutcome {
+pub fn blocking_read(poller: &Poller, endpoint: &Endpoint, to: &mut [u8]) -> ReadOutcome {
     loop {
-        let outcome = wait_for(later(Duration::from_secs(3600)), || {
+        let outcome = wait_for(poller, later(Duration::from_secs(3600)), || {
             // SAFETY: a slice.
             match unsafe { endpoint.read(to.as_mut_ptr(), to.len()) } {
                 ReadOutcome::Again => None,
@@ -339,9 +351,14 @@ pub fn blocking_read(endpoint: &Endpoint, to: &mut [u8]) -> ReadOutcome {
 ///
 /// # Errors
 /// As [`sync_write`].
-pub fn sync_read(endpoint: &Arc<Endpoint>, to: &mut [u8], timeout: Duration) -> Result<(), Failed> {
+pub fn sync_read(
+    poller: &Poller,
+    endpoint: &Arc<Endpoint>,
+    to: &mut [u8],
+    timeout: Duration,
+) -> Result<(), Failed> {
     let mut done = 0;
-    wait_for(later(timeout), || {
+    wait_for(poller, later(timeout), || {
         while done < to.len() {
             let rest = &mut to[done..];
             // SAFETY: a piece of a slice.
@@ -349,7 +366,6 @@ pub fn sync_read(endpoint: &Arc<Endpoint>, to: &mut [u8], timeout: Duration) -> 
                 ReadOutcome::Bytes(count) => {
                     done += count;
                     if is_main_thread() {
-                        let poller = &Transport::get().poller;
                         poller.attempt(endpoint, endpoint.announce_if_full());
                     }
                 }
@@ -369,6 +385,7 @@ pub fn sync_read(endpoint: &Arc<Endpoint>, to: &mut [u8], timeout: Duration) -> 
 /// # Errors
 /// As [`sync_write`].
 pub fn sync_readline(
+    poller: &Poller,
     endpoint: &Arc<Endpoint>,
     to: &mut [u8],
     timeout: Duration,
@@ -378,7 +395,7 @@ pub fn sync_readline(
     while length + 1 < to.len() {
         let left = deadline.saturating_duration_since(Instant::now());
         let mut byte = [0];
-        sync_read(endpoint, &mut byte, left)?;
+        sync_read(poller, endpoint, &mut byte, left)?;
         if byte[0] == b'\n' {
             to[length] = 0;
             if length > 0 && to[length - 1] == b'\r' {

@@ -6,8 +6,7 @@
 //! API. Their defaults are the module's arguments; what the configuration file or
 //! `CONFIG SET` says wins over those.
 
-use super::Transport;
-use super::listener::{self, Listeners};
+use super::listener::Listening;
 use crate::host::api;
 use crate::host::layout::MAX_BINDS;
 use crate::panic::guard;
@@ -26,18 +25,20 @@ const FAILED: Result<(), RedisError> = Err(RedisError::Str("failed; the server's
 
 impl ConfigurationValue<i64> for Port {
     fn get(&self, _: &ConfigurationContext) -> i64 {
-        guard("the value of rdma.port", || i64::from(Transport::get().listeners.open().own_port))
-            .unwrap_or(0)
+        guard("the value of rdma.port", || i64::from(Listening::get().own().1)).unwrap_or(0)
     }
 
     fn set(&self, _: &ConfigurationContext, port: i64) -> Result<(), RedisError> {
         guard("rdma.port", || {
             let port = u16::try_from(port).map_err(|_| RedisError::Str("not a port"))?;
-            let before = std::mem::replace(&mut Transport::get().listeners.open().own_port, port);
-            if api::is_starting() && before != 0 && before != port {
-                log::info!("the directive rdma.port {port} wins over the argument port={before}");
+            let before = Listening::get().set_own(None, Some(port));
+            if api::is_starting() && before.1 != 0 && before.1 != port {
+                log::info!(
+                    "the directive rdma.port {port} wins over the argument port={}",
+                    before.1
+                );
             }
-            apply(|listeners| listeners.own_port = before)
+            apply(before)
         })
         .unwrap_or(FAILED)
     }
@@ -45,10 +46,8 @@ impl ConfigurationValue<i64> for Port {
 
 impl ConfigurationValue<RedisString> for Bind {
     fn get(&self, _: &ConfigurationContext) -> RedisString {
-        let bind = guard("the value of rdma.bind", || {
-            Transport::get().listeners.open().own_bind.join(" ")
-        })
-        .unwrap_or_default();
+        let bind = guard("the value of rdma.bind", || Listening::get().own().0.join(" "))
+            .unwrap_or_default();
         RedisString::create(None, bind)
     }
 
@@ -59,27 +58,27 @@ impl ConfigurationValue<RedisString> for Bind {
             if bind.len() > MAX_BINDS {
                 return Err(RedisError::Str("at most 16 addresses"));
             }
-            let before = std::mem::replace(&mut Transport::get().listeners.open().own_bind, bind);
-            apply(|listeners| listeners.own_bind = before)
+            apply(Listening::get().set_own(Some(bind), None))
         })
         .unwrap_or(FAILED)
     }
 }
 
-/// Listens as told now, or, if that can't be, as before. While the server starts it does so
-/// by itself later.
-fn apply(undo: impl FnOnce(&mut Listeners)) -> Result<(), RedisError> {
+/// Listens as told now, or, if that can't be, on the addresses and port of `before`. While the
+/// server starts it does so by itself later.
+fn apply((bind, port): (Vec<String>, u16)) -> Result<(), RedisError> {
     if api::is_starting() {
         return Ok(());
     }
+    let listening = Listening::get();
     // SAFETY: the server's own listener of our registered type, on the main thread.
-    if unsafe { listener::reopen() } {
+    if unsafe { listening.reopen() } {
         return Ok(());
     }
-    undo(&mut Transport::get().listeners.open());
+    listening.set_own(Some(bind), Some(port));
     // The server has closed its descriptors of the old listeners, which are there still.
     // SAFETY: as above.
-    unsafe { listener::reopen() };
+    unsafe { listening.reopen() };
     Err(RedisError::Str("cannot listen there; the server's log says why"))
 }
 
@@ -92,10 +91,8 @@ fn apply(undo: impl FnOnce(&mut Listeners)) -> Result<(), RedisError> {
 /// `ctx` is the context that the server passed while loading.
 pub unsafe fn register(ctx: *mut raw::RedisModuleCtx) -> Result<(), String> {
     let context = Context::new(ctx);
-    let (port, bind) = {
-        let listeners = Transport::get().listeners.open();
-        (i64::from(listeners.own_port), listeners.own_bind.join(" "))
-    };
+    let (bind, port) = Listening::get().own();
+    let (port, bind) = (i64::from(port), bind.join(" "));
     let flags = || ConfigurationFlags::DEFAULT;
     register_i64_configuration(&context, "port", &Port, port, 0, 65_535, flags(), None);
     register_string_configuration(&context, "bind", &Bind, &bind, flags(), None);

@@ -6,7 +6,6 @@
 //! by a timer, first soon and then ever less often, until the address is on a device again or
 //! the server listens on something else.
 
-use super::Transport;
 use crate::host::{MainCell, api};
 use crate::panic::guard;
 use redis_module::raw::RedisModuleCtx;
@@ -16,25 +15,28 @@ use std::time::Duration;
 const FIRST: Duration = Duration::from_millis(250);
 const LONGEST: Duration = Duration::from_secs(8);
 
-/// Until the next attempt, if there is to be one.
-static PAUSE: MainCell<Option<Duration>> = MainCell::new(None);
+/// An attempt to listen, which returns whether a further one is needed.
+type Attempt = fn() -> bool;
 
-/// A listener has lost its device.
-pub fn begin() {
-    if PAUSE.open().replace(FIRST).is_none() {
+/// The next attempt, if there is to be one, and the pause before it.
+static NEXT: MainCell<Option<(Attempt, Duration)>> = MainCell::new(None);
+
+/// A listener has lost its device: `attempt` is to be made, until it needs no other.
+pub fn begin(attempt: Attempt) {
+    if NEXT.open().replace((attempt, FIRST)).is_none() {
         api::after(FIRST, on_tick);
     }
 }
 
 unsafe extern "C" fn on_tick(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
-    let waiting = guard("listening again", || Transport::get().listeners.open().listen_again())
-        .unwrap_or(true);
+    let Some((attempt, _)) = *NEXT.open() else { return };
+    let waiting = guard("listening again", attempt).unwrap_or(true);
     // Whatever became of that, it is tried again.
     guard("the next attempt to listen", || {
-        let mut pause = PAUSE.open();
-        *pause = pause.filter(|_| waiting).map(|last| (2 * last).min(LONGEST));
-        if let Some(next) = *pause {
-            api::after(next, on_tick);
+        let mut next = NEXT.open();
+        *next = next.filter(|_| waiting).map(|(attempt, last)| (attempt, (2 * last).min(LONGEST)));
+        if let Some((_, pause)) = *next {
+            api::after(pause, on_tick);
         }
     });
 }

@@ -7,7 +7,9 @@
 
 use super::connection::RdmaConnection;
 use super::endpoint::{Fate, ReadOutcome, WriteOutcome};
-use super::{Transport, child, dual_channel, in_child, listener, outgoing};
+use super::listener::Listening;
+use super::poller::Poller;
+use super::{child, dual_channel, in_child, outgoing};
 use crate::host::Line;
 use crate::host::connection::{
     Connection, FLAG_CLOSE_SCHEDULED, FLAG_WRITE_BARRIER, Handler, State,
@@ -41,7 +43,7 @@ fn guard_on<T>(what: &str, connection: *mut Connection, work: impl FnOnce() -> T
         };
         if let Some(endpoint) = endpoint {
             if is_main_thread() && !in_child() {
-                Transport::get().poller.give_up(endpoint);
+                Poller::get().give_up(endpoint);
             } else {
                 // The server looks for itself when an I/O thread's job is over.
                 endpoint.worsen(Fate::Broken);
@@ -67,8 +69,8 @@ unsafe extern "C" fn type_number() -> c_int {
 /// We register no descriptor with this handler, so the server never calls it.
 unsafe extern "C" fn ae_handler(_: *mut EventLoop, _: c_int, _: *mut c_void, _: c_int) {}
 
-unsafe extern "C" fn accept_handler(el: *mut EventLoop, fd: c_int, _: *mut c_void, _: c_int) {
-    guard("accept_handler", || listener::on_readable(el, fd));
+unsafe extern "C" fn accept_handler(_: *mut EventLoop, fd: c_int, _: *mut c_void, _: c_int) {
+    guard("accept_handler", || Listening::get().on_readable(fd));
 }
 
 unsafe extern "C" fn addr(
@@ -114,7 +116,7 @@ unsafe extern "C" fn is_local(connection: *mut Connection) -> c_int {
 unsafe extern "C" fn listen(listener: *mut Listener81) -> c_int {
     guard("listen", || {
         // SAFETY: the server passes its own listener.
-        if unsafe { listener::listen(listener) } { OK } else { ERR }
+        if unsafe { Listening::get().listen(listener) } { OK } else { ERR }
     })
     .unwrap_or(ERR)
 }
@@ -127,18 +129,18 @@ unsafe extern "C" fn listen_80(listener: *mut Listener80) -> c_int {
 
 unsafe extern "C" fn close_listener(listener: *mut Listener81) {
     // SAFETY: the server passes its own listener.
-    guard("closeListener", || unsafe { listener::close(listener) });
+    guard("closeListener", || unsafe { Listening::get().close(listener) });
 }
 
 unsafe extern "C" fn conn_create() -> *mut Connection {
-    guard("conn_create", || RdmaConnection::create(Transport::get().kind(), State::None).cast())
+    guard("conn_create", || RdmaConnection::create(Listening::get().kind(), State::None).cast())
         .unwrap_or(std::ptr::null_mut())
 }
 
 /// The server itself never calls this one: accepted connections come from us.
 unsafe extern "C" fn conn_create_accepted(_fd: c_int, _private: *mut c_void) -> *mut Connection {
     guard("conn_create_accepted", || {
-        RdmaConnection::create(Transport::get().kind(), State::Accepting).cast()
+        RdmaConnection::create(Listening::get().kind(), State::Accepting).cast()
     })
     .unwrap_or(std::ptr::null_mut())
 }
@@ -154,7 +156,7 @@ unsafe extern "C" fn shutdown(connection: *mut Connection) {
         // SAFETY: the server passes a live connection.
         if let Some(endpoint) = unsafe { (*ours(connection)).endpoint.clone() } {
             endpoint.shut_down();
-            Transport::get().poller.mark_if_ready(&endpoint);
+            Poller::get().mark_if_ready(&endpoint);
         }
     });
 }
@@ -176,7 +178,7 @@ unsafe extern "C" fn close(connection: *mut Connection) {
         let closed = guard("close", || {
             outgoing::forget(own);
             if let Some(endpoint) = &endpoint {
-                Transport::get().poller.close(endpoint);
+                Poller::get().close(endpoint);
             }
         });
         if closed.is_none() {
@@ -186,7 +188,7 @@ unsafe extern "C" fn close(connection: *mut Connection) {
                 guard("ending a connection", || {
                     endpoint.own().set_connection(std::ptr::null_mut());
                 });
-                Transport::get().poller.give_up(&endpoint);
+                Poller::get().give_up(&endpoint);
             }
         } else if (*connection).refs > 0 {
             (*connection).flags |= FLAG_CLOSE_SCHEDULED;
@@ -212,8 +214,14 @@ unsafe extern "C" fn connect(
                 return ERR;
             };
             let source = text(source);
-            let started =
-                outgoing::connect(ours(connection), &to, port, source.as_deref(), handler);
+            let started = outgoing::connect(
+                Poller::get(),
+                ours(connection),
+                &to,
+                port,
+                source.as_deref(),
+                handler,
+            );
             if started { OK } else { ERR }
         }
     })
@@ -246,7 +254,13 @@ unsafe extern "C" fn blocking_connect(
                 (*connection).fail(libc::EINVAL);
                 return ERR;
             };
-            if outgoing::blocking_connect(ours(connection), &to, port, millis(timeout)) {
+            if outgoing::blocking_connect(
+                Poller::get(),
+                ours(connection),
+                &to,
+                port,
+                millis(timeout),
+            ) {
                 OK
             } else {
                 set_errno((*connection).last_errno());
@@ -292,7 +306,7 @@ unsafe extern "C" fn write(
                 {
                     let bytes = std::slice::from_raw_parts(data.cast::<u8>(), length);
                     let rest = &bytes[usize::try_from(taken).unwrap_or(0)..];
-                    match outgoing::sync_write(endpoint, rest, BLOCKING_WRITE) {
+                    match outgoing::sync_write(Poller::get(), endpoint, rest, BLOCKING_WRITE) {
                         Ok(()) => length as c_int,
                         Err(_) => taken,
                     }
@@ -370,13 +384,13 @@ unsafe extern "C" fn read(connection: *mut Connection, to: *mut c_void, length: 
                 && (*ours(connection)).is_blocking()
             {
                 let to = std::slice::from_raw_parts_mut(to.cast::<u8>(), length);
-                outcome = outgoing::blocking_read(endpoint, to);
+                outcome = outgoing::blocking_read(Poller::get(), endpoint, to);
             }
             match outcome {
                 ReadOutcome::Bytes(count) => {
                     if is_main_thread() {
                         // Soonest is best: the peer may be waiting for this window.
-                        let poller = &Transport::get().poller;
+                        let poller = Poller::get();
                         poller.attempt(endpoint, endpoint.announce_if_full());
                     }
                     count as c_int
@@ -449,7 +463,7 @@ unsafe fn look_again(connection: *mut Connection, has_handler: bool) {
         && !in_child()
         && let Some(endpoint) = endpoint
     {
-        Transport::get().poller.mark_if_ready(endpoint);
+        Poller::get().mark_if_ready(endpoint);
     }
 }
 
@@ -469,7 +483,8 @@ unsafe extern "C" fn sync_write(
         // SAFETY: the server passes a live connection and `size` readable bytes.
         let bytes = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), size.max(0) as usize) };
         blocking(connection, |endpoint| {
-            outgoing::sync_write(endpoint, bytes, millis(timeout)).map(|()| bytes.len())
+            outgoing::sync_write(Poller::get(), endpoint, bytes, millis(timeout))
+                .map(|()| bytes.len())
         })
     })
     .unwrap_or(-1)
@@ -485,7 +500,7 @@ unsafe extern "C" fn sync_read(
         // SAFETY: the server passes a live connection and `size` writable bytes.
         let to = unsafe { std::slice::from_raw_parts_mut(to.cast::<u8>(), size.max(0) as usize) };
         blocking(connection, |endpoint| {
-            outgoing::sync_read(endpoint, to, millis(timeout)).map(|()| to.len())
+            outgoing::sync_read(Poller::get(), endpoint, to, millis(timeout)).map(|()| to.len())
         })
     })
     .unwrap_or(-1)
@@ -500,7 +515,9 @@ unsafe extern "C" fn sync_readline(
     guard_on("sync_readline", connection, || {
         // SAFETY: the server passes a live connection and `size` writable bytes.
         let to = unsafe { std::slice::from_raw_parts_mut(to.cast::<u8>(), size.max(0) as usize) };
-        blocking(connection, |endpoint| outgoing::sync_readline(endpoint, to, millis(timeout)))
+        blocking(connection, |endpoint| {
+            outgoing::sync_readline(Poller::get(), endpoint, to, millis(timeout))
+        })
     })
     .unwrap_or(-1)
 }
@@ -529,15 +546,13 @@ fn blocking(
 }
 
 unsafe extern "C" fn has_pending_data() -> c_int {
-    guard("has_pending_data", || c_int::from(!in_child() && Transport::get().poller.is_pending()))
+    guard("has_pending_data", || c_int::from(!in_child() && Poller::get().is_pending()))
         .unwrap_or(0)
 }
 
 unsafe extern "C" fn process_pending_data() -> c_int {
-    guard("process_pending_data", || {
-        if in_child() { 0 } else { Transport::get().poller.run() as c_int }
-    })
-    .unwrap_or(0)
+    guard("process_pending_data", || if in_child() { 0 } else { Poller::get().run() as c_int })
+        .unwrap_or(0)
 }
 
 /// Before the server gives an I/O thread a job, and, with 0, when it has collected it. 9.1
@@ -545,7 +560,7 @@ unsafe extern "C" fn process_pending_data() -> c_int {
 unsafe extern "C" fn postpone_update_state(_connection: *mut Connection, jobs: c_int) {
     guard("postpone_update_state", || {
         if jobs != 0 && is_main_thread() && !in_child() {
-            Transport::get().poller.job_sent();
+            Poller::get().job_sent();
         }
     });
 }
@@ -559,7 +574,7 @@ unsafe extern "C" fn update_state(connection: *mut Connection) {
         if let Some(endpoint) = endpoint
             && !in_child()
         {
-            let poller = &Transport::get().poller;
+            let poller = Poller::get();
             // If the job was a read, what it read is carried out right after this.
             poller.carries_out(&endpoint);
             poller.attempt(&endpoint, endpoint.announce_if_full());

@@ -13,19 +13,16 @@
 //!   it last destroys it.
 //! * What endpoints share is counted by atomics: a completion queue lives until the last queue
 //!   pair on it is gone, and its entries are given back afterwards ([`super::hub`]); an
-//!   endpoint's key is taken again only after that too ([`VACANT`]).
+//!   endpoint's key is taken again only after that too ([`super::endpoint::place`]).
 //! * libibverbs and librdmacm may be called from any thread. An id whose event the main thread
 //!   is reading is freed after that event was acknowledged, and has no queue pair any more that
 //!   the reading could change.
 //! * A forked child has no such thread and calls nothing here. A process that ends takes the
 //!   thread along at whichever step; the kernel gives back the rest.
 
-use super::Transport;
 use super::endpoint::Endpoint;
-use super::key::Key;
 use crate::metrics::METRICS;
 use crate::panic::guard;
-use log::Level;
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -37,8 +34,6 @@ static QUEUE: Mutex<Queue> =
 static BELL: Condvar = Condvar::new();
 /// Whether there is a thread; settled by the first endpoint that ends.
 static THREAD: OnceLock<bool> = OnceLock::new();
-/// Keys of endpoints that are destroyed.
-static VACANT: Mutex<Vec<Key>> = Mutex::new(Vec::new());
 
 /// Endpoints that were removed.
 struct Queue {
@@ -47,32 +42,10 @@ struct Queue {
     disconnected: VecDeque<Arc<Endpoint>>,
 }
 
-/// A place among the endpoints, given back when the last part of its endpoint is gone.
-#[derive(Debug)]
-pub struct Place(Key);
-
-impl Place {
-    /// The place of a key that was reserved.
-    pub fn new(key: Key) -> Self {
-        Self(key)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        lock(&VACANT).push(self.0);
-    }
-}
-
-/// The keys of endpoints that were destroyed since the last call.
-pub fn vacated() -> Vec<Key> {
-    std::mem::take(&mut *lock(&VACANT))
-}
-
 /// Disconnects and destroys an endpoint that is in the registry no more, in the stage that is
-/// called ending. Main thread.
-pub fn hand_over(endpoint: Arc<Endpoint>) {
-    if *THREAD.get_or_init(start) {
+/// called ending. `no_thread` logs why there is no thread, once. Main thread.
+pub fn hand_over(endpoint: Arc<Endpoint>, no_thread: impl FnOnce(&str)) {
+    if *THREAD.get_or_init(|| start(no_thread)) {
         lock(&QUEUE).connected.push_back(endpoint);
         BELL.notify_one();
     } else {
@@ -94,13 +67,13 @@ pub fn help() {
 }
 
 /// Starts the thread. Returns whether that worked.
-fn start() -> bool {
+fn start(no_thread: impl FnOnce(&str)) -> bool {
     without_signals(|| {
         let thread = std::thread::Builder::new().name(String::from("rdma-teardown"));
         let result = thread.spawn(work);
         if let Err(error) = &result {
             let what = format!("no thread for what ended: {error}; the main thread sees to it");
-            Transport::get().poller.say_trouble(Level::Warn, &what);
+            no_thread(&what);
         }
         result.is_ok()
     })

@@ -15,16 +15,20 @@
 //! Here is what it consists of and what becomes of it. What the peer writes is in
 //! `receiving`, what is written to it in `sending`, messages of either side in `control`.
 
+pub mod activity;
 mod control;
+pub mod place;
 mod receiving;
 mod sending;
 mod staging;
+pub mod watch;
+
+use activity::Activity;
+use place::Place;
+use watch::Watch;
 
 use super::hub::{Hub, Reservation};
 use super::key::Key;
-use super::status::Activity;
-use super::teardown::Place;
-use super::watchdog::Watch;
 use crate::host::main_cell::MainPtr;
 use crate::host::{Connection, MainCell};
 use crate::metrics::{Counter, METRICS};

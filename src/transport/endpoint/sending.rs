@@ -2,13 +2,13 @@
 //! What is written to the peer: the copy into staging memory, the work requests for it, and
 //! the memory itself.
 
+use super::activity::Shortage;
 use super::control::{SMALL_STAGING, STAGING_AT};
 use super::staging::Staging;
 use super::{Endpoint, Fate};
 use crate::host::main_cell::is_main_thread;
 use crate::metrics::METRICS;
 use crate::transport::key::Work;
-use crate::transport::status::Shortage;
 use proto::window::{Announcement, Writer};
 use std::ptr;
 use std::sync::atomic::Ordering;

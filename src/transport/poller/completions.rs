@@ -4,7 +4,6 @@
 use super::Poller;
 use crate::metrics::METRICS;
 use crate::time;
-use crate::transport::clock;
 use crate::transport::endpoint::{Endpoint, Fate, Reason};
 use crate::transport::hub::{Hub, Progress, Which};
 use crate::transport::key::{Key, Work};
@@ -131,7 +130,7 @@ impl Poller {
     fn delivered(&self, endpoint: &Arc<Endpoint>) {
         if endpoint.own().session.is_lingering() {
             // Perhaps that was all that it lingered for.
-            clock::step(endpoint, time::now(), false);
+            self.step(endpoint, time::now(), false);
         } else {
             self.mark_if_ready(endpoint);
         }

@@ -9,7 +9,7 @@ use crate::panic::guard;
 use crate::time;
 use crate::transport::endpoint::{Endpoint, Fate, Reason, Stage};
 use crate::transport::hub::Hub;
-use crate::transport::{clock, outgoing, teardown};
+use crate::transport::teardown;
 use log::Level;
 use proto::session::Violation;
 use std::sync::Arc;
@@ -34,7 +34,7 @@ impl Poller {
             }
         }
         let Some(endpoint) = found else {
-            outgoing::event(event);
+            self.upcalls.resolved(self, event);
             return;
         };
         match event.kind {
@@ -127,7 +127,7 @@ impl Poller {
         .add(1);
         endpoint.enter_stage(Stage::Ending);
         endpoint.detach();
-        teardown::hand_over(endpoint);
+        teardown::hand_over(endpoint, |why| self.say_trouble(Level::Warn, why));
     }
 
     /// Removes endpoints that are over, up to the bound of a pass.
@@ -246,7 +246,7 @@ impl Poller {
         }
         drop(own);
         if alive {
-            clock::attend(endpoint);
+            self.attend(endpoint);
         } else {
             self.doom(endpoint);
         }

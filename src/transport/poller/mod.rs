@@ -26,12 +26,14 @@ mod endings;
 mod registry;
 mod serving;
 
+use super::clock::Clocks;
 use super::echoes::Echoes;
+use super::endpoint::place::{self, Place};
 use super::endpoint::{Endpoint, Plan, Stage};
 use super::hub::{Hub, Which};
 use super::key::Key;
-use super::teardown::{self, Place};
-use super::{Transport, clock};
+use super::{teardown, watchdog};
+use crate::config::Settings;
 use crate::host::reply::Reply;
 use crate::host::{MainCell, api};
 use crate::log_limit::LogLimiter;
@@ -39,15 +41,18 @@ use crate::metrics::METRICS;
 use crate::panic::guard;
 use crate::time;
 use log::Level;
+use once_cell::sync::OnceCell;
+use proto::session::Millis;
 use redis_module::raw;
 use registry::Registry;
 use std::collections::VecDeque;
 use std::ffi::{c_int, c_void};
+use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use verbs::Error;
-use verbs::cm::{EventChannel, Id, IdKey};
+use verbs::cm::{Event, EventChannel, Id, IdKey};
 use verbs::device::Device;
 
 /// Connection manager events handled in one go, so that a storm of connects leaves
@@ -91,19 +96,41 @@ pub struct Poller {
     /// written, the server syncs its append-only file if it has to.
     turn: MainCell<u64>,
     echoes: MainCell<Echoes>,
-    /// The endpoint whose connection the server accepts at this moment.
-    accepting: MainCell<Option<Arc<Endpoint>>>,
     losses: MainCell<LogLimiter>,
     violations: MainCell<LogLimiter>,
     troubles: MainCell<LogLimiter>,
+    nudges: MainCell<LogLimiter>,
+    clocks: MainCell<Clocks>,
+    settings: Arc<MainCell<Settings>>,
+    upcalls: &'static dyn Upcalls,
 }
+
+/// What the poller has the connection type do, which knows the server. Main thread, all of it;
+/// no cell is open during a call.
+pub trait Upcalls: fmt::Debug + Send + Sync {
+    /// The handshake of an accepted endpoint is complete: makes it a connection of the server.
+    fn accepted(&self, poller: &Poller, endpoint: &Arc<Endpoint>);
+    /// The handshake of an endpoint that this server opened is complete, or has failed.
+    fn connected(&self, poller: &Poller, endpoint: &Arc<Endpoint>);
+    /// An event of a connection without an endpoint: its address is being resolved.
+    fn resolved(&self, poller: &Poller, event: Event);
+    /// Once a second, while there are endpoints or [`needs_housekeeping`](Self::needs_housekeeping).
+    fn housekeeping(&self, now: Millis);
+    /// Whether the clock has to go on without endpoints.
+    fn needs_housekeeping(&self) -> bool;
+}
+
+static POLLER: OnceCell<Poller> = OnceCell::new();
 
 impl Poller {
     /// A poller without endpoints, not watched yet.
     ///
     /// # Errors
     /// If a descriptor can't be had, or the kernel has no RDMA connection manager.
-    pub fn new() -> Result<Self, Error> {
+    fn new(
+        settings: Arc<MainCell<Settings>>,
+        upcalls: &'static dyn Upcalls,
+    ) -> Result<Self, Error> {
         // SAFETY: no pointers.
         let wake = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
         if wake < 0 {
@@ -126,11 +153,50 @@ impl Poller {
             job_sent: MainCell::default(),
             turn: MainCell::default(),
             echoes: MainCell::default(),
-            accepting: MainCell::default(),
             losses: MainCell::new(LogLimiter::new(LOSSES_PER_MINUTE)),
             violations: MainCell::new(LogLimiter::new(LOSSES_PER_MINUTE)),
             troubles: MainCell::new(LogLimiter::new(LOSSES_PER_MINUTE)),
+            nudges: MainCell::new(LogLimiter::new(watchdog::LINES_PER_MINUTE)),
+            clocks: MainCell::default(),
+            settings,
+            upcalls,
         })
+    }
+
+    /// Makes the process's poller; once, while the module loads.
+    ///
+    /// # Errors
+    /// As `new`'s.
+    pub fn start(
+        settings: Arc<MainCell<Settings>>,
+        upcalls: &'static dyn Upcalls,
+    ) -> Result<&'static Self, Error> {
+        POLLER.get_or_try_init(|| Self::new(settings, upcalls))
+    }
+
+    /// The process's poller, for functions that the server calls. What they call is given it.
+    ///
+    /// # Panics
+    /// Before [`start`](Self::start).
+    pub fn get() -> &'static Self {
+        POLLER.get().expect("the module is loaded")
+    }
+
+    /// What the operator has set.
+    pub fn settings(&self) -> &MainCell<Settings> {
+        &self.settings
+    }
+
+    pub(super) fn clocks(&self) -> &MainCell<Clocks> {
+        &self.clocks
+    }
+
+    pub(super) fn upcalls(&self) -> &'static dyn Upcalls {
+        self.upcalls
+    }
+
+    pub(super) fn log_nudge(&self, now: Millis, message: fmt::Arguments<'_>) {
+        self.nudges.open().log(now, Level::Warn, message);
     }
 
     /// Registers with the event loop. `echoes` is the most descriptors that may fire
@@ -156,7 +222,7 @@ impl Poller {
             return Ok(Arc::clone(hub));
         }
         let (vector, patience) = {
-            let settings = Transport::get().settings.open();
+            let settings = self.settings.open();
             (settings.completion_vector, settings.busy_poll)
         };
         let mut made = self.hubs_made.open();
@@ -218,16 +284,15 @@ impl Poller {
     }
 
     fn enter_on(&self, hub: Arc<Hub>, id: &Arc<Id>) -> Result<Arc<Endpoint>, Error> {
-        let transport = Transport::get();
         teardown::help();
         let key = {
             let mut registry = self.registry.open();
-            teardown::vacated().into_iter().for_each(|key| registry.give_back(key));
+            place::vacated().into_iter().for_each(|key| registry.give_back(key));
             registry.reserve()
         };
         let key = key.ok_or(Error { action: "enter an endpoint", errno: libc::EMFILE })?;
         let (receive_bytes, timing) = {
-            let settings = transport.settings.open();
+            let settings = self.settings.open();
             (settings.rx_size, settings.timing)
         };
         let place = Place::new(key);
@@ -235,7 +300,7 @@ impl Poller {
         let endpoint = Arc::new(Endpoint::new(Arc::clone(id), hub, plan)?);
         self.registry.open().enter(key, endpoint.id_key(), Arc::clone(&endpoint));
         endpoint.enter_stage(Stage::Handshaking);
-        clock::attend(&endpoint);
+        self.attend(&endpoint);
         Ok(endpoint)
     }
 
@@ -271,7 +336,7 @@ impl Poller {
         if self.transients() < most {
             return true;
         }
-        let Some(endpoint) = clock::oldest_lingering() else { return false };
+        let Some(endpoint) = self.oldest_lingering() else { return false };
         METRICS.lingering_cut_short.add(1);
         self.doom(&endpoint);
         true
@@ -319,7 +384,7 @@ impl Poller {
     /// were served.
     pub fn run(&self) -> usize {
         let _pass = self.pass();
-        clock::tick_if_late();
+        self.tick_if_late();
         *self.job_sent.open() = false;
         let unfinished = std::mem::take(&mut *self.unfinished.open());
         for index in 0.. {
@@ -473,7 +538,7 @@ impl Drop for Pass<'_> {
 
 unsafe extern "C" fn on_wake(_fd: c_int, _data: *mut c_void, _mask: c_int) {
     guard("wake-up", || {
-        let poller = &Transport::get().poller;
+        let poller = Poller::get();
         poller.clear_wake();
         let _pass = poller.pass();
         poller.serve_ready();
@@ -481,12 +546,12 @@ unsafe extern "C" fn on_wake(_fd: c_int, _data: *mut c_void, _mask: c_int) {
 }
 
 unsafe extern "C" fn on_connection_event(_fd: c_int, _data: *mut c_void, _mask: c_int) {
-    guard("connection event", || Transport::get().poller.run_connection_events());
+    guard("connection event", || Poller::get().run_connection_events());
 }
 
 unsafe extern "C" fn on_completions(_fd: c_int, data: *mut c_void, mask: c_int) {
     guard("completion", || {
-        let poller = &Transport::get().poller;
+        let poller = Poller::get();
         let Some(hub) = poller.find_hub(data as usize) else { return };
         // Nobody asked whether it is writable: so the event loop says that it is in error.
         if mask & raw::REDISMODULE_EVENTLOOP_WRITABLE as c_int != 0 {

@@ -4,11 +4,8 @@
 use super::Poller;
 use crate::host::connection::State;
 use crate::metrics::METRICS;
-use crate::transport::Transport;
-use crate::transport::connection::{RdmaConnection, call_handler, has_write_barrier};
-use crate::transport::endpoint::{Endpoint, Fate, Reason, Stage};
-use crate::transport::{listener, outgoing};
-use std::ffi::CString;
+use crate::transport::connection::{call_handler, has_write_barrier};
+use crate::transport::endpoint::{Endpoint, Fate};
 use std::sync::Arc;
 
 impl Poller {
@@ -74,14 +71,14 @@ impl Poller {
         };
         if connection.is_null() {
             if open && !doomed {
-                self.hand_over(endpoint);
+                self.upcalls.accepted(self, endpoint);
             }
             return;
         }
         // SAFETY: live, see `mark_if_ready`.
         if unsafe { (*connection).state() } == State::Connecting {
             if open || endpoint.fate() != Fate::Alive {
-                outgoing::finish(endpoint);
+                self.upcalls.connected(self, endpoint);
             }
             return;
         }
@@ -183,41 +180,6 @@ impl Poller {
                 METRICS.resumptions.add(1);
                 call_handler(connection, handler);
             }
-        }
-    }
-
-    /// The handshake is complete: makes the endpoint a connection of the server.
-    fn hand_over(&self, endpoint: &Arc<Endpoint>) {
-        let transport = Transport::get();
-        let connection = RdmaConnection::create(transport.kind(), State::Accepting);
-        // SAFETY: just made, nobody else's yet.
-        unsafe {
-            if !(*connection).has_descriptor() {
-                listener::refused(&endpoint.peer_text(), "no descriptor left");
-                METRICS.refused_descriptors.add(1);
-                RdmaConnection::free(connection);
-                self.lose(endpoint, Fate::Gone, Reason::Server);
-                return;
-            }
-            (*connection).endpoint = Some(Arc::clone(endpoint));
-        }
-        endpoint.own().set_connection(connection.cast());
-        endpoint.enter_stage(Stage::Established);
-        METRICS.connections_accepted.add(1);
-        let ip = endpoint.peer().map_or_else(String::new, |peer| peer.ip().to_string());
-        let ip = CString::new(ip).expect("an address has no NUL");
-        *self.accepting.open() = Some(Arc::clone(endpoint));
-        // SAFETY: of our type and accepting; the server only reads the text.
-        unsafe { transport.symbols.accept_common(connection.cast(), ip.as_ptr().cast_mut()) };
-        *self.accepting.open() = None;
-        self.mark_if_ready(endpoint);
-    }
-
-    /// The server has a new client, of whatever connection type.
-    pub fn client_connected(&self, client: u64) {
-        // The server says so while it accepts, so it is the one that is being accepted.
-        if let Some(endpoint) = self.accepting.open().take() {
-            endpoint.own().client = Some(client);
         }
     }
 }

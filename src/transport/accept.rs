@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! Connections that clients open: requests are accepted or refused, and endpoints whose
+//! handshakes are complete become connections of the server.
+
+use super::connection::RdmaConnection;
+use super::endpoint::{Endpoint, Fate, Reason, Stage};
+use super::listener::Listening;
+use super::poller::Poller;
+use crate::host::connection::State;
+use crate::metrics::METRICS;
+use crate::time;
+use std::ffi::CString;
+use std::sync::Arc;
+use verbs::cm::{Id, IdKey};
+
+impl Listening {
+    /// Accepts a connection request, or refuses it.
+    ///
+    /// # Safety
+    /// The key is that of a connection request that nobody took over.
+    pub(super) unsafe fn accept(&self, key: IdKey) {
+        // SAFETY: by the caller's promise.
+        let id = unsafe { Id::from_request(key) };
+        let peer = id.peer_address().map_or_else(String::new, |peer| peer.to_string());
+        let most = u64::from(self.settings.open().max_handshakes);
+        if !self.poller.make_room(most) {
+            id.reject();
+            METRICS.refused_handshakes.add(1);
+            self.refused(
+                &peer,
+                &format!("{most} connections are in handshake or ending (max-handshakes)"),
+            );
+            return;
+        }
+        let result = id
+            .migrate(self.poller.channel())
+            .and_then(|()| self.poller.enter(id))
+            .and_then(|endpoint| {
+                let accepted = endpoint.id().accept();
+                if accepted.is_err() {
+                    endpoint.id().reject();
+                    self.poller.remove(endpoint, Reason::Error);
+                }
+                accepted
+            });
+        if let Err(error) = result {
+            if error.is_about_memory() { &METRICS.refused_memory } else { &METRICS.refused_device }
+                .add(1);
+            self.refused(&peer, &error.to_string());
+        }
+    }
+
+    /// Counts a refusal and says so, once a minute.
+    pub(super) fn refused(&self, peer: &str, why: &str) {
+        METRICS.connections_refused.add(1);
+        let message = format_args!("client {peer} refused: {why}");
+        self.refusals.open().log(time::now(), log::Level::Warn, message);
+    }
+
+    /// The handshake is complete: makes the endpoint a connection of the server.
+    pub(super) fn hand_over(&self, poller: &Poller, endpoint: &Arc<Endpoint>) {
+        let connection = RdmaConnection::create(self.kind(), State::Accepting);
+        // SAFETY: just made, nobody else's yet.
+        unsafe {
+            if !(*connection).has_descriptor() {
+                self.refused(&endpoint.peer_text(), "no descriptor left");
+                METRICS.refused_descriptors.add(1);
+                RdmaConnection::free(connection);
+                poller.lose(endpoint, Fate::Gone, Reason::Server);
+                return;
+            }
+            (*connection).endpoint = Some(Arc::clone(endpoint));
+        }
+        endpoint.own().set_connection(connection.cast());
+        endpoint.enter_stage(Stage::Established);
+        METRICS.connections_accepted.add(1);
+        let ip = endpoint.peer().map_or_else(String::new, |peer| peer.ip().to_string());
+        let ip = CString::new(ip).expect("an address has no NUL");
+        *self.accepting.open() = Some(Arc::clone(endpoint));
+        // SAFETY: of our type and accepting; the server only reads the text.
+        unsafe { self.symbols.accept_common(connection.cast(), ip.as_ptr().cast_mut()) };
+        *self.accepting.open() = None;
+        poller.mark_if_ready(endpoint);
+    }
+
+    /// The server has a new client, of whatever connection type.
+    pub fn client_connected(&self, client: u64) {
+        // The server says so while it accepts, so it is the one that is being accepted.
+        if let Some(endpoint) = self.accepting.open().take() {
+            endpoint.own().client = Some(client);
+        }
+    }
+}

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! What the poller has done by those who know the server.
+
+use super::dual_channel;
+use super::endpoint::Endpoint;
+use super::listener::Listening;
+use super::poller::{Poller, Upcalls};
+use super::{child, outgoing};
+use proto::session::Millis;
+use std::sync::Arc;
+use verbs::cm::Event;
+
+/// The connection type, as the poller sees it.
+#[derive(Debug)]
+pub struct ConnectionType;
+
+impl Upcalls for ConnectionType {
+    fn accepted(&self, poller: &Poller, endpoint: &Arc<Endpoint>) {
+        Listening::get().hand_over(poller, endpoint);
+    }
+
+    fn connected(&self, poller: &Poller, endpoint: &Arc<Endpoint>) {
+        outgoing::finish(poller, endpoint);
+    }
+
+    fn resolved(&self, poller: &Poller, event: Event) {
+        outgoing::event(poller, event);
+    }
+
+    fn housekeeping(&self, now: Millis) {
+        child::tell();
+        dual_channel::rest(now);
+    }
+
+    fn needs_housekeeping(&self) -> bool {
+        dual_channel::is_filtering()
+    }
+}
