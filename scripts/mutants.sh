@@ -76,7 +76,7 @@ models_to() { models "$2" | tee "$1"; }
 # function and number in the function.
 mutants() {
     local file
-    for file in "$repo"/crates/proto/src/window/{fate,ledger,receive,send}.rs; do
+    for file in "$repo"/crates/proto/src/window/{ledger,peer_state,receive,send}.rs; do
         awk -v file="${file##*/}" '
             /^#\[cfg\(all\(test/ { exit }
             match($0, /fn [a-z_]+/) { name = substr($0, RSTART + 3, RLENGTH - 3); within = 0 }

@@ -8,7 +8,10 @@
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use valkey_rdma_proto::session::{Duty, Reaction, Session, Timing};
-use valkey_rdma_proto::window::{Announcement, ReceiveWindow, SendLedger, SendWindow};
+use valkey_rdma_proto::send_queue::{PayloadWrite, PostError, Shortage, Transmit};
+use valkey_rdma_proto::staging::Steps;
+use valkey_rdma_proto::stream::{ReadOutcome, Stream, Written};
+use valkey_rdma_proto::window::{Announcement, Chunk};
 use valkey_rdma_proto::wire::{Memory, Message};
 use std::collections::VecDeque;
 
@@ -17,6 +20,7 @@ const BUFFER: u32 = 1 << 16;
 /// Where it stands.
 const ADDRESS: u64 = 0x7000_0000;
 const STAGING: usize = 1 << 12;
+const STEPS: Steps = [2 << 12, 4 << 12, 8 << 12];
 const DEPTH: usize = 16;
 
 #[derive(Arbitrary, Debug)]
@@ -46,10 +50,49 @@ enum Step {
     Wait(u16),
 }
 
+/// Takes every work request, and holds it to what the peer announced.
+struct Device<'a> {
+    in_flight: &'a mut VecDeque<u32>,
+    waiting: &'a mut Option<Announcement>,
+    window: &'a mut Announcement,
+    used: &'a mut u32,
+}
+
+impl Transmit<usize> for Device<'_> {
+    type Staged = usize;
+    type Error = ();
+
+    fn register(&mut self, length: usize) -> Option<usize> {
+        assert!(STEPS.contains(&length));
+        Some(length)
+    }
+
+    fn copy(&mut self, region: Option<&usize>, chunk: Chunk) -> usize {
+        assert!(chunk.length > 0);
+        assert!(chunk.offset + chunk.length <= region.copied().unwrap_or(STAGING));
+        chunk.length
+    }
+
+    fn post(&mut self, staged: usize, write: PayloadWrite) -> Result<(), PostError<()>> {
+        if *self.used == self.window.length {
+            *self.window = self.waiting.take().expect("a window of the peer's");
+            *self.used = 0;
+        }
+        assert_eq!(staged as u32, write.length);
+        assert_eq!(write.rkey, self.window.rkey);
+        assert_eq!(write.address, self.window.address + u64::from(*self.used));
+        *self.used += write.length;
+        assert!(*self.used <= self.window.length);
+        self.in_flight.push_back(write.sequence);
+        assert!(self.in_flight.len() <= DEPTH);
+        Ok(())
+    }
+}
+
 fuzz_target!(|steps: Vec<Step>| {
     let mut session = Session::new(TIMING, 0);
-    let (inbound, outbound) = (ReceiveWindow::new(), SendWindow::default());
-    let ledger = SendLedger::new(DEPTH, STAGING, ());
+    let stream = Stream::new(DEPTH, STAGING, STEPS);
+    let (inbound, outbound) = (stream.inbound(), stream.outbound());
     let (mut now, mut written) = (0, 0);
     let mut slots: VecDeque<u16> = (0..64).collect();
     let mut held: VecDeque<(u16, u16)> = VecDeque::new();
@@ -69,7 +112,7 @@ fuzz_target!(|steps: Vec<Step>| {
                 Some(Message::GetServerFeature { select, features: 0 }.encode().to_vec())
             }
             Step::Immediate(count) => {
-                let result = session.immediate(count, &inbound, now);
+                let result = session.immediate(count, inbound, now);
                 assert_eq!(result.is_ok(), u64::from(count) <= room);
                 if result.is_err() {
                     return;
@@ -83,31 +126,39 @@ fuzz_target!(|steps: Vec<Step>| {
                 None
             }
             Step::Read(most) => {
-                let readable = inbound.readable();
-                assert_eq!(readable.map_or(0, |(_, length)| length as u64), unread);
-                if let Some((address, length)) = readable {
-                    assert!(address + length as u64 + room == ADDRESS + u64::from(BUFFER));
-                    let count = length.min(usize::from(most));
-                    inbound.consume(count);
+                let before = unread;
+                let outcome = stream.read(usize::from(most), |address, count| {
+                    // What is unread ends where the room begins.
+                    assert_eq!(address + before + room, ADDRESS + u64::from(BUFFER));
                     unread -= count as u64;
+                });
+                match outcome {
+                    ReadOutcome::Bytes(count) => {
+                        assert_eq!(count as u64, before.min(u64::from(most)));
+                    }
+                    ReadOutcome::Again => assert!(before == 0 || most == 0),
+                    ReadOutcome::End | ReadOutcome::Broken => panic!("nobody said so"),
                 }
                 None
             }
             Step::Write(count) => {
-                let mut writer = ledger.writer().expect("nobody else");
-                if used == window.length {
-                    let taken = outbound.take();
-                    assert_eq!(taken, waiting.take());
-                    (window, used) = (taken.unwrap_or_default(), 0);
-                }
-                let wanted = usize::from(count).min((window.length - used) as usize);
-                if let Some(chunk) = writer.chunk(wanted) {
-                    assert!(chunk.length <= wanted && chunk.offset + chunk.length <= STAGING);
-                    used += chunk.length as u32;
-                    outbound.publish_left(window.length - used);
-                    in_flight.push_back(writer.enter(chunk.length).0);
-                    written = now;
-                    assert!(in_flight.len() <= DEPTH);
+                let mut device = Device {
+                    in_flight: &mut in_flight,
+                    waiting: &mut waiting,
+                    window: &mut window,
+                    used: &mut used,
+                };
+                match stream.write(usize::from(count), &mut device) {
+                    Written::Posted(bytes, shortage) => {
+                        assert_eq!(shortage.is_none(), bytes == usize::from(count));
+                        if shortage == Some(Shortage::Window) {
+                            assert!(waiting.is_none() && used == window.length);
+                        }
+                        if bytes > 0 {
+                            written = now;
+                        }
+                    }
+                    outcome => panic!("{outcome:?}"),
                 }
                 None
             }
@@ -116,7 +167,7 @@ fuzz_target!(|steps: Vec<Step>| {
                     let which = usize::from(which) % in_flight.len();
                     let sequence = in_flight[which];
                     in_flight.drain(..=which);
-                    assert!(ledger.retire((sequence + 1) & 0x00ff_ffff));
+                    assert!(outbound.retire((sequence + 1) & 0x00ff_ffff));
                     session.payload_completed(now);
                 }
                 None
@@ -124,7 +175,7 @@ fuzz_target!(|steps: Vec<Step>| {
             Step::Stray(sequence) => {
                 let known = |posted: &u32| (posted + 1) & 0x00ff_ffff == sequence & 0x00ff_ffff;
                 if !in_flight.iter().any(known) {
-                    assert!(!ledger.retire(sequence), "gave back what was not posted");
+                    assert!(!outbound.retire(sequence), "gave back what was not posted");
                 }
                 None
             }
@@ -149,7 +200,7 @@ fuzz_target!(|steps: Vec<Step>| {
             }
             Step::Wait(time) => {
                 now += u64::from(time);
-                match session.duty(now, ledger.is_idle()) {
+                match session.duty(now, outbound.is_idle()) {
                     Duty::Wait | Duty::Probe => {}
                     Duty::End | Duty::TimedOut | Duty::Unanswered => return,
                 }
@@ -159,7 +210,7 @@ fuzz_target!(|steps: Vec<Step>| {
         if let Some(bytes) = message {
             // Without a receive the peer's message waits, by RNR.
             let Some(slot) = slots.pop_front() else { continue };
-            match session.message(&bytes, slot, &outbound, now) {
+            match session.message(&bytes, slot, outbound, now) {
                 Ok(Reaction::Nothing) => slots.push_back(slot),
                 Ok(Reaction::AnswerDue) => {
                     let Ok(Message::GetServerFeature { select, .. }) = Message::decode(&bytes)
@@ -194,7 +245,7 @@ fuzz_target!(|steps: Vec<Step>| {
         }
         assert_eq!(inbound.unread(), unread);
         assert_eq!(outbound.has_room(), waiting.is_some() || used < window.length);
-        assert_eq!(ledger.is_idle(), in_flight.is_empty());
+        assert_eq!(outbound.is_idle(), in_flight.is_empty());
         assert_eq!(slots.len() + held.len(), 64);
     }
 });

@@ -3,7 +3,7 @@
 //! handshakes are complete become connections of the server.
 
 use super::connection::RdmaConnection;
-use super::endpoint::{Endpoint, Fate, Reason, Stage};
+use super::endpoint::{Endpoint, PeerState, Reason, Stage};
 use super::listener::Listening;
 use super::poller::Poller;
 use crate::host::connection::State;
@@ -66,7 +66,7 @@ impl Listening {
                 self.refused(&endpoint.peer_text(), "no descriptor left");
                 METRICS.refused_descriptors.add(1);
                 RdmaConnection::free(connection);
-                poller.lose(endpoint, Fate::Gone, Reason::Server);
+                poller.lose(endpoint, PeerState::Disconnected, Reason::Server);
                 return;
             }
             (*connection).endpoint = Some(Arc::clone(endpoint));

@@ -8,7 +8,7 @@
 //! within a script, or while it loads its data. There the fast clock is asked before each
 //! sleep.
 
-use super::endpoint::{Endpoint, Fate, Reason};
+use super::endpoint::{Endpoint, PeerState, Reason};
 use super::key::Key;
 use super::poller::Poller;
 use crate::host::api;
@@ -64,7 +64,7 @@ impl Poller {
     /// Does what an endpoint's session asks for now. `caught_up` says that whatever waited at
     /// that time was looked at: nobody is given up for what may be the server's own delay.
     pub(super) fn step(&self, endpoint: &Arc<Endpoint>, now: Millis, caught_up: bool) {
-        let delivered = endpoint.is_delivered();
+        let delivered = endpoint.stream().outbound().is_idle();
         let duty = endpoint.own().session.duty(now, delivered);
         match duty {
             Duty::Probe => self.probe(endpoint),
@@ -93,10 +93,10 @@ impl Poller {
 
     fn time_out(&self, endpoint: &Arc<Endpoint>, why: &str) {
         // Once: its removal may be a pass away.
-        if endpoint.fate() == Fate::Alive {
+        if endpoint.stream().peer_state() == PeerState::Connected {
             self.say_lost(endpoint, why);
         }
-        self.lose(endpoint, Fate::Gone, Reason::Timeout);
+        self.lose(endpoint, PeerState::Disconnected, Reason::Timeout);
     }
 
     /// Ticks the fast clock where its timer does not. To be called before the server sleeps.
@@ -131,7 +131,7 @@ impl Poller {
     fn look_after(&self, endpoint: &Arc<Endpoint>, now: Millis, caught_up: bool) {
         self.step(endpoint, now, caught_up);
         // What a full send queue refused, and no completion will bring back.
-        if endpoint.fate() == Fate::Alive {
+        if endpoint.stream().peer_state() == PeerState::Connected {
             self.attempt(endpoint, endpoint.post_waiting_receives());
             if endpoint.awaits_control_slot() {
                 self.attempt(endpoint, endpoint.send_answers());
@@ -141,7 +141,7 @@ impl Poller {
         if endpoint.shrink_if_idle() && endpoint.own().session.begin_probe(now) {
             self.probe(endpoint);
         }
-        if endpoint.take_refused() {
+        if endpoint.stream().outbound().take_refused() {
             self.mark_if_ready(endpoint);
         }
         self.watch_over(endpoint, SLOW, now);

@@ -6,7 +6,7 @@
 
 use super::address::resolve;
 use super::connection::{RdmaConnection, call_handler};
-use super::endpoint::{Endpoint, Fate, ReadOutcome, Reason, Stage, WriteOutcome};
+use super::endpoint::{Endpoint, PeerState, ReadOutcome, Reason, Stage, WriteOutcome};
 use super::poller::Poller;
 use crate::host::connection::{Handler, State};
 use crate::host::main_cell::{MainPtr, is_main_thread};
@@ -15,6 +15,7 @@ use crate::metrics::METRICS;
 use redis_module::raw::RedisModuleCtx;
 use std::collections::VecDeque;
 use std::ffi::c_void;
+use std::io::IoSlice;
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -198,7 +199,7 @@ fn settle(poller: &Poller, endpoint: &Arc<Endpoint>, connection: *mut RdmaConnec
     if base.state() != State::Connecting {
         return false;
     }
-    if endpoint.fate() != Fate::Alive {
+    if endpoint.stream().peer_state() != PeerState::Connected {
         let late = endpoint.own().reason == Some(Reason::Timeout);
         let failure = endpoint.own().failure;
         base.fail(if late { libc::ETIMEDOUT } else { failure });
@@ -317,10 +318,9 @@ pub fn sync_write(
 ) -> Result<(), Failed> {
     let mut done = 0;
     wait_for(poller, later(timeout), || {
-        while done < bytes.len() && endpoint.fate() == Fate::Alive {
+        while done < bytes.len() && endpoint.stream().peer_state() == PeerState::Connected {
             let rest = &bytes[done..];
-            // SAFETY: a piece of a slice.
-            match unsafe { endpoint.write(&[(rest.as_ptr(), rest.len())]) } {
+            match endpoint.write(&[IoSlice::new(rest)]) {
                 WriteOutcome::Bytes(count) => done += count,
                 WriteOutcome::Again => return None,
                 WriteOutcome::Broken => return Some(Err(libc::ECONNRESET)),

@@ -5,7 +5,7 @@
 //! does has to be noted when the wait begins, see [`super::endpoint::activity`].
 
 use super::endpoint::activity::Shortage;
-use super::endpoint::{Endpoint, Fate, Stage};
+use super::endpoint::{Endpoint, PeerState, Stage};
 use crate::host::reply::Reply;
 use crate::time;
 use proto::session::Millis;
@@ -68,7 +68,7 @@ pub fn wait(endpoint: &Endpoint) -> (Wait, Millis) {
         Some(Stage::Established) => {}
     }
     match activity.held_back() {
-        Some((Shortage::Window, since)) if !endpoint.outbound().has_room() => {
+        Some((Shortage::Window, since)) if !endpoint.stream().outbound().has_room() => {
             return (Wait::Window, since);
         }
         Some((Shortage::Staging, since)) if !endpoint.is_writable() => {
@@ -80,7 +80,9 @@ pub fn wait(endpoint: &Endpoint) -> (Wait, Millis) {
         let wait = if parked { Wait::IoThread } else { Wait::Pass };
         return (wait, quiet_since);
     }
-    if endpoint.inbound().unread() > 0 || endpoint.fate() != Fate::Alive {
+    if endpoint.stream().inbound().unread() > 0
+        || endpoint.stream().peer_state() != PeerState::Connected
+    {
         return (Wait::Server, quiet_since);
     }
     if probing || endpoint.awaits_control_slot() {
@@ -94,8 +96,8 @@ pub fn describe(endpoint: &Endpoint) -> Reply {
     let now = time::now();
     let ago = |since: Millis| Reply::from(now.saturating_sub(since));
     let (waits_for, since) = wait(endpoint);
-    let (received, received_size) = endpoint.inbound().position();
-    let (sent, sent_size) = endpoint.outbound().position();
+    let (received, received_size) = endpoint.stream().inbound().position();
+    let (sent, sent_size) = endpoint.stream().outbound().position();
     let own = endpoint.own();
     let (id, stage, heard) = (own.client, own.stage, own.session.last_heard());
     drop(own);
@@ -110,14 +112,18 @@ pub fn describe(endpoint: &Endpoint) -> Reply {
         ("last-received-ms", ago(heard)),
         ("waits-for", waits_for.text().into()),
         ("waits-ms", ago(since)),
-        ("bytes-received", (endpoint.inbound().total_read() + endpoint.inbound().unread()).into()),
-        ("bytes-unread", endpoint.inbound().unread().into()),
+        (
+            "bytes-received",
+            (endpoint.stream().inbound().total_read() + endpoint.stream().inbound().unread())
+                .into(),
+        ),
+        ("bytes-unread", endpoint.stream().inbound().unread().into()),
         ("receive-window-filled", received.into()),
         ("receive-window-size", received_size.into()),
         ("bytes-sent", endpoint.activity().sent().into()),
         ("send-window-filled", u64::from(sent).into()),
         ("send-window-size", u64::from(sent_size).into()),
-        ("writes-in-flight", endpoint.writes_in_flight().into()),
+        ("writes-in-flight", endpoint.stream().outbound().in_flight().into()),
         ("receive-buffer", (endpoint.receive_bytes() as u64).into()),
         ("staging-buffer", endpoint.staging_bytes().map(|bytes| bytes as u64).into()),
         ("receive-slots", u64::from(endpoint.receive_slots()).into()),

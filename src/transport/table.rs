@@ -6,7 +6,7 @@
 //! happened on and nothing else.
 
 use super::connection::RdmaConnection;
-use super::endpoint::{Fate, ReadOutcome, WriteOutcome};
+use super::endpoint::{PeerState, ReadOutcome, WriteOutcome};
 use super::listener::Listening;
 use super::poller::Poller;
 use super::{child, dual_channel, in_child, outgoing};
@@ -22,6 +22,7 @@ use crate::host::symbols::{TYPE_NAME, TYPE_NUMBER};
 use crate::panic::guard;
 use libc::{iovec, ssize_t};
 use std::ffi::{CStr, c_char, c_int, c_longlong, c_void};
+use std::io::IoSlice;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -46,7 +47,7 @@ fn guard_on<T>(what: &str, connection: *mut Connection, work: impl FnOnce() -> T
                 Poller::get().give_up(endpoint);
             } else {
                 // The server looks for itself when an I/O thread's job is over.
-                endpoint.worsen(Fate::Broken);
+                endpoint.stream().escalate(PeerState::Failed);
             }
         }
     }
@@ -155,7 +156,7 @@ unsafe extern "C" fn shutdown(connection: *mut Connection) {
         }
         // SAFETY: the server passes a live connection.
         if let Some(endpoint) = unsafe { (*ours(connection)).endpoint.clone() } {
-            endpoint.shut_down();
+            endpoint.stream().shut_down();
             Poller::get().mark_if_ready(&endpoint);
         }
     });
@@ -291,11 +292,12 @@ unsafe extern "C" fn write(
     length: usize,
 ) -> c_int {
     guard_on("write", connection, || {
-        // SAFETY: the server passes a live connection and `length` readable bytes.
+        // SAFETY: the server passes a live connection and `length` readable bytes, not null.
         unsafe {
-            let taken = write_pieces(connection, &[(data.cast(), length)]);
+            let bytes = std::slice::from_raw_parts(data.cast::<u8>(), length);
+            let taken = write_pieces(connection, &[IoSlice::new(bytes)]);
             if usize::try_from(taken) == Ok(length) {
-                dual_channel::look_at(std::slice::from_raw_parts(data.cast(), length));
+                dual_channel::look_at(bytes);
             }
             match &(*ours(connection)).endpoint {
                 Some(endpoint)
@@ -304,7 +306,6 @@ unsafe extern "C" fn write(
                         && !in_child()
                         && (*ours(connection)).is_blocking() =>
                 {
-                    let bytes = std::slice::from_raw_parts(data.cast::<u8>(), length);
                     let rest = &bytes[usize::try_from(taken).unwrap_or(0)..];
                     match outgoing::sync_write(Poller::get(), endpoint, rest, BLOCKING_WRITE) {
                         Ok(()) => length as c_int,
@@ -324,43 +325,41 @@ unsafe extern "C" fn writev(
     count: c_int,
 ) -> c_int {
     guard_on("writev", connection, || {
-        // SAFETY: the server passes `count` pieces.
-        let pieces = unsafe { std::slice::from_raw_parts(pieces, count.max(0) as usize) };
-        let pieces: Vec<_> = pieces
-            .iter()
-            .map(|piece| (piece.iov_base.cast_const().cast(), piece.iov_len))
-            .collect();
-        // SAFETY: as above; each piece is readable.
-        unsafe { write_pieces(connection, &pieces) }
+        // SAFETY: the server passes `count` pieces of its reply buffers, so each is readable and
+        // none is null; an `IoSlice` has the layout of an `iovec`.
+        unsafe {
+            let pieces =
+                std::slice::from_raw_parts(pieces.cast::<IoSlice<'_>>(), count.max(0) as usize);
+            write_pieces(connection, pieces)
+        }
     })
     .unwrap_or(ERR)
 }
 
 /// # Safety
-/// A live connection, readable pieces.
-unsafe fn write_pieces(connection: *mut Connection, pieces: &[(*const u8, usize)]) -> c_int {
+/// A live connection.
+unsafe fn write_pieces(connection: *mut Connection, pieces: &[IoSlice<'_>]) -> c_int {
+    if in_child() {
+        child::note_write();
+        set_errno(libc::ENOTCONN);
+        return ERR;
+    }
     // SAFETY: by the caller's promise.
-    unsafe {
-        if in_child() {
-            child::note_write();
-            set_errno(libc::ENOTCONN);
-            return ERR;
+    let (base, endpoint) = unsafe { (&*connection, &(*ours(connection)).endpoint) };
+    let Some(endpoint) = endpoint else {
+        base.fail(libc::ENOTCONN);
+        return ERR;
+    };
+    match endpoint.write(pieces) {
+        // A call takes far less than a number of this type holds.
+        WriteOutcome::Bytes(count) => count as c_int,
+        WriteOutcome::Again => {
+            set_errno(libc::EAGAIN);
+            ERR
         }
-        let Some(endpoint) = &(*ours(connection)).endpoint else {
-            (*connection).fail(libc::ENOTCONN);
-            return ERR;
-        };
-        match endpoint.write(pieces) {
-            // A call takes far less than a number of this type holds.
-            WriteOutcome::Bytes(count) => count as c_int,
-            WriteOutcome::Again => {
-                set_errno(libc::EAGAIN);
-                ERR
-            }
-            WriteOutcome::Broken => {
-                (*connection).fail(libc::EPIPE);
-                ERR
-            }
+        WriteOutcome::Broken => {
+            base.fail(libc::EPIPE);
+            ERR
         }
     }
 }

@@ -28,7 +28,7 @@ impl Poller {
     pub(super) fn watch_over(&self, endpoint: &Endpoint, tick: Duration, now: Millis) {
         let setting = self.settings().open().watchdog_timeout;
         let due = is_due(endpoint);
-        let still = endpoint.own().watch.tick(endpoint.progress(), due, now);
+        let still = endpoint.own().watch.tick(endpoint.stream().progress(), due, now);
         // Two ticks at least: the first may have come right before the work did.
         let patience = setting.div_ceil(tick.as_millis() as Millis).max(2);
         if setting > 0 && u64::from(still) >= patience {

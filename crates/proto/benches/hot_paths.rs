@@ -16,8 +16,11 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use valkey_rdma_proto::send_queue::{PayloadWrite, PostError, Transmit};
 use valkey_rdma_proto::session::{Reaction, Session, Timing};
-use valkey_rdma_proto::window::{Announcement, ReceiveWindow, SendLedger, SendWindow};
+use valkey_rdma_proto::staging::STEPS;
+use valkey_rdma_proto::stream::{ReadOutcome, Stream, Written};
+use valkey_rdma_proto::window::{Announcement, Chunk};
 use valkey_rdma_proto::wire::{Memory, Message};
 
 const SIZES: [usize; 3] = [64, 1024, 16 << 10];
@@ -27,24 +30,29 @@ const DEPTH: usize = 64;
 const TIMING: Timing =
     Timing { handshake: 10_000, keepalive: 5_000, answer: 60_000, linger: 500, delivery: 10_000 };
 
+fn stream() -> Stream<()> {
+    Stream::new(DEPTH, WINDOW, STEPS)
+}
+
 fn read(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("read");
     let received = vec![7_u8; WINDOW];
     let start = received.as_ptr() as u64;
     for size in SIZES {
-        let window = ReceiveWindow::new();
+        let stream = stream();
         let mut into = vec![0_u8; size];
         group.throughput(Throughput::Bytes(size as u64));
         group.bench_function(BenchmarkId::from_parameter(size), |bencher| {
             bencher.iter(|| {
-                if window.is_consumed() {
-                    window.announce(start, WINDOW as u32);
+                if stream.inbound().is_consumed() {
+                    stream.inbound().announce(start, WINDOW as u32);
                 }
-                window.arrived(size as u32).expect("the sizes divide the window");
-                let (address, count) = window.readable().expect("bytes arrived");
-                let offset = (address - start) as usize;
-                into.copy_from_slice(&received[offset..offset + count]);
-                window.consume(count);
+                stream.inbound().arrived(size as u32).expect("the sizes divide the window");
+                let outcome = stream.read(size, |address, count| {
+                    let offset = (address - start) as usize;
+                    into.copy_from_slice(&received[offset..offset + count]);
+                });
+                assert_eq!(outcome, ReadOutcome::Bytes(size));
                 black_box(&mut into);
             });
         });
@@ -52,30 +60,50 @@ fn read(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// Copies to staging memory, and keeps the last work request.
+struct Sender<'a> {
+    reply: &'a [u8],
+    staging: &'a mut [u8],
+    posted: Option<PayloadWrite>,
+}
+
+impl Transmit<()> for Sender<'_> {
+    type Staged = ();
+    type Error = ();
+
+    fn register(&mut self, _length: usize) -> Option<()> {
+        None
+    }
+
+    fn copy(&mut self, _region: Option<&()>, chunk: Chunk) {
+        self.staging[chunk.offset..chunk.offset + chunk.length].copy_from_slice(self.reply);
+    }
+
+    fn post(&mut self, (): (), write: PayloadWrite) -> Result<(), PostError<()>> {
+        self.posted = Some(write);
+        Ok(())
+    }
+}
+
 fn write(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("write");
     let mut staging = vec![0_u8; WINDOW];
     for size in SIZES {
-        let (outbound, ledger) = (SendWindow::default(), SendLedger::new(DEPTH, WINDOW, ()));
+        let stream = stream();
         let reply = vec![7_u8; size];
-        let mut left = 0;
         group.throughput(Throughput::Bytes(size as u64));
         group.bench_function(BenchmarkId::from_parameter(size), |bencher| {
             bencher.iter(|| {
-                if left == 0 {
+                if !stream.outbound().has_room() {
                     let new = Announcement { address: 0, length: WINDOW as u32, rkey: 1 };
-                    outbound.announce(new).expect("the last window is used up");
-                    left = outbound.take().expect("it waits").length;
+                    stream.outbound().announce(new).expect("the last window is used up");
                 }
-                let mut writer = ledger.writer().expect("nobody else writes");
-                let chunk = writer.chunk(size).expect("room, since completions come at once");
-                staging[chunk.offset..chunk.offset + chunk.length].copy_from_slice(&reply);
-                left -= chunk.length as u32;
-                outbound.publish_left(left);
-                let (sequence, signalled) = writer.enter(chunk.length);
-                drop(writer);
-                if signalled {
-                    ledger.retire(sequence.wrapping_add(1));
+                let mut sender = Sender { reply: &reply, staging: &mut staging, posted: None };
+                let written = stream.write(size, &mut sender);
+                assert_eq!(written, Written::Posted(size, None), "completions come at once");
+                let posted = sender.posted.expect("it was posted");
+                if posted.signalled {
+                    stream.outbound().retire(posted.sequence.wrapping_add(1));
                 }
                 black_box(&mut staging);
             });
@@ -86,12 +114,14 @@ fn write(criterion: &mut Criterion) {
 
 fn pass(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("pass");
-    let (inbound, outbound) = (ReceiveWindow::new(), SendWindow::default());
+    let stream = stream();
+    let (inbound, outbound) = (stream.inbound(), stream.outbound());
+    let mut staging = vec![0_u8; WINDOW];
     let mut session = Session::new(TIMING, 0);
     let announcement =
-        Message::RegisterXferMemory(Memory { address: 4096, length: 1 << 20, rkey: 1 }).encode();
+        Message::RegisterXferMemory(Memory { address: 4096, length: 1, rkey: 1 }).encode();
     session.establish();
-    session.message(&announcement, 0, &outbound, 0).expect("the first announcement");
+    session.message(&announcement, 0, outbound, 0).expect("the first announcement");
     session.handshake_completed_by_window();
     assert!(session.is_open());
 
@@ -102,7 +132,7 @@ fn pass(criterion: &mut Criterion) {
             if inbound.is_consumed() {
                 inbound.announce(0, WINDOW as u32);
             }
-            session.immediate(64, &inbound, now).expect("64 divides the window");
+            session.immediate(64, inbound, now).expect("64 divides the window");
             inbound.consume(64);
             black_box(inbound.unread())
         });
@@ -110,9 +140,10 @@ fn pass(criterion: &mut Criterion) {
     group.bench_function("announcement", |bencher| {
         bencher.iter(|| {
             now += 1;
-            outbound.take();
-            outbound.publish_left(0);
-            let reaction = session.message(black_box(&announcement), 0, &outbound, now);
+            let mut sender = Sender { reply: &[0], staging: &mut staging, posted: None };
+            outbound.write(1, &mut sender).expect("nobody else writes");
+            outbound.retire(now as u32 & 0x00ff_ffff);
+            let reaction = session.message(black_box(&announcement), 0, outbound, now);
             assert_eq!(reaction, Ok(Reaction::WindowOpened));
         });
     });

@@ -8,6 +8,9 @@
 //! * [`wire`]: the control messages.
 //! * [`window`]: the lock-free hand-overs between poller, reader and writer. The only part
 //!   with `unsafe` code.
+//! * [`staging`]: which staging memory there is.
+//! * [`send_queue`]: the send loop.
+//! * [`stream`]: the bytes of one connection, both ways.
 //! * [`session`]: the state of one connection.
 //! * [`buffer_size`], [`busy_poll`]: policies, each a pure function of what was measured.
 //!
@@ -19,6 +22,9 @@
 
 pub mod buffer_size;
 pub mod busy_poll;
+pub mod send_queue;
 pub mod session;
+pub mod staging;
+pub mod stream;
 pub mod window;
 pub mod wire;

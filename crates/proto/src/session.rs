@@ -17,7 +17,8 @@
 //! Whatever the peer sends is checked before it is used; a [`Violation`] ends the
 //! session.
 
-use crate::window::{Announcement, Overrun, ReceiveWindow, Refused, SendWindow};
+use crate::send_queue::SendQueue;
+use crate::window::{Announcement, Overrun, ReceiveWindow, Refused};
 use crate::wire::{DecodeError, MESSAGE_LEN, Memory, Message};
 use std::collections::VecDeque;
 use std::fmt;
@@ -184,11 +185,11 @@ impl Session {
     ///
     /// # Errors
     /// [`Violation`]: the connection must end.
-    pub fn message(
+    pub fn message<R>(
         &mut self,
         bytes: &[u8],
         slot: u16,
-        outbound: &SendWindow,
+        outbound: &SendQueue<R>,
         now: Millis,
     ) -> Result<Reaction, Violation> {
         self.last_heard = now;
@@ -360,9 +361,14 @@ impl Session {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+    use crate::staging::STEPS;
+
+    fn queue() -> SendQueue<()> {
+        SendQueue::new(8, 1024, STEPS)
+    }
 
     const TIMING: Timing =
         Timing { handshake: 100, keepalive: 50, answer: 500, linger: 20, delivery: 200 };
@@ -371,8 +377,8 @@ mod tests {
         Message::RegisterXferMemory(Memory { address: 0x1000, length, rkey: 1 }).encode()
     }
 
-    fn open() -> (Session, SendWindow, ReceiveWindow) {
-        let (mut session, send) = (Session::new(TIMING, 0), SendWindow::default());
+    fn open() -> (Session, SendQueue<()>, ReceiveWindow) {
+        let (mut session, send) = (Session::new(TIMING, 0), queue());
         session.message(&announcement(64), 0, &send, 0).unwrap();
         assert!(!session.handshake_completed_by_window());
         assert!(session.establish());
@@ -384,7 +390,7 @@ mod tests {
         let (session, ..) = open();
         assert!(session.is_open());
 
-        let (mut session, send) = (Session::new(TIMING, 0), SendWindow::default());
+        let (mut session, send) = (Session::new(TIMING, 0), queue());
         assert!(!session.establish());
         assert_eq!(
             session.message(&announcement(0), 0, &send, 0),

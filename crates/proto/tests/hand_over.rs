@@ -12,7 +12,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
-use valkey_rdma_proto::window::{Announcement, ReceiveWindow, SendLedger, SendWindow};
+use valkey_rdma_proto::send_queue::{PayloadWrite, PostError, SendQueue, Transmit};
+use valkey_rdma_proto::staging::Steps;
+use valkey_rdma_proto::window::{Announcement, Chunk, ReceiveWindow};
 
 /// Bytes that go each way.
 const TOTAL: u64 = 500_000;
@@ -21,6 +23,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Work requests in flight, and staging memory.
 const DEPTH: usize = 8;
 const STAGING: usize = 3000;
+/// No larger staging memory: regions of it can't be had.
+const NONE: Steps = [usize::MAX; 3];
 /// The longest buffer that is announced.
 const WINDOW: usize = 5000;
 
@@ -64,14 +68,6 @@ fn until(what: &str, mut step: impl FnMut() -> bool) {
     }
 }
 
-/// What belongs to the writer.
-#[derive(Default)]
-struct Outgoing {
-    window: Announcement,
-    used: u32,
-    written: u64,
-}
-
 /// A send queue: entries are stored before the number of them is.
 struct Queue {
     entries: [AtomicU64; DEPTH],
@@ -97,43 +93,48 @@ impl Queue {
 }
 
 struct Sending {
-    window: SendWindow,
-    ledger: SendLedger<Outgoing>,
+    sender: SendQueue<()>,
     staging: Memory,
     queue: Queue,
+    /// Bytes that were posted; stored by who has the right to write.
+    written: AtomicU64,
+}
+
+impl Transmit<()> for &Sending {
+    type Staged = Chunk;
+    type Error = ();
+
+    fn register(&mut self, _length: usize) -> Option<()> {
+        None
+    }
+
+    fn copy(&mut self, _region: Option<&()>, chunk: Chunk) -> Chunk {
+        self.staging.store(chunk.offset, chunk.length, self.written.load(Ordering::Relaxed));
+        chunk
+    }
+
+    fn post(&mut self, chunk: Chunk, write: PayloadWrite) -> Result<(), PostError<()>> {
+        self.written.fetch_add(chunk.length as u64, Ordering::Relaxed);
+        self.queue.post(chunk.offset, chunk.length, write.signalled);
+        Ok(())
+    }
 }
 
 impl Sending {
-    /// As the transport's write. Returns whether all is written.
+    /// Returns whether all is written.
     fn write(&self, rng: &mut Rng) -> bool {
-        let Some(mut writer) = self.ledger.writer() else { return false };
-        for _ in 0..rng.u32(1..5) {
-            if writer.used == writer.window.length {
-                let Some(window) = self.window.take() else { break };
-                writer.window = window;
-                writer.used = 0;
-            }
-            let room = u64::from(writer.window.length - writer.used);
-            let wanted = room.min(TOTAL - writer.written).min(rng.u64(1..2000));
-            let Some(chunk) = writer.chunk(wanted as usize) else { break };
-            self.staging.store(chunk.offset, chunk.length, writer.written);
-            writer.written += chunk.length as u64;
-            writer.used += chunk.length as u32;
-            self.window.publish_left(writer.window.length - writer.used);
-            let (_, signalled) = writer.enter(chunk.length);
-            self.queue.post(chunk.offset, chunk.length, signalled);
-        }
-        writer.written == TOTAL
+        self.sender.write(rng.usize(1..8000), &mut &*self);
+        self.written.load(Ordering::Relaxed) == TOTAL
     }
 }
 
 #[test]
 fn bytes_are_sent_in_order_by_whichever_thread_has_the_right_to_write() {
     let sending = Arc::new(Sending {
-        window: SendWindow::default(),
-        ledger: SendLedger::new(DEPTH, STAGING, Outgoing::default()),
+        sender: SendQueue::new(DEPTH, STAGING, NONE),
         staging: Memory::new(STAGING),
         queue: Queue { entries: Default::default(), posted: AtomicU64::new(0) },
+        written: AtomicU64::new(0),
     });
     let writers = [1, 2].map(|seed| {
         let sending = Arc::clone(&sending);
@@ -145,9 +146,10 @@ fn bytes_are_sent_in_order_by_whichever_thread_has_the_right_to_write() {
     let (mut received, mut room, mut number) = (0, 0, 0);
     until("sending", || {
         if room == 0 {
-            let length = rng.usize(1..=WINDOW);
+            // As much as is to be written, over all windows.
+            let length = rng.usize(1..=WINDOW).min((TOTAL - received) as usize);
             let announcement = Announcement { address: received, length: length as u32, rkey: 0 };
-            sending.window.announce(announcement).expect("the one before is used up");
+            sending.sender.announce(announcement).expect("the one before is used up");
             room = length;
         }
         if let Some((offset, length, signalled)) = sending.queue.take(number) {
@@ -156,7 +158,7 @@ fn bytes_are_sent_in_order_by_whichever_thread_has_the_right_to_write() {
             room -= length;
             number += 1;
             if signalled {
-                assert!(sending.ledger.retire(number as u32 & 0x00ff_ffff));
+                assert!(sending.sender.retire(number as u32 & 0x00ff_ffff));
             }
         }
         received == TOTAL

@@ -20,7 +20,6 @@ mod control;
 pub mod place;
 mod receiving;
 mod sending;
-mod staging;
 pub mod watch;
 
 use activity::Activity;
@@ -35,15 +34,15 @@ use crate::metrics::{Counter, METRICS};
 use control::{CONTROL_BYTES, CONTROL_SLOTS, RECEIVE_SLOTS, SMALL_STAGING};
 use proto::buffer_size;
 use proto::session::{Millis, Session, Timing};
-pub use proto::window::Fate;
-use proto::window::{ReceiveWindow, SendLedger, SendWindow, SharedFate};
-pub use receiving::ReadOutcome;
+use proto::staging::STEPS;
+pub use proto::stream::ReadOutcome;
+use proto::stream::Stream;
+pub use proto::window::PeerState;
 use receiving::Receive;
-use sending::Outgoing;
 pub use sending::WriteOutcome;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::AtomicI32;
 use verbs::Error;
 use verbs::account;
 use verbs::cm::{Id, IdKey};
@@ -65,19 +64,14 @@ const ENTRIES: u32 = SEND_DEPTH + RECEIVE_SLOTS as u32;
 pub struct Endpoint {
     // In the order in which things may be destroyed.
     pair: QueuePair,
-    inbound: ReceiveWindow,
-    /// The regions behind `inbound`.
+    /// The windows, and larger staging memory.
+    stream: Stream<Region>,
+    /// The receive buffers.
     receive: MainCell<Receive>,
-    outbound: SendWindow,
-    ledger: SendLedger<Outgoing>,
     control: Region,
-    fate: SharedFate,
-    /// The send queue refused a work request that it should have taken.
-    refused: AtomicBool,
-    /// The error number with which it refused one for good, for the log; 0 for none.
+    /// The error number with which the send queue refused a write for good, for the log; 0 for
+    /// none.
     refusal: AtomicI32,
-    /// The server has shut the connection down, and will close it.
-    shut: AtomicBool,
     activity: Activity,
     key: Key,
     peer: Option<SocketAddr>,
@@ -231,15 +225,10 @@ impl Endpoint {
         })?;
         let endpoint = Self {
             pair,
-            inbound: ReceiveWindow::new(),
+            stream: Stream::new(PAYLOAD_DEPTH, SMALL_STAGING, STEPS),
             receive,
-            outbound: SendWindow::default(),
-            ledger: SendLedger::new(PAYLOAD_DEPTH, SMALL_STAGING, Outgoing::default()),
             control,
-            fate: SharedFate::default(),
-            refused: AtomicBool::new(false),
             refusal: AtomicI32::new(0),
-            shut: AtomicBool::new(false),
             activity: Activity::new(plan.now),
             key: plan.key,
             peer: id.peer_address(),
@@ -317,34 +306,9 @@ impl Endpoint {
         stage.gauge().add(1);
     }
 
-    /// What became of the peer; any thread.
-    pub fn fate(&self) -> Fate {
-        self.fate.get()
-    }
-
-    /// It gets no better: `Gone` after `Alive`, `Broken` after both.
-    pub fn worsen(&self, fate: Fate) {
-        self.fate.worsen(fate);
-    }
-
-    /// Nothing is read or written any more. What was written is delivered all the same.
-    pub fn shut_down(&self) {
-        self.shut.store(true, Ordering::Relaxed);
-    }
-
-    /// Whether the server has shut the connection down.
-    pub(super) fn is_shut(&self) -> bool {
-        self.shut.load(Ordering::Relaxed)
-    }
-
-    /// The send window, for the session.
-    pub fn outbound(&self) -> &SendWindow {
-        &self.outbound
-    }
-
-    /// The receive window, for the session.
-    pub fn inbound(&self) -> &ReceiveWindow {
-        &self.inbound
+    /// The windows, and what became of the peer. Any thread.
+    pub fn stream(&self) -> &Stream<Region> {
+        &self.stream
     }
 
     /// Whether one of the server's handlers has something to do. Main thread.
@@ -382,11 +346,6 @@ impl Endpoint {
     /// The hub's number of its completion queue.
     pub fn queue(&self) -> usize {
         self.reservation.queue()
-    }
-
-    /// A number that grows with every byte read and work request posted.
-    pub fn progress(&self) -> u64 {
-        self.inbound.total_read().wrapping_add(self.ledger.total_posted())
     }
 
     /// The connection is established: makes an early peer's retries quick.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! What the peer writes: the receive buffers, their announcements, and the copy out of them.
 
-use super::{Endpoint, Fate};
+use super::{Endpoint, PeerState, ReadOutcome};
 use crate::host::main_cell::is_main_thread;
 use crate::metrics::METRICS;
 use crate::time;
@@ -11,19 +11,6 @@ use proto::wire::{Memory, Message};
 use std::ptr;
 use verbs::Error;
 use verbs::mr::{Access, Region};
-
-/// What a read came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReadOutcome {
-    /// So many bytes.
-    Bytes(usize),
-    /// None yet.
-    Again,
-    /// None any more.
-    End,
-    /// The connection is broken.
-    Broken,
-}
 
 /// The receive buffers.
 #[derive(Debug)]
@@ -43,7 +30,7 @@ pub(super) struct Receive {
 impl Endpoint {
     /// Whether the read handler has something to do.
     pub fn is_readable(&self) -> bool {
-        self.inbound.unread() > 0 || self.fate() != Fate::Alive || self.is_shut()
+        self.stream.is_readable()
     }
 
     /// Copies received bytes to `to`. Any thread, one at a time.
@@ -51,33 +38,22 @@ impl Endpoint {
     /// # Safety
     /// `to` is writable for `length` bytes.
     pub unsafe fn read(&self, to: *mut u8, length: usize) -> ReadOutcome {
-        let fate = self.fate();
-        if fate == Fate::Broken {
-            return ReadOutcome::Broken;
+        let outcome = self.stream.read(length, |address, count| {
+            // SAFETY: the window says that these bytes of the receive buffer arrived and
+            // were not read. Until they are consumed the buffer is not freed nor announced,
+            // and the peer may not write there (one that does spoils its own request); `to`
+            // is the caller's.
+            unsafe {
+                let from = ptr::with_exposed_provenance::<u8>(address as usize);
+                ptr::copy_nonoverlapping(from, to, count);
+            };
+        });
+        if let ReadOutcome::Bytes(count) = outcome {
+            METRICS.bytes_received.add(count as u64);
+            let reads = if is_main_thread() { &METRICS.reads_main } else { &METRICS.reads_io };
+            reads.add(1);
         }
-        if self.is_shut() {
-            return ReadOutcome::End;
-        }
-        let Some((address, waiting)) = self.inbound.readable() else {
-            return if fate == Fate::Gone { ReadOutcome::End } else { ReadOutcome::Again };
-        };
-        let count = waiting.min(length);
-        if count == 0 {
-            return ReadOutcome::Again;
-        }
-        // SAFETY: the window says that these bytes of the receive buffer arrived and
-        // were not read. Until they are consumed the buffer is not freed nor announced,
-        // and the peer may not write there (one that does spoils its own request); `to`
-        // is the caller's.
-        unsafe {
-            let from = ptr::with_exposed_provenance::<u8>(address as usize);
-            ptr::copy_nonoverlapping(from, to, count);
-        };
-        self.inbound.consume(count);
-        METRICS.bytes_received.add(count as u64);
-        let reads = if is_main_thread() { &METRICS.reads_main } else { &METRICS.reads_io };
-        reads.add(1);
-        ReadOutcome::Bytes(count)
+        outcome
     }
 
     /// Bytes of the receive buffers.
@@ -89,10 +65,10 @@ impl Endpoint {
     /// Whether the receive window is consumed and nobody has tried to announce it. Main thread.
     pub fn is_announcement_missed(&self) -> bool {
         let own = self.own();
-        self.inbound.is_consumed()
+        self.stream.inbound().is_consumed()
             && !own.announcement_due
             && own.session.is_established()
-            && self.fate() == Fate::Alive
+            && self.stream.peer_state() == PeerState::Connected
     }
 
     /// Opens the receive window again if it is full, and consumed or there is another
@@ -104,8 +80,8 @@ impl Endpoint {
         let own = self.own();
         let due = own.announcement_due;
         let wanted = own.session.is_established()
-            && (due || self.inbound.is_full())
-            && self.fate() == Fate::Alive;
+            && (due || self.stream.inbound().is_full())
+            && self.stream.peer_state() == PeerState::Connected;
         drop(own);
         if !wanted || (!due && !self.turn_receive_buffer()) {
             return Ok(());
@@ -118,7 +94,7 @@ impl Endpoint {
         };
         drop(receive);
         if !due {
-            self.inbound.announce(memory.address, memory.length);
+            self.stream.inbound().announce(memory.address, memory.length);
         }
         let message = Message::RegisterXferMemory(memory);
         let sent = self.send_control(message)?;
@@ -150,7 +126,7 @@ impl Endpoint {
                 .inspect_err(|error| log::debug!("connection of {}: {error}", self.peer_text()))
                 .ok()
         };
-        if self.inbound.is_consumed() {
+        if self.stream.inbound().is_consumed() {
             if !two {
                 receive.other = None;
             }
@@ -160,7 +136,7 @@ impl Endpoint {
                 receive.region = region;
             }
         } else {
-            if !two || !self.inbound.is_other_free() {
+            if !two || !self.stream.inbound().is_other_free() {
                 return false;
             }
             let Some(next) = receive.other.take().filter(fits).or_else(new) else { return false };

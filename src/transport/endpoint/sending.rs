@@ -1,23 +1,22 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! What is written to the peer: the copy into staging memory, the work requests for it, and
-//! the memory itself.
+//! What is written to the peer: the memory that the send loop copies into, and the work
+//! requests that it posts.
 
-use super::activity::Shortage;
 use super::control::{SMALL_STAGING, STAGING_AT};
-use super::staging::Staging;
-use super::{Endpoint, Fate};
+use super::{Endpoint, activity};
 use crate::host::main_cell::is_main_thread;
 use crate::metrics::METRICS;
 use crate::transport::key::Work;
-use proto::window::{Announcement, Writer};
+use proto::send_queue::{PayloadWrite, PostError, Shortage, Transmit};
+use proto::stream::Written;
+use proto::window::Chunk;
+use std::io::IoSlice;
 use std::ptr;
 use std::sync::atomic::Ordering;
 use verbs::Error;
 use verbs::mr::{Access, Region};
 use verbs::qp::{Slice, Target};
 
-/// Most bytes of one work request: the device sends one piece while the next is copied.
-const PIECE: usize = 256 * 1024;
 /// Most bytes of one call of the server: who is given more than any device sends while it is
 /// copied would keep the thread from others, and the server can't be answered 2 GiB.
 const CALL: usize = 64 << 20;
@@ -33,105 +32,38 @@ pub enum WriteOutcome {
     Broken,
 }
 
-/// What belongs to the writer, whoever that is at the moment.
-#[derive(Debug, Default)]
-pub(super) struct Outgoing {
-    window: Announcement,
-    used: u32,
-    larger: Staging<Region>,
-}
-
 impl Endpoint {
     /// Whether the write handler has something to do.
     pub fn is_writable(&self) -> bool {
-        match self.fate() {
-            Fate::Alive => {
-                self.outbound.has_room()
-                    && self.ledger.credit() > 0
-                    // Somebody who writes at this moment will be followed by an update.
-                    && self.ledger.writer().is_some_and(|mut writer| writer.free() > 0)
-            }
-            Fate::Gone | Fate::Broken => true,
-        }
+        self.stream.is_writable()
     }
 
     /// Writes as much of `pieces` as the peer's window, the staging memory and the
-    /// send queue take, and returns at once. Any thread, one at a time.
-    ///
-    /// # Safety
-    /// Every piece is readable: its address, and its length in bytes.
-    pub unsafe fn write(&self, pieces: &[(*const u8, usize)]) -> WriteOutcome {
+    /// send queue take, and returns at once. Any thread; who writes while somebody else does
+    /// is told to come again.
+    pub fn write(&self, pieces: &[IoSlice<'_>]) -> WriteOutcome {
         let total = at_once(pieces);
-        match self.fate() {
-            Fate::Alive => {}
-            // As a socket does after the peer's close: the commands that it sent
-            // before are all carried out, their replies have nowhere to go.
-            Fate::Gone => return WriteOutcome::Bytes(total),
-            Fate::Broken => return WriteOutcome::Broken,
-        }
-        if self.is_shut() {
-            return WriteOutcome::Broken;
-        }
-        let Some(mut writer) = self.ledger.writer() else {
-            return WriteOutcome::Again;
-        };
-        let mut source = Source { pieces, within: 0 };
-        let mut done = 0;
-        let mut shortage = Shortage::Staging;
-        while done < total {
-            if writer.used == writer.window.length {
-                let Some(window) = self.outbound.take() else {
-                    shortage = Shortage::Window;
-                    break;
-                };
-                writer.window = window;
-                writer.used = 0;
-            }
-            let room = (writer.window.length - writer.used) as usize;
-            let wanted = (total - done).min(room);
-            self.enlarge_staging(&mut writer, wanted);
-            let Some(chunk) = writer.chunk(wanted.min(PIECE)) else { break };
-            let staging = self.staging(&writer);
-            // SAFETY: the chunk lies in the staging memory and is nobody else's
-            // until its completion; the pieces are readable by the caller's promise.
-            unsafe { source.copy_to(staging.0.add(chunk.offset), chunk.length) };
-            let bytes = Slice {
-                // SAFETY: inside the staging memory.
-                address: unsafe { staging.0.add(chunk.offset) } as u64,
-                length: chunk.length as u32,
-                local_key: staging.1,
+        let source = Source { pieces, within: 0 };
+        let (done, shortage) =
+            match self.stream.write(total, &mut Sender { endpoint: self, source }) {
+                Written::Posted(done, shortage) => (done, shortage),
+                Written::Discarded => return WriteOutcome::Bytes(total),
+                Written::Busy => return WriteOutcome::Again,
+                Written::Broken => return WriteOutcome::Broken,
             };
-            let target = Target {
-                address: writer.window.address + u64::from(writer.used),
-                rkey: writer.window.rkey,
-            };
-            writer.used += chunk.length as u32;
-            self.outbound.publish_left(writer.window.length - writer.used);
-            let (sequence, signalled) = writer.enter(chunk.length);
-            let work_request = self.key.work_request(Work::Payload(sequence));
-            if let Err(error) = self.pair.post_write(work_request, bytes, target, signalled) {
-                writer.take_back(chunk.length);
-                writer.used -= chunk.length as u32;
-                self.outbound.publish_left(writer.window.length - writer.used);
-                if error.is_about_room() {
-                    // A full send queue is no error: the clock looks again.
-                    self.refused.store(true, Ordering::Relaxed);
-                    break;
-                }
-                METRICS.posts_refused.add(1);
-                self.refusal.store(error.errno, Ordering::Relaxed);
-                self.worsen(Fate::Gone);
-                break;
-            }
-            done += chunk.length;
-        }
-        drop(writer);
         let main = is_main_thread();
         if done > 0 {
             self.activity.wrote(done as u64);
         }
-        if done < total {
-            self.activity.hold_back(shortage);
+        if let Some(shortage) = shortage {
+            if let Shortage::Failed(error) = shortage {
+                METRICS.posts_refused.add(1);
+                self.refusal.store(error.errno, Ordering::Relaxed);
+            }
+            self.activity.hold_back(match shortage {
+                Shortage::Window => activity::Shortage::Window,
+                Shortage::Staging | Shortage::Failed(_) => activity::Shortage::Staging,
+            });
             if main { &METRICS.short_writes_main } else { &METRICS.short_writes_io }.add(1);
         }
         if done == 0 {
@@ -142,34 +74,9 @@ impl Endpoint {
         WriteOutcome::Bytes(done)
     }
 
-    /// Start and local key of the present staging memory.
-    fn staging(&self, writer: &Writer<'_, Outgoing>) -> (*mut u8, u32) {
-        match writer.larger.present() {
-            Some(region) => (region.start(), region.local_key()),
-            // SAFETY: inside the control region.
-            None => (unsafe { self.control.start().add(STAGING_AT) }, self.control.local_key()),
-        }
-    }
-
-    /// Gets larger staging memory if what is free does not do for `wanted` bytes.
-    fn enlarge_staging(&self, writer: &mut Writer<'_, Outgoing>, wanted: usize) {
-        if wanted <= writer.free() {
-            return;
-        }
-        let (window, capacity) = (writer.window.length as usize, writer.capacity());
-        let make = |length| Region::new(&self.domain, length, Access::Local);
-        match writer.larger.enlarge(wanted, window, capacity, make) {
-            Ok(Some(length)) => writer.install(length),
-            Ok(None) => {}
-            // Slower but right with what there is.
-            Err(error) => log::debug!("connection of {}: {error}", self.peer_text()),
-        }
-    }
-
     /// Bytes of all staging memory, unless somebody writes at this moment.
     pub fn staging_bytes(&self) -> Option<usize> {
-        let writer = self.ledger.writer()?;
-        Some(SMALL_STAGING + writer.larger.all().map(Region::length).sum::<usize>())
+        self.stream.outbound().staging_bytes(Region::length)
     }
 
     /// Gives larger staging memory back, and the second receive buffer, if nothing was
@@ -177,53 +84,27 @@ impl Endpoint {
     /// probe would show that: the last work requests may not be signalled, and its completion
     /// stands for theirs. Main thread.
     pub fn shrink_if_idle(&self) -> bool {
+        let queue = self.stream.outbound();
         let quiet = self.is_quiet();
-        if quiet && self.inbound.is_other_free() {
+        if quiet && self.stream.inbound().is_other_free() {
             self.receive.open().other = None;
         }
-        let posted = self.ledger.total_posted();
+        let posted = queue.total_posted();
         let mut own = self.own();
         let paused = posted == own.posted_before[0];
         own.posted_before = [posted, own.posted_before[0]];
         drop(own);
-        if !quiet || !self.ledger.is_idle() {
-            let keeps = |writer: Writer<'_, Outgoing>| writer.larger.present().is_some();
-            return paused && !self.ledger.is_idle() && self.ledger.writer().is_some_and(keeps);
+        if !quiet || !queue.is_idle() {
+            return paused && !queue.is_idle() && queue.has_larger_staging();
         }
-        if let Some(mut writer) = self.ledger.idle_writer()
-            && writer.larger.present().is_some()
-        {
-            writer.larger.clear();
-            writer.install(SMALL_STAGING);
-        }
+        queue.release_staging();
         false
     }
 
     /// Whether nothing was written for at least one tick of the slow clock.
     pub fn is_quiet(&self) -> bool {
-        let posted = self.ledger.total_posted();
+        let posted = self.stream.outbound().total_posted();
         self.own().posted_before == [posted; 2]
-    }
-
-    /// Payload writes that are not known to have arrived.
-    pub fn writes_in_flight(&self) -> u64 {
-        self.ledger.in_flight()
-    }
-
-    /// Payload up to and without `sequence` has arrived.
-    pub fn payload_completed(&self, sequence: u32) {
-        self.ledger.retire(sequence);
-    }
-
-    /// Whether every payload that was posted is known to have arrived.
-    pub fn is_delivered(&self) -> bool {
-        self.ledger.is_idle()
-    }
-
-    /// Whether a work request was refused since the last call, so that no completion
-    /// may be on its way that would bring the writer back.
-    pub fn take_refused(&self) -> bool {
-        self.refused.swap(false, Ordering::Relaxed)
     }
 
     /// The error number with which the device refused a write for good, once. Main thread.
@@ -231,35 +112,76 @@ impl Endpoint {
         Some(self.refusal.swap(0, Ordering::Relaxed)).filter(|errno| *errno != 0)
     }
 
-    /// Whether nothing was written yet.
-    pub fn is_unwritten(&self) -> bool {
-        self.ledger.total_posted() == 0
-    }
-
     /// Posts a probe; `false` if somebody is writing at this moment. Main thread.
     ///
     /// # Errors
     /// If the queue pair does not take it.
     pub fn post_probe(&self) -> Result<bool, Error> {
-        // With the writer's lock: a payload that has its number already, but is not
-        // posted yet, would otherwise be taken for one that the probe came after.
-        let Some(writer) = self.ledger.writer() else { return Ok(false) };
-        let sequence = writer.next_sequence();
-        self.pair.post_probe(self.key.work_request(Work::Probe(sequence)))?;
-        drop(writer);
+        let post = |next| self.pair.post_probe(self.key.work_request(Work::Probe(next)));
+        let Some(posted) = self.stream.outbound().probe(post) else { return Ok(false) };
+        posted?;
         METRICS.keepalive_probes.add(1);
         Ok(true)
     }
 }
 
+/// One write of the server: its bytes, and the endpoint that they go through.
+struct Sender<'a> {
+    endpoint: &'a Endpoint,
+    source: Source<'a>,
+}
+
+impl Transmit<Region> for Sender<'_> {
+    type Staged = Slice;
+    type Error = Error;
+
+    fn register(&mut self, length: usize) -> Option<Region> {
+        let Endpoint { domain, .. } = self.endpoint;
+        // Slower but right with what there is.
+        let log = |error: &Error| {
+            log::debug!("connection of {}: {error}", self.endpoint.peer_text());
+        };
+        Region::new(domain, length, Access::Local).inspect_err(log).ok()
+    }
+
+    fn copy(&mut self, region: Option<&Region>, chunk: Chunk) -> Slice {
+        let (region, start) = match region {
+            Some(region) => (region, 0),
+            None => (&self.endpoint.control, STAGING_AT),
+        };
+        let length = if start == 0 { region.length() } else { SMALL_STAGING };
+        debug_assert!(chunk.offset + chunk.length <= length);
+        // SAFETY: the chunk lies in the staging memory and is nobody else's until its
+        // completion.
+        let place = unsafe {
+            let place = region.start().add(start + chunk.offset);
+            self.source.copy_to(place, chunk.length);
+            place
+        };
+        Slice { address: place as u64, length: chunk.length as u32, local_key: region.local_key() }
+    }
+
+    fn post(&mut self, staged: Slice, write: PayloadWrite) -> Result<(), PostError<Error>> {
+        let Endpoint { pair, key, .. } = self.endpoint;
+        let work_request = key.work_request(Work::Payload(write.sequence));
+        let target = Target { address: write.address, rkey: write.rkey };
+        pair.post_write(work_request, staged, target, write.signalled).map_err(post_error)
+    }
+}
+
+/// Whether a queue pair has no room or fails.
+fn post_error(error: Error) -> PostError<Error> {
+    if error.is_about_room() { PostError::Full } else { PostError::Failed(error) }
+}
+
 /// How many bytes of these pieces one call takes at most.
-fn at_once(pieces: &[(*const u8, usize)]) -> usize {
-    pieces.iter().fold(0, |sum: usize, piece| sum.saturating_add(piece.1)).min(CALL)
+fn at_once(pieces: &[IoSlice<'_>]) -> usize {
+    pieces.iter().fold(0, |sum: usize, piece| sum.saturating_add(piece.len())).min(CALL)
 }
 
 /// Bytes to send, in pieces.
 struct Source<'a> {
-    pieces: &'a [(*const u8, usize)],
+    pieces: &'a [IoSlice<'a>],
     /// Bytes of the first piece that were copied already.
     within: usize,
 }
@@ -268,19 +190,19 @@ impl Source<'_> {
     /// Copies the next `length` bytes, of which there must be as many.
     ///
     /// # Safety
-    /// The pieces are readable, `to` is writable for `length` bytes.
+    /// `to` is writable for `length` bytes.
     unsafe fn copy_to(&mut self, mut to: *mut u8, mut length: usize) {
         while length > 0 {
-            let (start, size) = self.pieces[0];
-            let count = (size - self.within).min(length);
+            let rest = &self.pieces[0][self.within..];
+            let count = rest.len().min(length);
             // SAFETY: by the caller's promise; the two never overlap, one is ours.
             unsafe {
-                ptr::copy_nonoverlapping(start.add(self.within), to, count);
+                ptr::copy_nonoverlapping(rest.as_ptr(), to, count);
                 to = to.add(count);
             }
             length -= count;
             self.within += count;
-            if self.within == size {
+            if self.within == self.pieces[0].len() {
                 self.pieces = &self.pieces[1..];
                 self.within = 0;
             }
@@ -294,23 +216,17 @@ mod tests {
 
     #[test]
     fn one_call_takes_no_more_than_the_server_can_be_told() {
-        let pieces = |lengths: &[usize]| -> Vec<_> {
-            lengths.iter().map(|length| (ptr::null(), *length)).collect()
-        };
-        assert_eq!(at_once(&pieces(&[])), 0);
-        assert_eq!(at_once(&pieces(&[3, 0, 4])), 7);
-        for large in [&[CALL + 1][..], &[1 << 31, 1 << 31], &[usize::MAX, 1]] {
-            assert_eq!(at_once(&pieces(large)), CALL);
-        }
+        assert_eq!(at_once(&[]), 0);
+        assert_eq!(at_once(&[b"one", &b""[..], b"four"].map(IoSlice::new)), 7);
+        let large = vec![0; CALL / 2 + 1];
+        assert_eq!(at_once(&[IoSlice::new(&large)]), large.len());
+        assert_eq!(at_once(&[IoSlice::new(&large), IoSlice::new(&large)]), CALL);
     }
 
     #[test]
     fn pieces_are_joined_in_order_whatever_the_steps() {
         let text = b"one two three";
-        let pieces: Vec<_> = [&text[..3], &text[3..3], &text[3..8], &text[8..]]
-            .iter()
-            .map(|piece| (piece.as_ptr(), piece.len()))
-            .collect();
+        let pieces = [&text[..3], &text[3..3], &text[3..8], &text[8..]].map(IoSlice::new);
         for step in 1..=text.len() {
             let mut source = Source { pieces: &pieces, within: 0 };
             let mut out = vec![0_u8; text.len()];

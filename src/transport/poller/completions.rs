@@ -4,7 +4,7 @@
 use super::Poller;
 use crate::metrics::METRICS;
 use crate::time;
-use crate::transport::endpoint::{Endpoint, Fate, Reason};
+use crate::transport::endpoint::{Endpoint, PeerState, Reason};
 use crate::transport::hub::{Hub, Progress, Which};
 use crate::transport::key::{Key, Work};
 use proto::busy_poll::Nanos;
@@ -72,7 +72,7 @@ impl Poller {
                 }
                 // Of a peer that has left nothing else is to be expected.
                 let left = endpoint.own().reason == Some(Reason::Client);
-                if endpoint.fate() == Fate::Alive && !left {
+                if endpoint.stream().peer_state() == PeerState::Connected && !left {
                     let why = if status.is_flush() {
                         // Nothing of ours failed: the device refused what the peer tried.
                         String::from(
@@ -84,7 +84,7 @@ impl Poller {
                     };
                     self.say_lost(endpoint, &why);
                 }
-                self.lose(endpoint, Fate::Gone, Reason::Error);
+                self.lose(endpoint, PeerState::Disconnected, Reason::Error);
             }
             Outcome::Unexpected(code) => self.violate(endpoint, Violation::Operation(code)),
             Outcome::Received(length) => {
@@ -94,7 +94,8 @@ impl Poller {
             Outcome::Immediate(count) => {
                 let Work::Receive(slot) = work else { return };
                 let now = time::now();
-                let result = endpoint.own().session.immediate(count, endpoint.inbound(), now);
+                let result =
+                    endpoint.own().session.immediate(count, endpoint.stream().inbound(), now);
                 match result {
                     Ok(()) => {
                         self.post_again(endpoint, slot);
@@ -107,12 +108,12 @@ impl Poller {
             }
             Outcome::Sent => match work {
                 Work::Payload(sequence) => {
-                    endpoint.payload_completed((sequence + 1) & 0x00ff_ffff);
+                    endpoint.stream().outbound().retire((sequence + 1) & 0x00ff_ffff);
                     endpoint.own().session.payload_completed(time::now());
                     self.delivered(endpoint);
                 }
                 Work::Probe(sequence) => {
-                    endpoint.payload_completed(sequence);
+                    endpoint.stream().outbound().retire(sequence);
                     endpoint.own().session.probe_completed(time::now());
                     self.delivered(endpoint);
                 }
@@ -139,7 +140,7 @@ impl Poller {
     fn receive_message(&self, endpoint: &Arc<Endpoint>, slot: u16, length: u32) {
         let bytes = endpoint.received(slot, length);
         let reaction =
-            endpoint.own().session.message(&bytes, slot, endpoint.outbound(), time::now());
+            endpoint.own().session.message(&bytes, slot, endpoint.stream().outbound(), time::now());
         match reaction {
             Ok(Reaction::Nothing) => self.post_again(endpoint, slot),
             Ok(Reaction::WindowOpened) => {
@@ -157,7 +158,7 @@ impl Poller {
     }
 
     fn post_again(&self, endpoint: &Arc<Endpoint>, slot: u16) {
-        if endpoint.fate() == Fate::Alive {
+        if endpoint.stream().peer_state() == PeerState::Connected {
             self.attempt(endpoint, endpoint.post_receive_again(slot));
         }
     }

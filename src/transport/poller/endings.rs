@@ -7,7 +7,7 @@ use crate::host::api;
 use crate::metrics::METRICS;
 use crate::panic::guard;
 use crate::time;
-use crate::transport::endpoint::{Endpoint, Fate, Reason, Stage};
+use crate::transport::endpoint::{Endpoint, PeerState, Reason, Stage};
 use crate::transport::hub::Hub;
 use crate::transport::teardown;
 use log::Level;
@@ -58,7 +58,7 @@ impl Poller {
                     endpoint.own().failure = -event.status;
                 }
                 self.say_lost(&endpoint, &why);
-                self.lose(&endpoint, Fate::Gone, Reason::Error);
+                self.lose(&endpoint, PeerState::Disconnected, Reason::Error);
             }
             EventKind::AddressChange => {
                 let what = format!("address of the connection of {} changed", endpoint.peer_text());
@@ -88,7 +88,7 @@ impl Poller {
         METRICS.devices_lost.add(1);
         let mut ended = 0;
         for endpoint in self.endpoints().iter().filter(|it| Arc::ptr_eq(&it.hub(), hub)) {
-            self.lose(endpoint, Fate::Gone, Reason::Error);
+            self.lose(endpoint, PeerState::Disconnected, Reason::Error);
             ended += 1;
         }
         let what = format!("device {} is lost: {why}; its {ended} connections end", hub.name());
@@ -104,7 +104,7 @@ impl Poller {
         for (key, horizon) in leaving {
             let Some(endpoint) = self.find(key) else { continue };
             if endpoint.hub().is_beyond(endpoint.queue(), horizon) {
-                self.lose(&endpoint, Fate::Gone, Reason::Client);
+                self.lose(&endpoint, PeerState::Disconnected, Reason::Client);
             } else {
                 self.leaving.open().push((key, horizon));
             }
@@ -161,10 +161,10 @@ impl Poller {
     pub fn attempt(&self, endpoint: &Arc<Endpoint>, result: Result<(), Error>) {
         if let Err(error) = result {
             METRICS.posts_refused.add(1);
-            if endpoint.fate() == Fate::Alive {
+            if endpoint.stream().peer_state() == PeerState::Connected {
                 self.say_refused(endpoint, error);
             }
-            self.lose(endpoint, Fate::Gone, Reason::Error);
+            self.lose(endpoint, PeerState::Disconnected, Reason::Error);
         }
     }
 
@@ -178,7 +178,7 @@ impl Poller {
     fn say_refused(&self, endpoint: &Endpoint, error: Error) {
         let device = endpoint.hub();
         let why = format!("{error}; device {}", device.name());
-        if endpoint.is_unwritten() && error.is_about_ability() {
+        if endpoint.stream().outbound().total_posted() == 0 && error.is_about_ability() {
             let hint = "if no client is answered, the device can't do RDMA writes with \
                         immediate data, which the protocol needs";
             self.say_lost(endpoint, &format!("{why}; {hint}"));
@@ -201,7 +201,7 @@ impl Poller {
 
     /// The peer broke the protocol: that is said, and the connection is over.
     pub(super) fn violate(&self, endpoint: &Arc<Endpoint>, violation: Violation) {
-        if endpoint.fate() != Fate::Broken {
+        if endpoint.stream().peer_state() != PeerState::Failed {
             METRICS.violated(&violation);
             // Also where the server has closed already, or the peer has left.
             endpoint.own().reason = Some(Reason::Violation);
@@ -209,14 +209,12 @@ impl Poller {
             let message = format_args!("client {peer} broke the protocol: {violation}");
             self.violations.open().log(time::now(), Level::Warn, message);
         }
-        self.lose(endpoint, Fate::Broken, Reason::Violation);
+        self.lose(endpoint, PeerState::Failed, Reason::Violation);
     }
 
     /// The connection is over for this reason; whoever has it is told.
-    pub fn lose(&self, endpoint: &Arc<Endpoint>, fate: Fate, reason: Reason) {
-        if fate > endpoint.fate() {
-            endpoint.worsen(fate);
-        }
+    pub fn lose(&self, endpoint: &Arc<Endpoint>, state: PeerState, reason: Reason) {
+        endpoint.stream().escalate(state);
         let mut own = endpoint.own();
         own.reason.get_or_insert(reason);
         let orphan = own.connection().is_null();
@@ -238,8 +236,8 @@ impl Poller {
         own.set_connection(std::ptr::null_mut());
         own.watch.since = now;
         let left = own.reason == Some(Reason::Client);
-        let alive = endpoint.fate() == Fate::Alive && !left;
-        let served = endpoint.inbound().total_read() > 0;
+        let alive = endpoint.stream().peer_state() == PeerState::Connected && !left;
+        let served = endpoint.stream().inbound().total_read() > 0;
         own.session.close(endpoint.activity().written(), served, now);
         if alive {
             own.reason.get_or_insert(Reason::Server);
@@ -261,7 +259,7 @@ impl Poller {
 
     /// Ends the connection of an endpoint that our own side failed.
     pub fn give_up(&self, endpoint: &Arc<Endpoint>) {
-        endpoint.worsen(Fate::Broken);
-        guard("ending a connection", || self.lose(endpoint, Fate::Broken, Reason::Error));
+        endpoint.stream().escalate(PeerState::Failed);
+        guard("ending a connection", || self.lose(endpoint, PeerState::Failed, Reason::Error));
     }
 }

@@ -5,7 +5,7 @@ use super::Poller;
 use crate::host::connection::State;
 use crate::metrics::METRICS;
 use crate::transport::connection::{call_handler, has_write_barrier};
-use crate::transport::endpoint::{Endpoint, Fate};
+use crate::transport::endpoint::{Endpoint, PeerState};
 use std::sync::Arc;
 
 impl Poller {
@@ -77,13 +77,13 @@ impl Poller {
         }
         // SAFETY: live, see `mark_if_ready`.
         if unsafe { (*connection).state() } == State::Connecting {
-            if open || endpoint.fate() != Fate::Alive {
+            if open || endpoint.stream().peer_state() != PeerState::Connected {
                 self.upcalls.connected(self, endpoint);
             }
             return;
         }
         self.say_refusal(endpoint);
-        let before = endpoint.progress();
+        let before = endpoint.stream().progress();
         // SAFETY: as above.
         let write_first = unsafe { has_write_barrier(connection) };
         let mut steps = [Self::call_read, Self::call_write];
@@ -102,7 +102,7 @@ impl Poller {
                 self.mark_ready(endpoint);
                 // The next turn begins with it, before more of its commands are carried out.
                 self.wake_loop();
-            } else if endpoint.progress() != before {
+            } else if endpoint.stream().progress() != before {
                 self.mark_ready(endpoint);
             } else {
                 endpoint.own().parked = true;
@@ -141,8 +141,8 @@ impl Poller {
             // SAFETY: live, see `mark_if_ready`; no cell is open during the call.
             unsafe {
                 let base = &*connection;
-                let handler = match (base.read_handler, endpoint.fate()) {
-                    (None, Fate::Alive) => return,
+                let handler = match (base.read_handler, endpoint.stream().peer_state()) {
+                    (None, PeerState::Connected) => return,
                     // Nobody reads: let the writer find out.
                     (None, _) => {
                         base.set_state(State::Closed);

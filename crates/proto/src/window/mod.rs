@@ -4,7 +4,7 @@
 //! The poller is the server's main thread; the reader and the writer are the
 //! main thread or any of its I/O threads, at most one of each at a time. Each
 //! type here has one producer and one consumer, and every field has one owner
-//! who stores into it; the other side only loads. ([`SharedFate`] alone may be stored
+//! who stores into it; the other side only loads. ([`SharedPeerState`] alone may be stored
 //! to by all, since it only ever grows.) Nothing here does I/O, blocks
 //! or allocates, so that loom can drive the same types (`--cfg loom`, see `model.rs`).
 //!
@@ -13,17 +13,17 @@
 //! * [`SendWindow`]: the peer's announced buffer, on its way to the writer.
 //! * [`SendLedger`]: work requests and staging bytes in flight, given back by
 //!   their completions.
-//! * [`SharedFate`]: word that the connection is over, from whoever finds out.
+//! * [`SharedPeerState`]: word that the connection is over, from whoever finds out.
 
-mod fate;
 mod ledger;
 #[cfg(all(test, loom))]
 mod model;
+mod peer_state;
 mod receive;
 mod send;
-mod sync;
+pub(crate) mod sync;
 
-pub use fate::{Fate, SharedFate};
 pub use ledger::{Chunk, SendLedger, Writer};
+pub use peer_state::{PeerState, SharedPeerState};
 pub use receive::{Overrun, ReceiveWindow};
 pub use send::{Announcement, Refused, SendWindow};

@@ -21,7 +21,12 @@
 //! wake-up that is lost leaves the main thread waiting for ever, which is a
 //! deadlock; a window or a job that is handed over twice fails an assertion.
 
-use super::{Announcement, Fate, ReceiveWindow, SendLedger, SendWindow, SharedFate, Writer};
+use super::{
+    Announcement, Chunk, PeerState, ReceiveWindow, SendLedger, SendWindow, SharedPeerState,
+};
+use crate::send_queue::{PayloadWrite, PostError, SendQueue, Sent, Transmit};
+use crate::staging::Steps;
+use crate::stream::{ReadOutcome, Stream, Written};
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::mpsc::{Receiver, Sender, channel};
@@ -126,7 +131,12 @@ enum Event {
     Written(usize),
     /// A read job is over and has these bytes.
     Read(Vec<u8>),
+    /// A probe is posted, and this would be the number of the next work request.
+    Probe(u32),
 }
+
+/// To the main thread.
+type Events = Sender<Event>;
 
 struct WorkRequest {
     sequence: u32,
@@ -138,57 +148,53 @@ struct WorkRequest {
 
 // --- Sending ------------------------------------------------------------------
 
-#[derive(Default)]
-struct Current {
-    window: Announcement,
-    used: u32,
-}
+/// No larger staging memory: regions of it can't be had.
+const NONE: Steps = [usize::MAX; 3];
 
 struct Sending {
-    window: SendWindow,
-    ledger: SendLedger<Current>,
+    queue: SendQueue<()>,
     staging: Memory,
+}
+
+/// The caller's part of the send loop: copies `bytes` and hands the work requests on.
+struct Port<'a> {
+    bytes: &'a [u8],
+    staging: &'a Memory,
+    queue: &'a Events,
+}
+
+impl Transmit<()> for Port<'_> {
+    type Staged = usize;
+    type Error = ();
+
+    fn register(&mut self, _length: usize) -> Option<()> {
+        None
+    }
+
+    fn copy(&mut self, _region: Option<&()>, chunk: Chunk) -> usize {
+        let (now, later) = self.bytes.split_at(chunk.length);
+        self.staging.store(chunk.offset, now);
+        self.bytes = later;
+        chunk.offset
+    }
+
+    fn post(&mut self, offset: usize, write: PayloadWrite) -> Result<(), PostError<()>> {
+        let PayloadWrite { sequence, signalled, length, address: target, .. } = write;
+        let length = length as usize;
+        let posted = WorkRequest { sequence, signalled, offset, length, target };
+        self.queue.send(Event::Posted(posted)).unwrap();
+        Ok(())
+    }
 }
 
 impl Sending {
     fn new(depth: usize, staging: usize) -> Self {
-        Self {
-            window: SendWindow::default(),
-            ledger: SendLedger::new(depth, staging, Current::default()),
-            staging: Memory::new(staging),
-        }
+        Self { queue: SendQueue::new(depth, staging, NONE), staging: Memory::new(staging) }
     }
 
-    /// As the transport's write: takes what fits, posts it and returns at once.
-    fn write(&self, bytes: &[u8], queue: &Sender<Event>) -> usize {
-        let Some(mut writer) = self.ledger.writer() else { return 0 };
-        let mut done = 0;
-        while done < bytes.len() {
-            if writer.used == writer.window.length {
-                let Some(window) = self.window.take() else { break };
-                writer.window = window;
-                writer.used = 0;
-            }
-            let room = (writer.window.length - writer.used) as usize;
-            let Some(chunk) = writer.chunk((bytes.len() - done).min(room)) else { break };
-            self.staging.store(chunk.offset, &bytes[done..done + chunk.length]);
-            let target = writer.window.address + u64::from(writer.used);
-            writer.used += chunk.length as u32;
-            self.window.publish_left(writer.window.length - writer.used);
-            let (sequence, signalled) = writer.enter(chunk.length);
-            let (offset, length) = (chunk.offset, chunk.length);
-            let posted = WorkRequest { sequence, signalled, offset, length, target };
-            queue.send(Event::Posted(posted)).unwrap();
-            done += chunk.length;
-        }
-        done
-    }
-
-    /// As the transport's level of writability, on the main thread.
-    fn is_writable(&self) -> bool {
-        self.window.has_room()
-            && self.ledger.credit() > 0
-            && self.ledger.writer().is_some_and(|mut writer| writer.free() > 0)
+    fn write(&self, bytes: &[u8], queue: &Events) -> usize {
+        let mut port = Port { bytes, staging: &self.staging, queue };
+        self.queue.write(bytes.len(), &mut port).map_or(0, |sent| sent.bytes)
     }
 }
 
@@ -217,7 +223,7 @@ impl Peer {
         Self { lengths, next: 0, room: 0, received: Vec::new() }
     }
 
-    fn announce(&mut self, to: &SendWindow) {
+    fn announce(&mut self, to: &SendQueue<()>) {
         while self.room == 0 {
             let Some(length) = self.lengths.next() else { return };
             self.next = (self.next / 100 + 1) * 100;
@@ -251,7 +257,7 @@ struct SendMain {
 impl SendMain {
     /// The level is looked at; the handler queues a job, or nothing if one is queued.
     fn mark_if_ready(&mut self, io: &mut IoThreads<Job>) {
-        if self.handler && self.shared.is_writable() && !self.job {
+        if self.handler && self.shared.queue.is_writable() && !self.job {
             self.queue_job(io);
         }
     }
@@ -268,10 +274,10 @@ impl SendMain {
             let bytes = self.shared.staging.load(request.offset, request.length);
             self.peer.receive(request.target, &bytes);
             if request.signalled {
-                assert!(self.shared.ledger.retire((request.sequence + 1) & 0x00ff_ffff));
+                assert!(self.shared.queue.retire((request.sequence + 1) & 0x00ff_ffff));
                 self.mark_if_ready(io);
             }
-            self.peer.announce(&self.shared.window);
+            self.peer.announce(&self.shared.queue);
             self.mark_if_ready(io);
         }
     }
@@ -333,17 +339,17 @@ fn send(source: &'static [u8], lengths: &'static [u32], depth: usize, staging: u
         };
         main.queue_job(&mut io);
         // The first announcement comes while the first job runs.
-        main.peer.announce(&main.shared.window);
+        main.peer.announce(&main.shared.queue);
         main.mark_if_ready(&mut io);
         while !main.is_over() {
             match events.recv().unwrap() {
                 Event::Posted(request) => main.posted(request, &mut io),
                 Event::Written(count) => main.written(count, &mut io),
-                Event::Read(_) => unreachable!(),
+                Event::Read(_) | Event::Probe(_) => unreachable!(),
             }
         }
         assert_eq!(main.peer.received, source);
-        assert!(main.shared.ledger.is_idle());
+        assert!(main.shared.queue.is_idle());
         io.stop();
     });
 }
@@ -555,13 +561,14 @@ fn a_connection_sends_and_receives_at_once() {
         };
         let mut input = ReceiveMain::new(receiving, &[1, 1], b"cd");
         output.queue_job(&mut writer);
-        output.peer.announce(&output.shared.window);
+        output.peer.announce(&output.shared.queue);
         input.arrive(&mut reader);
         while !(output.is_over() && input.is_over()) {
             match events.recv().unwrap() {
                 Event::Posted(request) => output.posted(request, &mut writer),
                 Event::Written(count) => output.written(count, &mut writer),
                 Event::Read(bytes) => input.read(&bytes, &mut reader),
+                Event::Probe(_) => unreachable!(),
             }
         }
         assert_eq!(output.peer.received, output.source);
@@ -575,64 +582,70 @@ fn a_connection_sends_and_receives_at_once() {
 
 /// One connection, as the table of connections and the server hold it.
 struct Endpoint {
-    fate: SharedFate,
-    inbound: Receiving,
-    outbound: Sending,
+    stream: Stream<()>,
+    buffer: Memory,
+    staging: Memory,
 }
 
 impl Drop for Endpoint {
     fn drop(&mut self) {
-        self.inbound.buffer.free();
-        self.outbound.staging.free();
+        self.buffer.free();
+        self.staging.free();
     }
 }
 
-#[derive(Debug, PartialEq)]
-enum Outcome {
-    Bytes(Vec<u8>),
-    Again,
-    End,
-    Broken,
-}
+/// What a read came to, with the bytes.
+type Read = (ReadOutcome, Vec<u8>);
 
 impl Endpoint {
-    /// As the transport's read: the fate first, the bytes afterwards.
-    fn read(&self) -> Outcome {
-        let fate = self.fate.get();
-        if fate == Fate::Broken {
-            return Outcome::Broken;
+    fn read(&self) -> Read {
+        let mut bytes = Vec::new();
+        let outcome = self.stream.read(2, |address, count| {
+            bytes = self.buffer.load(address as usize, count);
+        });
+        (outcome, bytes)
+    }
+
+    /// The bytes first and the peer's state afterwards, which would be wrong.
+    fn read_bytes_first(&self) -> Read {
+        if let Some((address, count)) = self.stream.inbound().readable() {
+            let bytes = self.buffer.load(address as usize, count);
+            self.stream.inbound().consume(count);
+            return (ReadOutcome::Bytes(count), bytes);
         }
-        let bytes = self.inbound.read(2);
-        match fate {
-            _ if !bytes.is_empty() => Outcome::Bytes(bytes),
-            Fate::Gone => Outcome::End,
-            _ => Outcome::Again,
+        match self.stream.peer_state() {
+            PeerState::Connected => (ReadOutcome::Again, Vec::new()),
+            _ => (ReadOutcome::End, Vec::new()),
         }
     }
 
-    /// The other way round, which would be wrong.
-    fn read_bytes_first(&self) -> Outcome {
-        let bytes = self.inbound.read(2);
-        match self.fate.get() {
-            _ if !bytes.is_empty() => Outcome::Bytes(bytes),
-            Fate::Alive => Outcome::Again,
-            _ => Outcome::End,
-        }
-    }
-
-    /// As the transport's write, of one byte. `refused` says that nothing can be posted.
+    /// Writes one byte. `refused` says that nothing can be posted.
     fn write(&self, refused: bool) {
-        if self.fate.get() != Fate::Alive {
-            return;
-        }
-        let Some(mut writer) = self.outbound.ledger.writer() else { return };
-        let Some(chunk) = writer.chunk(1) else { return };
-        self.outbound.staging.store(chunk.offset, b"w");
-        writer.enter(chunk.length);
-        if refused {
-            writer.take_back(chunk.length);
-            self.fate.worsen(Fate::Gone);
-        }
+        let written = self.stream.write(1, &mut LastWord { staging: &self.staging, refused });
+        assert_ne!(written, Written::Busy);
+    }
+}
+
+/// A queue pair whose work requests need no completion, or one that takes none.
+struct LastWord<'a> {
+    staging: &'a Memory,
+    refused: bool,
+}
+
+impl Transmit<()> for LastWord<'_> {
+    type Staged = ();
+    type Error = ();
+
+    fn register(&mut self, _length: usize) -> Option<()> {
+        None
+    }
+
+    fn copy(&mut self, _region: Option<&()>, chunk: Chunk) {
+        self.staging.store(chunk.offset, b"w");
+    }
+
+    fn post(&mut self, (): (), _write: PayloadWrite) -> Result<(), PostError<()>> {
+        if self.refused { Err(PostError::Failed(())) } else { Ok(()) }
     }
 }
 
@@ -647,7 +660,7 @@ enum Task {
 }
 
 enum Ended {
-    Read(Outcome),
+    Read(Read),
     Written,
 }
 
@@ -665,13 +678,15 @@ struct Closing {
 }
 
 impl Closing {
-    fn begin(read: fn(&Endpoint) -> Outcome, refused: bool) -> Self {
+    fn begin(read: fn(&Endpoint) -> Read, refused: bool) -> Self {
         let endpoint = Arc::new(Endpoint {
-            fate: SharedFate::default(),
-            inbound: Receiving::new(2),
-            outbound: Sending::new(2, 1),
+            stream: Stream::new(2, 1, NONE),
+            buffer: Memory::new(2),
+            staging: Memory::new(1),
         });
-        endpoint.inbound.window.announce(0, 2);
+        endpoint.stream.inbound().announce(0, 2);
+        let window = Announcement { address: 0, length: 1, rkey: 0 };
+        endpoint.stream.outbound().announce(window).unwrap();
         let connection = Arc::new(UnsafeCell::new(Some(Arc::clone(&endpoint))));
         let (queue, events) = channel();
         let io = IoThreads::start(2, {
@@ -706,35 +721,32 @@ impl Closing {
     }
 
     fn mark_if_ready(&mut self) {
-        let endpoint = &self.endpoint;
-        let readable = endpoint.inbound.window.unread() > 0 || endpoint.fate.get() != Fate::Alive;
-        if readable && !self.reading {
+        if self.endpoint.stream.is_readable() && !self.reading {
             self.queue_read();
         }
     }
 
     /// The peer's next byte.
     fn arrive(&mut self, at: usize, byte: u8) {
-        self.endpoint.inbound.buffer.store(at, &[byte]);
-        self.endpoint.inbound.window.arrived(1).unwrap();
+        self.endpoint.buffer.store(at, &[byte]);
+        self.endpoint.stream.inbound().arrived(1).unwrap();
         self.mark_if_ready();
     }
 
-    fn lose(&mut self, fate: Fate) {
-        self.endpoint.fate.worsen(fate);
+    fn lose(&mut self, state: PeerState) {
+        self.endpoint.stream.escalate(state);
         self.mark_if_ready();
     }
 
     /// Until a read tells the server that the connection is over.
-    fn run(&mut self) -> Outcome {
+    fn run(&mut self) -> ReadOutcome {
         loop {
             match self.events.recv().unwrap() {
-                Ended::Read(outcome) => {
+                Ended::Read((outcome, bytes)) => {
                     self.reading = false;
-                    match outcome {
-                        Outcome::Bytes(bytes) => self.received.extend(bytes),
-                        Outcome::Again => {}
-                        Outcome::End | Outcome::Broken => return outcome,
+                    self.received.extend(bytes);
+                    if matches!(outcome, ReadOutcome::End | ReadOutcome::Broken) {
+                        return outcome;
                     }
                 }
                 Ended::Written => self.writing = false,
@@ -744,7 +756,7 @@ impl Closing {
     }
 
     /// The server waits for the jobs that are under way, and closes.
-    fn close(mut self) -> Fate {
+    fn close(mut self) -> PeerState {
         while self.writing || self.reading {
             match self.events.recv().unwrap() {
                 Ended::Read(_) => self.reading = false,
@@ -755,27 +767,27 @@ impl Closing {
     }
 
     /// The connection goes, the table lets go, the memory is free again.
-    fn give_back(self) -> Fate {
-        let fate = self.endpoint.fate.get();
+    fn give_back(self) -> PeerState {
+        let state = self.endpoint.stream.peer_state();
         // SAFETY: loom checks that no job is under way.
         self.connection.with_mut(|place| drop(unsafe { (*place).take() }));
         let endpoint = Arc::try_unwrap(self.endpoint);
         assert!(endpoint.is_ok(), "nobody else keeps the memory");
         drop(endpoint);
         self.io.stop();
-        fate
+        state
     }
 }
 
 /// The peer writes two bytes and leaves, while the server reads for no reason.
-fn leave(read: fn(&Endpoint) -> Outcome) {
+fn leave(read: fn(&Endpoint) -> Read) {
     model(move || {
         let mut main = Closing::begin(read, false);
         main.queue_read();
         main.arrive(0, b'a');
         main.arrive(1, b'b');
-        main.lose(Fate::Gone);
-        assert_eq!(main.run(), Outcome::End);
+        main.lose(PeerState::Disconnected);
+        assert_eq!(main.run(), ReadOutcome::End);
         assert_eq!(main.received, b"ab", "sent before it left");
         main.close();
     });
@@ -788,7 +800,7 @@ fn what_a_peer_sent_before_it_left_is_read_to_the_end() {
 
 #[test]
 #[should_panic = "sent before it left"]
-fn looking_at_the_bytes_before_the_fate_would_lose_the_last_ones() {
+fn looking_at_the_bytes_before_the_peer_s_state_would_lose_the_last_ones() {
     leave(Endpoint::read_bytes_first);
 }
 
@@ -798,9 +810,9 @@ fn a_violation_ends_a_connection_that_reads_and_writes() {
         let mut main = Closing::begin(Endpoint::read, false);
         main.queue_write();
         main.arrive(0, b'a');
-        main.lose(Fate::Broken);
-        assert_eq!(main.run(), Outcome::Broken);
-        assert_eq!(main.close(), Fate::Broken);
+        main.lose(PeerState::Failed);
+        assert_eq!(main.run(), ReadOutcome::Broken);
+        assert_eq!(main.close(), PeerState::Failed);
     });
 }
 
@@ -810,9 +822,9 @@ fn a_writer_that_can_post_nothing_ends_the_connection() {
         let mut main = Closing::begin(Endpoint::read, true);
         main.queue_write();
         main.arrive(0, b'a');
-        assert_eq!(main.run(), Outcome::End);
+        assert_eq!(main.run(), ReadOutcome::End);
         assert_eq!(main.received, b"a");
-        assert_eq!(main.close(), Fate::Gone);
+        assert_eq!(main.close(), PeerState::Disconnected);
     });
 }
 
@@ -823,38 +835,38 @@ fn a_violation_is_not_forgotten_when_a_writer_fails() {
     model(|| {
         let mut main = Closing::begin(Endpoint::read, true);
         main.queue_write();
-        main.lose(Fate::Broken);
+        main.lose(PeerState::Failed);
         main.run();
-        assert_eq!(main.close(), Fate::Broken);
+        assert_eq!(main.close(), PeerState::Failed);
     });
 }
 
 #[test]
 #[should_panic = "Causality violation"]
-fn giving_memory_back_before_the_server_has_closed_takes_it_from_a_reader() {
+fn free_before_close_races_with_reader() {
     model(|| {
         let mut main = Closing::begin(Endpoint::read, false);
         main.arrive(0, b'a');
-        main.lose(Fate::Broken);
+        main.lose(PeerState::Failed);
         main.give_back();
     });
 }
 
 #[test]
-fn a_fate_that_was_seen_gets_no_better() {
+fn a_state_that_was_seen_gets_no_better() {
     model(|| {
-        let fate = Arc::new(SharedFate::default());
-        let (poller, writer) = (Arc::clone(&fate), Arc::clone(&fate));
+        let state = Arc::new(SharedPeerState::default());
+        let (poller, writer) = (Arc::clone(&state), Arc::clone(&state));
         let others = [
-            thread::spawn(move || poller.worsen(Fate::Broken)),
-            thread::spawn(move || writer.worsen(Fate::Gone)),
+            thread::spawn(move || poller.escalate(PeerState::Failed)),
+            thread::spawn(move || writer.escalate(PeerState::Disconnected)),
         ];
-        let seen = [fate.get(), fate.get(), fate.get()];
+        let seen = [state.get(), state.get(), state.get()];
         assert!(seen.is_sorted(), "{seen:?}");
         for other in others {
             other.join().unwrap();
         }
-        assert_eq!(fate.get(), Fate::Broken);
+        assert_eq!(state.get(), PeerState::Failed);
     });
 }
 
@@ -962,98 +974,150 @@ fn of_two_writers_one_comes_back_later() {
     });
 }
 
+/// A region of larger staging memory, which nobody may touch any more once it is dropped.
+struct Region(Arc<Memory>);
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        self.0.free();
+    }
+}
+
+/// A queue whose larger staging memory holds `b`, delivered, and what writes to it.
+struct Shrinking {
+    queue: SendQueue<Region>,
+    /// The small staging memory, and the region.
+    memory: [Arc<Memory>; 2],
+}
+
+/// One write to either memory.
+struct ToEither<'a> {
+    memory: &'a [Arc<Memory>; 2],
+    byte: u8,
+    /// Which of the two it is in, and where.
+    staged: Option<(usize, usize)>,
+}
+
+impl Transmit<Region> for ToEither<'_> {
+    type Staged = (usize, usize);
+    type Error = ();
+
+    fn register(&mut self, _length: usize) -> Option<Region> {
+        Some(Region(Arc::clone(&self.memory[1])))
+    }
+
+    fn copy(&mut self, region: Option<&Region>, chunk: Chunk) -> (usize, usize) {
+        let which = usize::from(region.is_some());
+        self.memory[which].store(chunk.offset, &[self.byte]);
+        (which, chunk.offset)
+    }
+
+    fn post(&mut self, staged: (usize, usize), _: PayloadWrite) -> Result<(), PostError<()>> {
+        self.staged = Some(staged);
+        Ok(())
+    }
+}
+
+impl Shrinking {
+    fn new() -> Self {
+        let memory = [1, 2].map(|length| Arc::new(Memory::new(length)));
+        let shrinking = Self { queue: SendQueue::new(4, 1, [2, 2, 2]), memory };
+        // The first byte fills the small memory, so that the second gets the region.
+        shrinking.queue.announce(Announcement { address: 0, length: 3, rkey: 0 }).unwrap();
+        assert_eq!(shrinking.write(b'a'), Some((0, 0)));
+        assert_eq!(shrinking.write(b'b'), Some((1, 0)));
+        assert!(shrinking.queue.retire(2));
+        shrinking
+    }
+
+    fn write(&self, byte: u8) -> Option<(usize, usize)> {
+        let mut port = ToEither { memory: &self.memory, byte, staged: None };
+        let Sent { bytes, .. } = self.queue.write(1, &mut port)?;
+        assert_eq!(bytes, 1);
+        port.staged
+    }
+}
+
 /// The main thread gives staging memory back while an I/O thread may begin to write.
-fn shrink(idle_writer: fn(&SendLedger<bool>) -> Option<Writer<'_, bool>>) {
+fn shrink(release: fn(&SendQueue<Region>)) {
     model(move || {
-        // Whether the staging memory is there.
-        let ledger = Arc::new(SendLedger::new(4, 1, true));
-        let staging = Arc::new(Memory::new(1));
-        let (queue, requests) = channel();
+        let shared = Arc::new(Shrinking::new());
+        let (queue, written) = channel();
         let io = thread::spawn({
-            let (ledger, staging) = (Arc::clone(&ledger), Arc::clone(&staging));
-            move || {
-                let posted = ledger.writer().is_some_and(|mut writer| {
-                    let chunk = if *writer { writer.chunk(1) } else { None };
-                    let Some(chunk) = chunk else { return false };
-                    staging.store(chunk.offset, b"a");
-                    writer.enter(chunk.length);
-                    true
-                });
-                queue.send(posted).unwrap();
-            }
+            let shared = Arc::clone(&shared);
+            move || queue.send(shared.write(b'c')).unwrap()
         });
-        if let Some(mut writer) = idle_writer(&ledger) {
-            *writer = false;
-            staging.free();
+        release(&shared.queue);
+        if let Some((which, offset)) = written.recv().unwrap() {
+            assert_eq!(shared.memory[which].load(offset, 1), b"c", "freed while in flight");
+            assert!(shared.queue.retire(3));
         }
-        if requests.recv().unwrap() {
-            assert_eq!(staging.load(0, 1), b"a", "freed while in flight");
-            assert!(ledger.retire(1));
-        }
-        assert!(ledger.is_idle());
+        assert!(shared.queue.is_idle());
         io.join().unwrap();
     });
 }
 
 #[test]
 fn staging_memory_is_freed_only_while_nothing_is_in_flight() {
-    shrink(SendLedger::idle_writer);
+    shrink(SendQueue::release_staging);
 }
 
 #[test]
 #[should_panic = "freed while in flight"]
 fn asking_before_taking_the_right_to_write_would_free_memory_in_flight() {
-    shrink(|ledger| if ledger.is_idle() { ledger.writer() } else { None });
+    shrink(|queue| {
+        if queue.is_idle()
+            && let Some(mut writer) = queue.ledger.writer()
+        {
+            writer.staging.clear();
+            writer.install(1);
+        }
+    });
 }
 
 /// The main thread posts a probe, whose completion stands for all work requests
 /// before it, while an I/O thread may be between entering one and posting it.
-fn probe(hold: bool) {
+fn probe(probe: fn(&SendQueue<()>, &mut dyn FnMut(u32))) {
     model(move || {
-        let ledger = Arc::new(SendLedger::new(4, 2, ()));
+        let shared = Arc::new(Sending::new(4, 2));
+        shared.queue.announce(Announcement { address: 0, length: 2, rkey: 0 }).unwrap();
         let (queue, requests) = channel();
         let io = thread::spawn({
-            let (ledger, queue) = (Arc::clone(&ledger), queue.clone());
+            let (shared, queue) = (Arc::clone(&shared), queue.clone());
             move || {
-                if let Some(mut writer) = ledger.writer() {
-                    let (sequence, _) = writer.enter(1);
-                    queue.send(Some(sequence)).unwrap();
-                }
-                queue.send(None).unwrap();
+                let count = shared.write(b"a", &queue);
+                queue.send(Event::Written(count)).unwrap();
             }
         });
-        // A probe carries the number of the work request that comes after it.
-        let writer = ledger.writer();
-        if let Some(writer) = writer {
-            let sequence = writer.next_sequence();
-            let held = hold.then_some(writer);
-            queue.send(Some(sequence | PROBE)).unwrap();
-            drop(held);
-        }
-        queue.send(None).unwrap();
+        probe(&shared.queue, &mut |next| queue.send(Event::Probe(next)).unwrap());
+        queue.send(Event::Written(0)).unwrap();
         let (mut before, mut over) = (0, 0);
         while over < 2 {
             match requests.recv().unwrap() {
-                Some(sequence) if sequence & PROBE != 0 => {
-                    assert_eq!(sequence & !PROBE, before, "the probe overtook a work request");
-                }
-                Some(_) => before += 1,
-                None => over += 1,
+                Event::Probe(next) => assert_eq!(next, before, "the probe overtook a work request"),
+                Event::Posted(_) => before += 1,
+                Event::Written(_) => over += 1,
+                Event::Read(_) => unreachable!(),
             }
         }
         io.join().unwrap();
     });
 }
 
-const PROBE: u32 = 1 << 31;
-
 #[test]
 fn a_probe_stands_for_all_that_is_posted_before_it() {
-    probe(true);
+    probe(|queue, post| {
+        queue.probe(post);
+    });
 }
 
 #[test]
 #[should_panic = "the probe overtook a work request"]
 fn a_probe_that_does_not_hold_the_right_to_write_overtakes() {
-    probe(false);
+    probe(|queue, post| {
+        let next = queue.ledger.writer().map(|writer| writer.next_sequence());
+        if let Some(next) = next {
+            post(next);
+        }
+    });
 }

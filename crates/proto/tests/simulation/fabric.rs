@@ -7,12 +7,28 @@
 //! watches over the memory that it works on: what a work request reads must stay as
 //! it was posted until it is acknowledged, and must be there.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
 
 pub type Key = u32;
 
 /// One of the two ends.
 pub type Port = usize;
+
+/// Registered memory, until it is dropped.
+#[derive(Debug)]
+pub struct Registered {
+    pub key: Key,
+    pub length: usize,
+    dropped: Rc<RefCell<Vec<Key>>>,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.dropped.borrow_mut().push(self.key);
+    }
+}
 
 /// A piece of registered memory.
 #[derive(Clone, Copy, Debug)]
@@ -118,6 +134,8 @@ struct Region {
 pub struct Fabric {
     pairs: [Pair; 2],
     memory: HashMap<Key, Region>,
+    /// Of memory that is gone, and was not looked at yet.
+    dropped: Rc<RefCell<Vec<Key>>>,
     next_key: Key,
     /// A queue pair broke because its peer had no receive posted for too long.
     pub ran_out_of_retries: bool,
@@ -137,20 +155,27 @@ impl Fabric {
             silent: 0,
             retries_left: setup.retries,
         });
-        Self { pairs, memory: HashMap::new(), next_key: 1, ran_out_of_retries: false }
+        let (memory, dropped) = (HashMap::new(), Rc::default());
+        Self { pairs, memory, dropped, next_key: 1, ran_out_of_retries: false }
     }
 
     // --- Memory ---------------------------------------------------------------
 
-    pub fn register(&mut self, owner: Port, length: usize, remote: bool) -> Key {
+    pub fn register(&mut self, owner: Port, length: usize, remote: bool) -> Registered {
         let key = self.next_key;
         self.next_key += 1;
         self.memory.insert(key, Region { owner, bytes: vec![0; length], remote });
-        key
+        Registered { key, length, dropped: Rc::clone(&self.dropped) }
     }
 
-    /// Frees a region, which nothing in flight may need any more.
-    pub fn deregister(&mut self, key: Key) {
+    /// Frees what was dropped, which nothing in flight may need any more.
+    pub fn reap(&mut self) {
+        for key in self.dropped.take() {
+            self.deregister(key);
+        }
+    }
+
+    fn deregister(&mut self, key: Key) {
         for pair in &self.pairs {
             let mut in_flight = pair.posted.iter().chain(&pair.carried_out);
             assert!(

@@ -199,6 +199,7 @@ impl World {
                 }
             }
         }
+        fabric.reap();
     }
 
     /// Lets things happen until `done`.
@@ -252,6 +253,7 @@ impl World {
             }
             _ => {}
         }
+        fabric.reap();
     }
 
     fn check(&mut self) -> Ending {
@@ -280,6 +282,7 @@ impl World {
             }
             let leaver = self.rng.usize(0..2);
             self.sides[leaver].close(&mut self.fabric, &mut self.rng);
+            self.fabric.reap();
         }
         self.run(|world| world.sides.iter().all(|side| side.ended));
         assert_eq!(self.fabric.registered(), 0, "memory left behind");
@@ -306,6 +309,7 @@ impl World {
 
 fn plan(port: Port, rng: &mut Rng) -> Plan {
     let small_staging = size(rng, 8);
+    let mut staging = small_staging;
     Plan {
         port,
         source: size(rng, 13) as u64,
@@ -314,7 +318,10 @@ fn plan(port: Port, rng: &mut Rng) -> Plan {
         control_slots: rng.u16(1..5),
         payload_depth: rng.usize(1..=32),
         small_staging,
-        large_staging: small_staging + size(rng, 10) - 1,
+        larger_staging: [(); 3].map(|()| {
+            staging += size(rng, 9);
+            staging
+        }),
         // A client asks, a server answers.
         questions: if port == 1 { rng.u32(0..30) } else { 0 },
         refusals: if rng.u32(0..4) == 0 { rng.u32(5..100) } else { 0 },

@@ -3,10 +3,13 @@
 //! the simulated fabric as the transport drives them over a real one, and an
 //! application with bytes to send.
 
-use crate::fabric::{Completion, Event, Fabric, Key, Outcome, Port, Slice, Work};
+use crate::fabric::{Completion, Event, Fabric, Key, Outcome, Port, Registered, Slice, Work};
 use fastrand::Rng;
+use valkey_rdma_proto::send_queue::{PayloadWrite, PostError, Transmit};
 use valkey_rdma_proto::session::{Duty, Millis, Reaction, Session, Timing};
-use valkey_rdma_proto::window::{Announcement, Fate, ReceiveWindow, SendLedger, SendWindow};
+use valkey_rdma_proto::staging::Steps;
+use valkey_rdma_proto::stream::{ReadOutcome, Stream, Written};
+use valkey_rdma_proto::window::{Chunk, PeerState};
 use valkey_rdma_proto::wire::{MESSAGE_LEN, Memory, Message};
 
 /// What a side is made with.
@@ -20,7 +23,7 @@ pub struct Plan {
     pub control_slots: u16,
     pub payload_depth: usize,
     pub small_staging: usize,
-    pub large_staging: usize,
+    pub larger_staging: Steps,
     /// Questions that the application asks.
     pub questions: u32,
     /// One in so many posts is refused as if the queue were full.
@@ -37,13 +40,6 @@ const TIMING: Timing = Timing {
     delivery: 600_000,
 };
 
-#[derive(Debug, Default)]
-struct Outgoing {
-    window: Announcement,
-    used: u32,
-    large: Option<Key>,
-}
-
 /// A job that waits for an I/O thread.
 #[derive(Debug, Default)]
 struct Jobs {
@@ -51,23 +47,26 @@ struct Jobs {
     write: bool,
 }
 
+/// Memory that a side always has.
+#[derive(Debug)]
+struct SideMemory {
+    control: Registered,
+    receive: Registered,
+}
+
 #[derive(Debug)]
 pub struct Side {
     plan: Plan,
     session: Session,
-    inbound: ReceiveWindow,
-    outbound: SendWindow,
-    ledger: SendLedger<Outgoing>,
-    control: Key,
-    receive: Key,
+    stream: Stream<Registered>,
+    /// Gone when the connection is over.
+    memory: Option<SideMemory>,
     /// Where the present window begins in that: at its start or in its middle.
     receives_at: u32,
-    fate: Fate,
     free_control_slots: Vec<u16>,
     /// An announcement of this length could not be sent yet.
     announcement_due: Option<u32>,
     posted_before: u64,
-    refused: bool,
     /// The server has the connection.
     connected: bool,
     /// It had it once: there was somebody to read.
@@ -106,17 +105,19 @@ impl Side {
         let slots = usize::from(plan.receive_slots) + usize::from(plan.control_slots);
         let side = Self {
             session: Session::new(TIMING, 0),
-            inbound: ReceiveWindow::new(),
-            outbound: SendWindow::default(),
-            ledger: SendLedger::new(plan.payload_depth, plan.small_staging, Outgoing::default()),
-            control: fabric.register(plan.port, slots * MESSAGE_LEN + plan.small_staging, false),
-            receive: fabric.register(plan.port, 2 * plan.receive_bytes, true),
+            stream: Stream::new(plan.payload_depth, plan.small_staging, plan.larger_staging),
+            memory: Some(SideMemory {
+                control: fabric.register(
+                    plan.port,
+                    slots * MESSAGE_LEN + plan.small_staging,
+                    false,
+                ),
+                receive: fabric.register(plan.port, 2 * plan.receive_bytes, true),
+            }),
             receives_at: 0,
-            fate: Fate::Alive,
             free_control_slots: (0..plan.control_slots).collect(),
             announcement_due: None,
             posted_before: 0,
-            refused: false,
             connected: false,
             handed_over: false,
             ready: false,
@@ -148,7 +149,7 @@ impl Side {
         self.connected
             && !self.write_handler
             && !self.jobs.write
-            && self.fate == Fate::Alive
+            && self.is_peer_connected()
             && self.wanted < self.plan.source
     }
 
@@ -159,7 +160,7 @@ impl Side {
     }
 
     pub fn may_ask(&self) -> bool {
-        self.connected && self.fate == Fate::Alive && self.asked < self.plan.questions
+        self.connected && self.is_peer_connected() && self.asked < self.plan.questions
     }
 
     pub fn ask(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
@@ -170,7 +171,7 @@ impl Side {
     }
 
     pub fn keep_alive(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
-        if self.session.is_established() && self.fate == Fate::Alive {
+        if self.session.is_established() && self.is_peer_connected() {
             self.send_control(Message::Keepalive, fabric, rng);
         }
     }
@@ -200,34 +201,38 @@ impl Side {
     }
 
     fn do_write(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
-        match self.fate {
-            Fate::Alive => self.accepted += self.write(fabric, rng),
-            Fate::Gone => self.wanted = self.accepted,
-            Fate::Broken => return self.close(fabric, rng),
+        let length = (self.wanted - self.accepted) as usize;
+        let (plan, control, at) = (&self.plan, self.control(), self.accepted);
+        let mut sender = Sender { plan, control, at, fabric, rng };
+        match self.stream.write(length, &mut sender) {
+            Written::Posted(count, _) => {
+                self.accepted += count as u64;
+                if count > 0 {
+                    self.written = self.now();
+                }
+            }
+            Written::Discarded => self.wanted = self.accepted,
+            Written::Busy => panic!("nobody else writes"),
+            Written::Broken => return self.close(fabric, rng),
         }
         self.write_handler = self.accepted < self.wanted;
         self.mark_if_ready();
     }
 
     fn do_read(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
-        if self.fate == Fate::Broken {
-            return self.close(fabric, rng);
-        }
-        let Some((address, waiting)) = self.inbound.readable() else {
-            if self.fate == Fate::Gone {
-                self.close(fabric, rng);
+        let (port, received, key) = (self.plan.port, self.received, self.receive());
+        let outcome = self.stream.read(size(rng, 14), |address, length| {
+            let offset = (address - Fabric::address(key)) as usize;
+            let read = fabric.read(Slice { key, offset, length });
+            for (byte_read, at) in read.iter().zip(received..) {
+                assert_eq!(*byte_read, byte(1 - port, at), "wrong byte at {at}");
             }
-            return;
-        };
-        let length = waiting.min(size(rng, 14));
-        let from = 1 - self.plan.port;
-        let offset = (address - Fabric::address(self.receive)) as usize;
-        let read = fabric.read(Slice { key: self.receive, offset, length });
-        for (byte_read, at) in read.iter().zip(self.received..) {
-            assert_eq!(*byte_read, byte(from, at), "wrong byte at {at}");
+        });
+        match outcome {
+            ReadOutcome::Bytes(count) => self.received += count as u64,
+            ReadOutcome::Again => {}
+            ReadOutcome::End | ReadOutcome::Broken => self.close(fabric, rng),
         }
-        self.received += length as u64;
-        self.inbound.consume(length);
     }
 
     /// The application closes: what it wrote is still delivered.
@@ -237,7 +242,7 @@ impl Side {
         }
         self.connected = false;
         self.jobs = Jobs::default();
-        let quiet = self.fate != Fate::Alive;
+        let quiet = !self.is_peer_connected();
         self.session.close(self.written, true, self.now());
         if quiet {
             self.end(fabric);
@@ -261,7 +266,7 @@ impl Side {
                 while !self.ended && fabric.has_completions(self.plan.port) {
                     self.poll(fabric, rng);
                 }
-                self.lose(Fate::Gone, fabric);
+                self.lose(PeerState::Disconnected, fabric);
             }
             None => {}
         }
@@ -273,7 +278,7 @@ impl Side {
         match (outcome, work) {
             (Outcome::Failed, _) => {
                 self.failed = true;
-                self.lose(Fate::Gone, fabric);
+                self.lose(PeerState::Disconnected, fabric);
             }
             (Outcome::Received(length), Work::Receive(slot)) => {
                 let bytes = fabric.read(self.slot(slot, length)).to_vec();
@@ -281,19 +286,19 @@ impl Side {
             }
             (Outcome::Immediate(count), Work::Receive(slot)) => {
                 let now = self.now();
-                self.session.immediate(count, &self.inbound, now).expect("an honest peer");
+                self.session.immediate(count, self.stream.inbound(), now).expect("an honest peer");
                 self.post_receive(slot, fabric);
                 self.announce_if_full(fabric, rng);
                 self.mark_if_ready();
             }
             (Outcome::Sent, Work::Payload(sequence)) => {
-                self.ledger.retire((sequence + 1) & 0x00ff_ffff);
+                self.stream.outbound().retire((sequence + 1) & 0x00ff_ffff);
                 let now = self.now();
                 self.session.payload_completed(now);
                 self.mark_if_ready();
             }
             (Outcome::Sent, Work::Probe(sequence)) => {
-                self.ledger.retire(sequence);
+                self.stream.outbound().retire(sequence);
                 let now = self.now();
                 self.session.probe_completed(now);
                 self.mark_if_ready();
@@ -314,7 +319,7 @@ impl Side {
             return self.post_receive(slot, fabric);
         }
         let now = self.now();
-        let reaction = self.session.message(bytes, slot, &self.outbound, now);
+        let reaction = self.session.message(bytes, slot, self.stream.outbound(), now);
         match reaction.expect("an honest peer") {
             Reaction::Nothing => self.post_receive(slot, fabric),
             Reaction::WindowOpened => {
@@ -353,11 +358,11 @@ impl Side {
         }
     }
 
-    fn lose(&mut self, fate: Fate, fabric: &mut Fabric) {
+    fn lose(&mut self, state: PeerState, fabric: &mut Fabric) {
         if self.ended {
             return;
         }
-        self.fate = self.fate.max(fate);
+        self.stream.escalate(state);
         if self.connected {
             self.ready = true;
         } else {
@@ -370,44 +375,37 @@ impl Side {
         self.ended = true;
         fabric.disconnect(self.plan.port);
         fabric.destroy(self.plan.port);
-        let mut writer = self.ledger.writer().expect("nobody else");
-        if let Some(large) = writer.large.take() {
-            fabric.deregister(large);
-        }
-        fabric.deregister(self.control);
-        fabric.deregister(self.receive);
+        self.stream = Stream::new(1, 1, self.plan.larger_staging);
+        self.memory = None;
     }
 
     /// The slow clock.
     pub fn tick(&mut self, now: Millis, fabric: &mut Fabric, rng: &mut Rng) {
-        let written_before = std::mem::replace(&mut self.posted_before, self.ledger.total_posted());
+        let written_before =
+            std::mem::replace(&mut self.posted_before, self.stream.outbound().total_posted());
         NOW.set(now);
         self.step(now, fabric, rng);
         if self.ended {
             return;
         }
-        if written_before == self.posted_before
-            && let Some(mut writer) = self.ledger.idle_writer()
-            && let Some(large) = writer.large.take()
-        {
-            writer.install(self.plan.small_staging);
-            fabric.deregister(large);
+        if written_before == self.posted_before {
+            self.stream.outbound().release_staging();
         }
         self.send_answers(fabric, rng);
         self.announce_if_full(fabric, rng);
-        if std::mem::take(&mut self.refused) {
+        if self.stream.outbound().take_refused() {
             self.mark_if_ready();
         }
     }
 
     fn step(&mut self, now: Millis, fabric: &mut Fabric, rng: &mut Rng) {
-        match self.session.duty(now, self.ledger.is_idle()) {
+        match self.session.duty(now, self.stream.outbound().is_idle()) {
             Duty::Wait => {}
             Duty::Probe => {
                 let refused = self.refuses(rng);
-                let writer = self.ledger.writer().expect("nobody else");
-                let work = Work::Probe(writer.next_sequence());
-                if refused || fabric.post_probe(self.plan.port, work).is_err() {
+                let port = self.plan.port;
+                let post = |next| refused || fabric.post_probe(port, Work::Probe(next)).is_err();
+                if self.stream.outbound().probe(post).expect("nobody else writes") {
                     self.session.probe_not_sent();
                 }
             }
@@ -424,14 +422,15 @@ impl Side {
     // --- What an endpoint does ------------------------------------------------------
 
     fn is_readable(&self) -> bool {
-        self.inbound.unread() > 0 || self.fate != Fate::Alive
+        self.stream.is_readable()
     }
 
     fn is_writable(&self) -> bool {
-        self.fate != Fate::Alive
-            || self.outbound.has_room()
-                && self.ledger.credit() > 0
-                && self.ledger.writer().expect("nobody else").free() > 0
+        self.stream.is_writable()
+    }
+
+    fn is_peer_connected(&self) -> bool {
+        self.stream.peer_state() == PeerState::Connected
     }
 
     fn mark_if_ready(&mut self) {
@@ -440,91 +439,51 @@ impl Side {
     }
 
     fn progress(&self) -> u64 {
-        self.inbound.total_read() + self.ledger.total_posted()
+        self.stream.progress()
     }
 
     fn refuses(&self, rng: &mut Rng) -> bool {
-        self.plan.refusals > 0 && rng.u32(0..self.plan.refusals) == 0
-    }
-
-    fn write(&mut self, fabric: &mut Fabric, rng: &mut Rng) -> u64 {
-        let mut writer = self.ledger.writer().expect("nobody else");
-        let total = (self.wanted - self.accepted) as usize;
-        let mut done = 0;
-        while done < total {
-            if writer.used == writer.window.length {
-                let Some(window) = self.outbound.take() else { break };
-                writer.window = window;
-                writer.used = 0;
-            }
-            let wanted = (total - done).min((writer.window.length - writer.used) as usize);
-            if writer.large.is_none()
-                && wanted > writer.free()
-                && self.plan.large_staging > self.plan.small_staging
-            {
-                let length = self.plan.large_staging;
-                writer.install(length);
-                writer.large = Some(fabric.register(self.plan.port, length, false));
-            }
-            let Some(chunk) = writer.chunk(wanted) else { break };
-            let (key, start) =
-                writer.large.map_or((self.control, self.staging_at()), |key| (key, 0));
-            let from = self.accepted + done as u64;
-            let bytes: Vec<u8> =
-                (from..).map(|at| byte(self.plan.port, at)).take(chunk.length).collect();
-            let offset = start + chunk.offset;
-            fabric.write(key, offset, &bytes);
-            let to = (writer.window.address + u64::from(writer.used), writer.window.rkey);
-            writer.used += chunk.length as u32;
-            self.outbound.publish_left(writer.window.length - writer.used);
-            let (sequence, signalled) = writer.enter(chunk.length);
-            let slice = Slice { key, offset, length: chunk.length };
-            let work = Work::Payload(sequence);
-            if self.refuses(rng)
-                || fabric.post_write(self.plan.port, work, slice, to, signalled).is_err()
-            {
-                writer.take_back(chunk.length);
-                writer.used -= chunk.length as u32;
-                self.outbound.publish_left(writer.window.length - writer.used);
-                self.refused = true;
-                break;
-            }
-            done += chunk.length;
-            self.written = self.now();
-        }
-        done as u64
+        refuses(&self.plan, rng)
     }
 
     /// Opens the next window, of whatever length, once the one before is full: where it
     /// was, if that was read, or in the other half of the memory.
     fn announce_if_full(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
-        if !self.session.is_established() || self.fate != Fate::Alive || self.ended {
+        if !self.session.is_established() || !self.is_peer_connected() || self.ended {
             return;
         }
         let most = self.plan.receive_bytes as u32;
         let length = match self.announcement_due.take() {
             Some(length) => length,
-            None if self.inbound.is_full() && self.inbound.is_other_free() => {
-                let stays = self.inbound.is_consumed() && rng.bool();
-                if !stays && (!self.inbound.is_consumed() && rng.bool()) {
+            None if self.stream.inbound().is_full() && self.stream.inbound().is_other_free() => {
+                let stays = self.stream.inbound().is_consumed() && rng.bool();
+                if !stays && (!self.stream.inbound().is_consumed() && rng.bool()) {
                     // The reader may come first.
                     return;
                 }
                 self.receives_at = if stays { self.receives_at } else { most - self.receives_at };
                 let length = if rng.u32(0..3) == 0 { rng.u32(1..=most) } else { most };
-                self.inbound.announce(self.receive_address(), length);
+                self.stream.inbound().announce(self.receive_address(), length);
                 length
             }
             None => return,
         };
-        let memory = Memory { address: self.receive_address(), length, rkey: self.receive };
+        let memory = Memory { address: self.receive_address(), length, rkey: self.receive() };
         if !self.send_control(Message::RegisterXferMemory(memory), fabric, rng) {
             self.announcement_due = Some(length);
         }
     }
 
+    fn control(&self) -> Key {
+        self.memory.as_ref().expect("not over").control.key
+    }
+
+    fn receive(&self) -> Key {
+        self.memory.as_ref().expect("not over").receive.key
+    }
+
     fn receive_address(&self) -> u64 {
-        Fabric::address(self.receive) + u64::from(self.receives_at)
+        Fabric::address(self.receive()) + u64::from(self.receives_at)
     }
 
     fn send_answers(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
@@ -554,11 +513,7 @@ impl Side {
 
     /// A slot of the control region.
     fn slot(&self, slot: u16, length: usize) -> Slice {
-        Slice { key: self.control, offset: usize::from(slot) * MESSAGE_LEN, length }
-    }
-
-    fn staging_at(&self) -> usize {
-        usize::from(self.plan.receive_slots + self.plan.control_slots) * MESSAGE_LEN
+        Slice { key: self.control(), offset: usize::from(slot) * MESSAGE_LEN, length }
     }
 
     /// Panics unless everything that was borrowed for a transfer is back.
@@ -567,10 +522,58 @@ impl Side {
         assert_eq!(receives, usize::from(self.plan.receive_slots), "receives not posted again");
         assert_eq!(entries, 0, "entries of the send queue in use");
         assert_eq!(self.free_control_slots.len(), usize::from(self.plan.control_slots));
-        assert_eq!(self.ledger.credit(), self.plan.payload_depth, "work requests not given back");
-        let mut writer = self.ledger.writer().expect("nobody else");
-        assert_eq!(writer.free(), writer.capacity(), "staging memory not given back");
-        assert!(writer.large.is_none(), "staging memory of an idle connection");
+        let queue = self.stream.outbound();
+        assert!(queue.is_idle(), "work requests not given back");
+        let staging = queue.staging_bytes(|region| region.length);
+        assert_eq!(staging, Some(self.plan.small_staging), "staging memory of an idle connection");
+    }
+}
+
+fn refuses(plan: &Plan, rng: &mut Rng) -> bool {
+    plan.refusals > 0 && rng.u32(0..plan.refusals) == 0
+}
+
+/// One write of the application.
+struct Sender<'a> {
+    plan: &'a Plan,
+    control: Key,
+    /// How many bytes were written before.
+    at: u64,
+    fabric: &'a mut Fabric,
+    rng: &'a mut Rng,
+}
+
+impl Transmit<Registered> for Sender<'_> {
+    type Staged = Slice;
+    type Error = ();
+
+    fn register(&mut self, length: usize) -> Option<Registered> {
+        (!refuses(self.plan, self.rng)).then(|| self.fabric.register(self.plan.port, length, false))
+    }
+
+    fn copy(&mut self, region: Option<&Registered>, chunk: Chunk) -> Slice {
+        let slots = usize::from(self.plan.receive_slots + self.plan.control_slots);
+        let (key, start) =
+            region.map_or((self.control, slots * MESSAGE_LEN), |region| (region.key, 0));
+        let bytes: Vec<u8> =
+            (self.at..).map(|at| byte(self.plan.port, at)).take(chunk.length).collect();
+        let offset = start + chunk.offset;
+        self.fabric.write(key, offset, &bytes);
+        Slice { key, offset, length: chunk.length }
+    }
+
+    fn post(&mut self, staged: Slice, write: PayloadWrite) -> Result<(), PostError<()>> {
+        assert_eq!(write.length as usize, staged.length);
+        let work = Work::Payload(write.sequence);
+        let to = (write.address, write.rkey);
+        let Self { plan, fabric, .. } = self;
+        if refuses(plan, self.rng)
+            || fabric.post_write(plan.port, work, staged, to, write.signalled).is_err()
+        {
+            return Err(PostError::Full);
+        }
+        self.at += u64::from(write.length);
+        Ok(())
     }
 }
 

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! The bytes of one connection, both ways: what its reader, its writer and the poller share.
+//!
+//! The server may read and write on any of its threads, one of each at a time. The poller
+//! puts in what completions and messages say. Nothing here waits, and nothing allocates but
+//! the regions that a write [registers](Transmit::register).
+
+use crate::send_queue::{SendQueue, Shortage, Transmit};
+use crate::staging::Steps;
+use crate::window::sync::{AtomicBool, Ordering};
+use crate::window::{PeerState, ReceiveWindow, SharedPeerState};
+
+/// What a read came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadOutcome {
+    /// So many bytes.
+    Bytes(usize),
+    /// None yet.
+    Again,
+    /// None any more.
+    End,
+    /// The connection is broken.
+    Broken,
+}
+
+/// What a write came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Written<E> {
+    /// So many bytes were posted, and if that is not all, then why.
+    Posted(usize, Option<Shortage<E>>),
+    /// The peer has left: all is taken and goes nowhere.
+    Discarded,
+    /// Somebody else is writing at this moment.
+    Busy,
+    /// The connection is broken.
+    Broken,
+}
+
+/// One connection's bytes. `R` is a region of staging memory.
+#[derive(Debug)]
+pub struct Stream<R> {
+    inbound: ReceiveWindow,
+    outbound: SendQueue<R>,
+    peer: SharedPeerState,
+    /// The server has shut the connection down, and will close it.
+    shut: AtomicBool,
+}
+
+impl<R> Stream<R> {
+    /// A stream without windows. See [`SendQueue::new`].
+    pub fn new(depth: usize, small_staging: usize, steps: Steps) -> Self {
+        Self {
+            inbound: ReceiveWindow::new(),
+            outbound: SendQueue::new(depth, small_staging, steps),
+            peer: SharedPeerState::default(),
+            shut: AtomicBool::new(false),
+        }
+    }
+
+    /// Reader: has `copy` take received bytes, at most `length`: it is told where they stand
+    /// and how many they are. One at a time.
+    #[inline]
+    pub fn read(&self, length: usize, copy: impl FnOnce(u64, usize)) -> ReadOutcome {
+        // First, and the bytes afterwards: those that came before the end are read.
+        let peer = self.peer.get();
+        if peer == PeerState::Failed {
+            return ReadOutcome::Broken;
+        }
+        if self.is_shut() {
+            return ReadOutcome::End;
+        }
+        let Some((address, waiting)) = self.inbound.readable() else {
+            let over = peer == PeerState::Disconnected;
+            return if over { ReadOutcome::End } else { ReadOutcome::Again };
+        };
+        let count = waiting.min(length);
+        if count == 0 {
+            return ReadOutcome::Again;
+        }
+        copy(address, count);
+        self.inbound.consume(count);
+        ReadOutcome::Bytes(count)
+    }
+
+    /// Writer: takes as much of `length` bytes as there is room for, and returns at once.
+    #[inline]
+    pub fn write<T: Transmit<R>>(&self, length: usize, transmit: &mut T) -> Written<T::Error> {
+        match self.peer.get() {
+            PeerState::Connected => {}
+            // As a socket does after the peer's close: the commands that it sent
+            // before are all carried out, their replies have nowhere to go.
+            PeerState::Disconnected => return Written::Discarded,
+            PeerState::Failed => return Written::Broken,
+        }
+        if self.is_shut() {
+            return Written::Broken;
+        }
+        let Some(sent) = self.outbound.write(length, transmit) else { return Written::Busy };
+        if matches!(sent.shortage, Some(Shortage::Failed(_))) {
+            self.peer.escalate(PeerState::Disconnected);
+        }
+        Written::Posted(sent.bytes, sent.shortage)
+    }
+
+    /// Whether a read would not answer [`ReadOutcome::Again`].
+    pub fn is_readable(&self) -> bool {
+        self.inbound.unread() > 0 || self.peer.get() != PeerState::Connected || self.is_shut()
+    }
+
+    /// Whether a write would take a byte, or find that the connection is over.
+    pub fn is_writable(&self) -> bool {
+        self.peer.get() != PeerState::Connected || self.outbound.is_writable()
+    }
+
+    /// Whether the peer is there.
+    pub fn peer_state(&self) -> PeerState {
+        self.peer.get()
+    }
+
+    /// The peer's state is `state`, unless it is known to be worse.
+    pub fn escalate(&self, state: PeerState) {
+        self.peer.escalate(state);
+    }
+
+    /// Nothing is read or written any more. What was written is delivered all the same.
+    pub fn shut_down(&self) {
+        self.shut.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether [`shut_down`](Self::shut_down) was called.
+    fn is_shut(&self) -> bool {
+        self.shut.load(Ordering::Relaxed)
+    }
+
+    /// Bytes on their way in.
+    pub fn inbound(&self) -> &ReceiveWindow {
+        &self.inbound
+    }
+
+    /// Bytes on their way out.
+    pub fn outbound(&self) -> &SendQueue<R> {
+        &self.outbound
+    }
+
+    /// A number that grows with every byte read and work request posted.
+    pub fn progress(&self) -> u64 {
+        self.inbound.total_read().wrapping_add(self.outbound.total_posted())
+    }
+}
