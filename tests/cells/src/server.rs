@@ -316,8 +316,8 @@ impl Server {
             "Guru Meditation",
             "panicked at",
         ];
-        // Panics that a test asked for, see src/transport/panics.rs, are no crashes.
-        const ASKED_FOR: &str = "src/transport/panics.rs";
+        // Panics that a test asked for, see src/test_panics.rs, are no crashes.
+        const ASKED_FOR: &str = "src/test_panics.rs";
         let log = self.log()?;
         let found = log.lines().position(|line| {
             SIGNS.iter().any(|sign| line.contains(sign)) && !line.contains(ASKED_FOR)
