@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 compile_error!("a panic has to end one connection, not the server: build with panic = \"unwind\"");
 
 /// Lines about panics in a minute, two for each: what panics may do so each time.
-const LINES_PER_MINUTE: u32 = 100;
+const LINES_PER_MINUTE: u32 = 200;
 
 static LINES: Mutex<LogLimiter> = Mutex::new(LogLimiter::new(LINES_PER_MINUTE));
 

@@ -88,7 +88,7 @@ pub fn unwatch(fd: RawFd) {
 }
 
 /// What a timer calls.
-type OnTimer = unsafe extern "C" fn(*mut raw::RedisModuleCtx, *mut c_void);
+pub type OnTimer = unsafe extern "C" fn(*mut raw::RedisModuleCtx, *mut c_void);
 
 /// The last timer of each callback, which may have fired since.
 static TIMERS: MainCell<Vec<(OnTimer, u64)>> = MainCell::new(Vec::new());

@@ -148,22 +148,28 @@ impl Poller {
     }
 }
 
+/// Has a timer come again, from within it, whatever became of what it was for.
+pub(super) fn again(delay: Duration, on_timer: api::OnTimer) {
+    guard("a timer", || api::after(delay, on_timer));
+}
+
 unsafe extern "C" fn on_fast(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     let poller = Poller::get();
     let is_transient =
         |key: &Key| poller.find(*key).is_some_and(|it| it.own().session.is_transient());
     poller.tick();
     // Whatever became of that, the clock goes on.
-    guard("the fast clock's next tick", || {
-        let mut attended = std::mem::take(&mut poller.clocks().open().attended);
+    let runs = guard("the fast clock's next tick", || {
+        let mut attended = poller.clocks().open().attended.clone();
         attended.retain(is_transient);
         let mut clocks = poller.clocks().open();
         clocks.fast_runs = !attended.is_empty();
         clocks.attended = attended;
-        if clocks.fast_runs {
-            api::after(FAST, on_fast);
-        }
+        clocks.fast_runs
     });
+    if runs.unwrap_or(true) {
+        again(FAST, on_fast);
+    }
 }
 
 unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
@@ -181,14 +187,15 @@ unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
         }
     });
     // Whatever became of that, the clock goes on.
-    guard("the slow clock's next tick", || {
+    let runs = guard("the slow clock's next tick", || {
         poller.shrink_hubs();
         let runs = poller.needs_clock() || poller.upcalls().needs_housekeeping();
         // Without endpoints this clock stops: what it would let go of later goes now.
         poller.shrink_echoes(!runs);
         poller.clocks().open().slow_runs = runs;
-        if runs {
-            api::after(SLOW, on_slow);
-        }
+        runs
     });
+    if runs.unwrap_or(true) {
+        again(SLOW, on_slow);
+    }
 }

@@ -6,6 +6,7 @@
 //! by a timer, first soon and then ever less often, until the address is on a device again or
 //! the server listens on something else.
 
+use super::clock::again;
 use crate::host::{MainCell, api};
 use crate::panic::guard;
 use redis_module::raw::RedisModuleCtx;
@@ -32,11 +33,12 @@ unsafe extern "C" fn on_tick(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     let Some((attempt, _)) = *NEXT.open() else { return };
     let waiting = guard("listening again", attempt).unwrap_or(true);
     // Whatever became of that, it is tried again.
-    guard("the next attempt to listen", || {
+    let pause = guard("the next attempt to listen", || {
         let mut next = NEXT.open();
         *next = next.filter(|_| waiting).map(|(attempt, last)| (attempt, (2 * last).min(LONGEST)));
-        if let Some((_, pause)) = *next {
-            api::after(pause, on_tick);
-        }
+        next.map(|(_, pause)| pause)
     });
+    if let Some(pause) = pause.unwrap_or(Some(LONGEST)) {
+        again(pause, on_tick);
+    }
 }

@@ -30,6 +30,12 @@ impl Info {
         text.parse().with_context(|| format!("INFO field {name} is '{text}', not a number"))
     }
 
+    /// The fields whose names begin so.
+    pub fn all(&self, start: &str) -> impl Iterator<Item = (&str, &str)> {
+        let fields = self.0.iter().filter(move |(name, _)| name.starts_with(start));
+        fields.map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
     /// The sum of several fields.
     pub fn sum(&self, names: &[&str]) -> Result<u64> {
         names.iter().map(|name| self.number(name)).sum()

@@ -29,10 +29,11 @@ pub enum Point {
     LoseDisconnect,
     LoseTransfer,
     RemoveDevice,
+    AddressChange,
     Poll,
 }
 
-const NAMES: [(&str, Point); 16] = [
+const NAMES: [(&str, Point); 17] = [
     ("post-send", Point::PostSend),
     ("post-recv", Point::PostReceive),
     ("sq-full", Point::SendQueueFull),
@@ -48,6 +49,7 @@ const NAMES: [(&str, Point); 16] = [
     ("lose-dreq", Point::LoseDisconnect),
     ("lose-transfer", Point::LoseTransfer),
     ("remove-device", Point::RemoveDevice),
+    ("address-changes", Point::AddressChange),
     ("poll-fails", Point::Poll),
 ];
 

@@ -14,11 +14,14 @@ use crate::verbs::{device, qp};
 use rdma_sys::ibv_event_type;
 use std::time::Duration;
 
-/// Counts a posted send towards a planned removal.
+/// Counts a posted send towards a planned removal, or a planned change of address.
 pub fn consider() {
     if fault::strikes(Point::RemoveDevice).is_some() {
         // Not here: the caller holds a queue pair's lock.
         engine().soon(remove);
+    }
+    if fault::strikes(Point::AddressChange).is_some() {
+        engine().soon(cm::address_changed);
     }
 }
 

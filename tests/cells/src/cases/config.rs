@@ -169,7 +169,8 @@ fn both(cell: &mut Cell) -> Result<()> {
     cell.start()?;
     at(cell, address)?;
     refused(cell, unheard)?;
-    cell.server().wait_log("rdma-port", Duration::from_secs(1))?;
+    let words = format!("wins over the module's argument port={}", unheard.port());
+    cell.server().wait_log(&words, Duration::from_secs(1))?;
     Ok(())
 }
 

@@ -128,7 +128,7 @@ impl Inbox {
     }
 
     /// The same, announcing `count` bytes.
-    fn claim(&mut self, raw: &mut Raw, bytes: &[u8], count: u32) -> Result<()> {
+    pub(super) fn claim(&mut self, raw: &mut Raw, bytes: &[u8], count: u32) -> Result<()> {
         let address = self.window.address + u64::from(self.used);
         raw.write(address, self.window.rkey, bytes, Some(count))?;
         self.used = self.used.wrapping_add(count);
@@ -136,7 +136,7 @@ impl Inbox {
     }
 
     /// What the server's window has left.
-    fn left(&self) -> u32 {
+    pub(super) fn left(&self) -> u32 {
         self.window.length - self.used
     }
 }
@@ -183,7 +183,7 @@ fn late(target: &Target, message: &[u8]) -> Result<Raw> {
     Ok(raw)
 }
 
-fn features(bits: u64) -> [u8; wire::CONTROL_LEN] {
+pub(super) fn features(bits: u64) -> [u8; wire::CONTROL_LEN] {
     let mut message = wire::bare(wire::SET_CLIENT_FEATURE);
     message[24..].copy_from_slice(&bits.to_be_bytes());
     message

@@ -8,6 +8,7 @@ mod basics;
 mod children;
 mod churn;
 mod config;
+mod counters;
 mod crowd;
 mod deadlock;
 mod devices;
@@ -48,6 +49,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         outgoing::CASES,
         panics::CASES,
         config::CASES,
+        counters::CASES,
         refusals::CASES,
         removal::CASES,
         replica::CASES,

@@ -14,6 +14,7 @@ use crate::server::{Server, free_port};
 pub const CASES: &[Case] = &[
     Case::new("bad-arguments", bad_arguments).unstarted(),
     Case::new("bad-address", bad_address).unstarted(),
+    Case::new("no-descriptors", no_descriptors).unstarted(),
     Case::new("no-device", no_device).unstarted(),
     Case::new("no-rdma-core", no_rdma_core).unstarted(),
     Case::new("low-memlock", low_memlock).unstarted(),
@@ -84,7 +85,36 @@ fn bad_address(cell: &mut Cell) -> Result<()> {
     }
     cell.settings.arguments(&["bind=not-an-address.invalid", &port]);
     refusal(cell, &["rdma", "not-an-address.invalid"])?;
+    cell.settings.arguments(&["bind=-192.0.2.77", "bind=-2001:db8::77", &port]);
+    refusal(cell, &["rdma", "none of the optional addresses could be listened on"])?;
+    let own = format!("bind={}", cell.settings.rdma.ip());
+    cell.settings.arguments(&[&own, &own, &port]);
+    refusal(cell, &["rdma", "the address is named twice"])?;
     Ok(())
+}
+
+/// An event loop without room for what the module has to watch.
+fn no_descriptors(cell: &mut Cell) -> Result<()> {
+    // The event loop takes numbers below this many, whatever the server is allowed.
+    cell.settings.directive("maxclients 1");
+    let usual = cell.settings.clone();
+    for free in 4..60 {
+        // Numbers below the bound are in use, but for some: those that the server takes for
+        // itself before it loads modules have to be among them.
+        let fill = format!("for n in $(seq {free} 200); do eval \"exec $n</dev/null\"; done");
+        cell.settings = usual.clone();
+        let prefix = ["bash", "-c", &format!("{fill}; exec \"$@\""), "bash"];
+        cell.settings.prefix = prefix.map(str::to_owned).to_vec();
+        let mut server = cell.launch()?;
+        let status = server.wait_exit(cell.lab.patience())?;
+        ensure!(!status.success(), "the server ended with {status}");
+        let lines = server.log_lines("not loaded: the server's event loop takes no more")?;
+        if let [line] = &lines[..] {
+            cell.figure("no room in the event loop", line);
+            return Ok(());
+        }
+    }
+    anyhow::bail!("the server never said it")
 }
 
 /// A machine without an RDMA device: the real libraries, natively.
@@ -215,6 +245,10 @@ fn loaded_late(cell: &mut Cell) -> Result<()> {
 
 /// MODULE UNLOAD: refused, and everything goes on.
 fn unload(cell: &mut Cell) -> Result<()> {
+    let reply = cell.tcp()?.words("MODULE UNLOAD rdma")?;
+    ensure!(reply.is_error(), "MODULE UNLOAD: {reply}");
+    cell.server().wait_log("a connection type can't be unloaded", Duration::from_secs(2))?;
+    // While there are connections the server does not even ask: a timer runs.
     let mut fast = cell.rdma()?;
     let reply = cell.tcp()?.words("MODULE UNLOAD rdma")?;
     ensure!(reply.is_error(), "MODULE UNLOAD: {reply}");

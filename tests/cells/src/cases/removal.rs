@@ -29,6 +29,8 @@ pub const CASES: &[Case] = &[
     Case::new("device-reset", device_reset).with(everywhere),
     Case::new("device-reset-address", device_reset),
     Case::new("device-limits", device_limits).unstarted(),
+    Case::new("address-changes", address_changes)
+        .with(|settings| faults(settings, "address-changes@20")),
 ];
 
 /// Clients that connect again and again.
@@ -221,6 +223,20 @@ fn device_reset(cell: &mut Cell) -> Result<()> {
     check_ended(cell)?;
     check_log(cell)?;
     cell.moved(CLIENTS * 14, CLIENTS * 7);
+    Ok(())
+}
+
+/// An address that moves on the device ends nothing, and is said.
+fn address_changes(cell: &mut Cell) -> Result<()> {
+    let mut client = cell.rdma()?;
+    for _ in 0..40 {
+        expect(&mut client, "PING", "PONG")?;
+    }
+    cell.server().wait_log("address of the connection of", cell.lab.patience())?;
+    cell.server().wait_log("the address of a listener changed", cell.lab.patience())?;
+    expect(&mut client, "PING", "PONG")?;
+    served(cell)?;
+    cell.moved(41 * 14, 41 * 7);
     Ok(())
 }
 

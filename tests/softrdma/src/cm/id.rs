@@ -868,6 +868,15 @@ pub fn device_removed(device: &Device) {
     }
 }
 
+/// The device's address has moved to another port of it, as far as anybody can tell.
+pub fn address_changed() {
+    for id in all() {
+        if id.device.lock().unwrap().is_some() {
+            id.push(RDMA_CM_EVENT_ADDR_CHANGE, 0, None);
+        }
+    }
+}
+
 /// There is a device again.
 pub fn device_added() {
     for id in all() {

@@ -12,4 +12,4 @@ mod id;
 mod message;
 mod rsockets;
 
-pub use id::{device_added, device_removed};
+pub use id::{address_changed, device_added, device_removed};
