@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 #
-# scripts/mutants.sh [--none | PATTERN] — runs the models of crates/proto/src/window/model.rs; then
+# scripts/mutants.sh [--none | PATTERN] — runs the models of crates/proto/src/model.rs; then
 # weakens each memory ordering of that folder in turn (Acquire, Release and the like
 # become Relaxed), in a copy, and runs them on it: they must fail. A mutant that
 # survives is an ordering that is not needed, or one that no model needs; either is a
@@ -69,7 +69,7 @@ in_copy() {
 }
 
 compile() { in_copy "$1" --no-run >&2; }
-models() { (in_copy "$1" window); }
+models() { (in_copy "$1" -- window model); }
 models_to() { models "$2" | tee "$1"; }
 
 # One line for each ordering: file, its number in the file, and a name of file,

@@ -6,14 +6,14 @@
 //! Both only look. They show addresses, so they are in the ACL category *admin*, as the
 //! server's `CLIENT LIST` is, and in *rdma*, to be given away without the others.
 
+use crate::conntype::listener::Listening;
+use crate::endpoint::key::MAX_ENDPOINTS;
+use crate::endpoint::status;
 use crate::host::api;
 use crate::host::reply::Reply;
 use crate::metrics::METRICS;
 use crate::panic::guard;
-use crate::transport::key::MAX_ENDPOINTS;
-use crate::transport::listener::Listening;
-use crate::transport::poller::Poller;
-use crate::transport::status;
+use crate::poller::Poller;
 use redis_module::raw;
 use std::ffi::{CStr, c_int};
 use std::ptr;

@@ -4,9 +4,14 @@
 //! The protocol itself is the crate [`proto`], and [`verbs`] owns the RDMA objects.
 //! Dependencies in this direction only:
 //!
-//! * [`host`]: the server's ABI.
+//! * [`time`], [`log_limit`], [`panic`]: the clock, a limit on log lines, no panic into C.
 //! * [`config`], [`metrics`]: what is set and what is counted.
-//! * [`transport`]: all of it together, and the table that the server calls.
+//! * [`host`]: the server's ABI.
+//! * [`child`]: what forked children must not do.
+//! * [`device`]: the completion queues that the connections of one device share.
+//! * [`endpoint`]: one RDMA connection.
+//! * [`poller`]: completions in, handlers called, timers.
+//! * [`conntype`]: the connection type that the server calls.
 //! * [`commands`]: what an operator may ask.
 //! * [`namesake`]: another module of our name.
 //! * [`module`]: loading and `INFO`.
@@ -17,15 +22,19 @@ compile_error!(
      known for that target only (see docs/abi.md)"
 );
 
+pub mod child;
 pub mod commands;
 pub mod config;
+pub mod conntype;
+pub mod device;
+pub mod endpoint;
 pub mod host;
 pub mod log_limit;
 pub mod metrics;
 pub mod module;
 pub mod namesake;
 pub mod panic;
+pub mod poller;
 #[cfg(feature = "test-panics")]
 mod test_panics;
 pub mod time;
-pub mod transport;

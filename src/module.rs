@@ -3,14 +3,16 @@
 
 use crate::commands;
 use crate::config::Settings;
+use crate::conntype;
+use crate::conntype::listener::Listening;
+use crate::conntype::rebind;
+use crate::conntype::table;
 use crate::host::line::{Line, Version};
 use crate::host::main_cell::{declare_main_thread, is_main_thread};
 use crate::host::symbols::{self, Symbols, server_has_own_rdma};
 use crate::host::{api, fingerprint};
 use crate::namesake;
 use crate::panic::{guard, log_panics};
-use crate::transport::listener::Listening;
-use crate::transport::{self, rebind, table};
 use redis_module::raw;
 use std::ffi::{CString, c_char, c_int};
 use verbs::{account, fork, library};
@@ -160,13 +162,13 @@ unsafe fn load(
     // SAFETY: by the caller's promise.
     let io_threads = unsafe { io_threads(ctx) };
     let (poller, listening) =
-        transport::start(line, symbols, settings).map_err(|error| error.to_string())?;
-    let echoes = if line.wakes_threads_by_descriptors() && io_threads > 1 {
+        conntype::start(line, symbols, settings).map_err(|error| error.to_string())?;
+    let wakeup_fds = if line.wakes_threads_by_descriptors() && io_threads > 1 {
         (2 * io_threads).min(MOST_ECHOES)
     } else {
         0
     };
-    if !poller.watch(echoes) {
+    if !poller.watch(wakeup_fds) {
         return Err(String::from("the server's event loop takes no more descriptors (maxclients)"));
     }
     if !line.has_directives() {

@@ -155,12 +155,12 @@ fn every_field_of_a_client_is_documented() {
     let text = read("docs/troubleshooting.md");
     let (_, section) = text.split_once("\n## A client hangs").expect("the section");
     let (section, _) = section.split_once("\n## ").expect("another section");
-    for field in fields_of("src/transport/status.rs") {
+    for field in fields_of("src/endpoint/status.rs") {
         let shown =
             section.contains(&format!("\"{field}\" =>")) || section.contains(&format!("`{field}`"));
         assert!(shown, "docs/troubleshooting.md, RDMA.CLIENTS: '{field}' is not there");
     }
-    let source = read("src/transport/status.rs");
+    let source = read("src/endpoint/status.rs");
     let waits = source.lines().filter_map(|line| {
         let (_, text) = line.trim().strip_prefix("Self::")?.split_once(" => \"")?;
         Some(text.trim_end_matches("\",").to_owned())

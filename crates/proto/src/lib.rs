@@ -22,6 +22,8 @@
 
 pub mod buffer_size;
 pub mod busy_poll;
+#[cfg(all(test, loom))]
+mod model;
 pub mod send_queue;
 pub mod session;
 pub mod staging;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! The hand-overs of the crate between real threads: a poller, and two I/O threads that
-//! take turns as chance has it. The models of `src/window/model.rs` look at every interleaving
+//! take turns as chance has it. The models of `src/model.rs` look at every interleaving
 //! of a few steps; this looks at some interleavings of very many, with plain memory behind the
 //! windows, so that ThreadSanitizer (`scripts/sanitizers.sh thread`) sees who touches a byte
 //! without an order between them.

@@ -6,7 +6,7 @@
 //! type here has one producer and one consumer, and every field has one owner
 //! who stores into it; the other side only loads. ([`SharedPeerState`] alone may be stored
 //! to by all, since it only ever grows.) Nothing here does I/O, blocks
-//! or allocates, so that loom can drive the same types (`--cfg loom`, see `model.rs`).
+//! or allocates, so that loom can drive the same types (`--cfg loom`, see `../model.rs`).
 //!
 //! * [`ReceiveWindow`]: bytes that the peer wrote into our buffer, on their way
 //!   to the reader.
@@ -16,8 +16,6 @@
 //! * [`SharedPeerState`]: word that the connection is over, from whoever finds out.
 
 mod ledger;
-#[cfg(all(test, loom))]
-mod model;
 mod peer_state;
 mod receive;
 mod send;

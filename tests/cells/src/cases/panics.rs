@@ -464,7 +464,7 @@ mod tests {
         let mut guarded = 0;
         for (at, _) in text.match_indices("guard") {
             let rest = &text[at..];
-            let calls = ["guard(", "guard_on(", "guard_endpoint("];
+            let calls = ["guard(", "guard_on("];
             let Some(rest) = calls.iter().find_map(|call| rest.strip_prefix(call)) else {
                 continue;
             };

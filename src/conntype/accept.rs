@@ -2,12 +2,12 @@
 //! Connections that clients open: requests are accepted or refused, and endpoints whose
 //! handshakes are complete become connections of the server.
 
-use super::connection::RdmaConnection;
-use super::endpoint::{Endpoint, PeerState, Reason, Stage};
-use super::listener::Listening;
-use super::poller::Poller;
+use crate::conntype::listener::Listening;
+use crate::endpoint::{Endpoint, PeerState, Reason, Stage};
 use crate::host::connection::State;
 use crate::metrics::METRICS;
+use crate::poller::Poller;
+use crate::poller::connection::RdmaConnection;
 use crate::time;
 use std::ffi::CString;
 use std::sync::Arc;

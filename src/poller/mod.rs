@@ -21,19 +21,24 @@
 //! Here is when a pass takes place. What it finds is in `completions`, whom it calls in
 //! `serving`, how connections end in `endings`, and which there are in `registry`.
 
+mod clock;
 mod completions;
+pub mod connection;
 mod endings;
 mod registry;
 mod serving;
+mod teardown;
+mod wakeup_fds;
+mod watchdog;
 
-use super::clock::Clocks;
-use super::echoes::Echoes;
-use super::endpoint::place::{self, Place};
-use super::endpoint::{Endpoint, Plan, Stage};
-use super::hub::{Hub, Which};
-use super::key::Key;
-use super::{teardown, watchdog};
+use self::clock::Clocks;
+pub use self::clock::again;
+use self::wakeup_fds::WakeupFds;
 use crate::config::Settings;
+use crate::device::{Hub, Which};
+use crate::endpoint::key::Key;
+use crate::endpoint::place::{self, Place};
+use crate::endpoint::{Endpoint, Plan, Stage};
 use crate::host::reply::Reply;
 use crate::host::{MainCell, api};
 use crate::log_limit::LogLimiter;
@@ -95,7 +100,7 @@ pub struct Poller {
     /// Passes before a sleep that are over: after each of them, and before anything else is
     /// written, the server syncs its append-only file if it has to.
     turn: MainCell<u64>,
-    echoes: MainCell<Echoes>,
+    wakeup_fds: MainCell<WakeupFds>,
     losses: MainCell<LogLimiter>,
     violations: MainCell<LogLimiter>,
     troubles: MainCell<LogLimiter>,
@@ -152,7 +157,7 @@ impl Poller {
             unfinished: MainCell::default(),
             job_sent: MainCell::default(),
             turn: MainCell::default(),
-            echoes: MainCell::default(),
+            wakeup_fds: MainCell::default(),
             losses: MainCell::new(LogLimiter::new(LOSSES_PER_MINUTE)),
             violations: MainCell::new(LogLimiter::new(LOSSES_PER_MINUTE)),
             troubles: MainCell::new(LogLimiter::new(LOSSES_PER_MINUTE)),
@@ -199,10 +204,10 @@ impl Poller {
         self.nudges.open().log(now, Level::Warn, message);
     }
 
-    /// Registers with the event loop. `echoes` is the most descriptors that may fire
+    /// Registers with the event loop. `wakeup_fds` is the most descriptors that may fire
     /// for one device beside its own.
-    pub fn watch(&self, echoes: usize) -> bool {
-        self.echoes.open().allow(echoes);
+    pub fn watch(&self, wakeup_fds: usize) -> bool {
+        self.wakeup_fds.open().allow(wakeup_fds);
         api::watch(self.wake.as_raw_fd(), on_wake, 0)
             && api::watch(self.channel.fd(), on_connection_event, 0)
     }
@@ -424,7 +429,7 @@ impl Poller {
         }
         if self.find_hub(hub.number()).is_some() {
             let busy = self.ready.open().len();
-            self.echoes.open().grow(hub.fd(), busy);
+            self.wakeup_fds.open().grow(hub.fd(), busy);
         }
         let served = self.serve_ready();
         hub.pace().passed(served, time::nanos());
@@ -442,8 +447,8 @@ impl Poller {
 
     /// Lets go of descriptors that fire with a device's and were not needed since the
     /// last call, or of all. Slow clock.
-    pub fn shrink_echoes(&self, all: bool) {
-        self.echoes.open().shrink(all);
+    pub fn shrink_wakeup_fds(&self, all: bool) {
+        self.wakeup_fds.open().shrink(all);
     }
 
     /// Handles what happened to connections.

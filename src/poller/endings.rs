@@ -3,13 +3,13 @@
 //! server or of a failure, with a line in the log, and their removal.
 
 use super::{ENDINGS_PER_PASS, Poller};
+use crate::device::Hub;
+use crate::endpoint::{Endpoint, PeerState, Reason, Stage};
 use crate::host::api;
 use crate::metrics::METRICS;
 use crate::panic::guard;
+use crate::poller::teardown;
 use crate::time;
-use crate::transport::endpoint::{Endpoint, PeerState, Reason, Stage};
-use crate::transport::hub::Hub;
-use crate::transport::teardown;
 use log::Level;
 use proto::session::Violation;
 use std::sync::Arc;
@@ -84,7 +84,7 @@ impl Poller {
         }
         api::unwatch(hub.fd());
         // Copies of that descriptor among them; they grow again as they are needed.
-        self.echoes.open().shrink(true);
+        self.wakeup_fds.open().shrink(true);
         METRICS.devices_lost.add(1);
         let mut ended = 0;
         for endpoint in self.endpoints().iter().filter(|it| Arc::ptr_eq(&it.hub(), hub)) {

@@ -4,9 +4,9 @@
 
 use super::control::{SMALL_STAGING, STAGING_AT};
 use super::{Endpoint, activity};
+use crate::endpoint::key::Work;
 use crate::host::main_cell::is_main_thread;
 use crate::metrics::METRICS;
-use crate::transport::key::Work;
 use proto::send_queue::{PayloadWrite, PostError, Shortage, Transmit};
 use proto::stream::Written;
 use proto::window::Chunk;

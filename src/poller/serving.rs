@@ -2,10 +2,10 @@
 //! The ready queue: endpoints that have something to do, and the calls of their handlers.
 
 use super::Poller;
+use crate::endpoint::{Endpoint, PeerState};
 use crate::host::connection::State;
 use crate::metrics::METRICS;
-use crate::transport::connection::{call_handler, has_write_barrier};
-use crate::transport::endpoint::{Endpoint, PeerState};
+use crate::poller::connection::{call_handler, has_write_barrier};
 use std::sync::Arc;
 
 impl Poller {

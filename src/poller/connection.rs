@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! The server's `connection` of our type, and the calling of its handlers.
 
-use super::endpoint::Endpoint;
+use crate::endpoint::Endpoint;
 use crate::host::connection::{
     Connection, FLAG_CLOSE_SCHEDULED, FLAG_WRITE_BARRIER, Handler, State,
 };

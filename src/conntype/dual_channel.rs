@@ -14,12 +14,12 @@
 //! replica was seen for a while. The second channel of the first attempt is refused, in words
 //! that the replica logs; the next attempt, a second later, goes by one channel.
 
-use super::poller::Poller;
 use crate::host::filter::{Command, Filter};
 use crate::host::main_cell::is_main_thread;
 use crate::host::{MainCell, api};
 use crate::log_limit::LogLimiter;
 use crate::panic::guard;
+use crate::poller::Poller;
 use crate::time;
 use log::Level;
 use proto::session::Millis;

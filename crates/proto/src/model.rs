@@ -4,7 +4,7 @@
 //! see by its ordering:
 //!
 //! ```text
-//! RUSTFLAGS="--cfg loom" cargo test --release --lib window
+//! RUSTFLAGS="--cfg loom" cargo test --release --lib model
 //! ```
 //!
 //! The types are the real ones; what stands around them here is the least that
@@ -21,12 +21,12 @@
 //! wake-up that is lost leaves the main thread waiting for ever, which is a
 //! deadlock; a window or a job that is handed over twice fails an assertion.
 
-use super::{
-    Announcement, Chunk, PeerState, ReceiveWindow, SendLedger, SendWindow, SharedPeerState,
-};
 use crate::send_queue::{PayloadWrite, PostError, SendQueue, Sent, Transmit};
 use crate::staging::Steps;
 use crate::stream::{ReadOutcome, Stream, Written};
+use crate::window::{
+    Announcement, Chunk, PeerState, ReceiveWindow, SendLedger, SendWindow, SharedPeerState,
+};
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::mpsc::{Receiver, Sender, channel};

@@ -8,11 +8,11 @@
 //! within a script, or while it loads its data. There the fast clock is asked before each
 //! sleep.
 
-use super::endpoint::{Endpoint, PeerState, Reason};
-use super::key::Key;
-use super::poller::Poller;
+use crate::endpoint::key::Key;
+use crate::endpoint::{Endpoint, PeerState, Reason};
 use crate::host::api;
 use crate::panic::guard;
+use crate::poller::Poller;
 use crate::time;
 use proto::session::{Duty, Millis};
 use redis_module::raw::RedisModuleCtx;
@@ -149,7 +149,7 @@ impl Poller {
 }
 
 /// Has a timer come again, from within it, whatever became of what it was for.
-pub(super) fn again(delay: Duration, on_timer: api::OnTimer) {
+pub fn again(delay: Duration, on_timer: api::OnTimer) {
     guard("a timer", || api::after(delay, on_timer));
 }
 
@@ -191,7 +191,7 @@ unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
         poller.shrink_hubs();
         let runs = poller.needs_clock() || poller.upcalls().needs_housekeeping();
         // Without endpoints this clock stops: what it would let go of later goes now.
-        poller.shrink_echoes(!runs);
+        poller.shrink_wakeup_fds(!runs);
         poller.clocks().open().slow_runs = runs;
         runs
     });

@@ -5,11 +5,12 @@
 //! the number that the server expects. A panic ends the connection that it
 //! happened on and nothing else.
 
-use super::connection::RdmaConnection;
-use super::endpoint::{PeerState, ReadOutcome, WriteOutcome};
-use super::listener::Listening;
-use super::poller::Poller;
-use super::{child, dual_channel, in_child, outgoing};
+use crate::child;
+use crate::child::in_child;
+use crate::conntype::dual_channel;
+use crate::conntype::listener::Listening;
+use crate::conntype::outgoing;
+use crate::endpoint::{PeerState, ReadOutcome, WriteOutcome};
 use crate::host::Line;
 use crate::host::connection::{
     Connection, FLAG_CLOSE_SCHEDULED, FLAG_WRITE_BARRIER, Handler, State,
@@ -20,6 +21,8 @@ use crate::host::layout::{
 use crate::host::main_cell::is_main_thread;
 use crate::host::symbols::{TYPE_NAME, TYPE_NUMBER};
 use crate::panic::guard;
+use crate::poller::Poller;
+use crate::poller::connection::RdmaConnection;
 use libc::{iovec, ssize_t};
 use std::ffi::{CStr, c_char, c_int, c_longlong, c_void};
 use std::io::IoSlice;
@@ -280,7 +283,7 @@ unsafe extern "C" fn accept(connection: *mut Connection, handler: Option<Handler
                 return ERR;
             }
             (*connection).set_state(State::Connected);
-            if super::connection::call_handler(connection, handler) { OK } else { ERR }
+            if crate::poller::connection::call_handler(connection, handler) { OK } else { ERR }
         }
     })
     .unwrap_or(ERR)
@@ -523,7 +526,7 @@ unsafe extern "C" fn sync_readline(
 
 fn blocking(
     connection: *mut Connection,
-    work: impl FnOnce(&Arc<super::endpoint::Endpoint>) -> Result<usize, i32>,
+    work: impl FnOnce(&Arc<crate::endpoint::Endpoint>) -> Result<usize, i32>,
 ) -> ssize_t {
     // SAFETY: the server passes a live connection.
     let endpoint = unsafe { (*ours(connection)).endpoint.clone() };

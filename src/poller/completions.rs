@@ -2,11 +2,11 @@
 //! What completed, one after the other: which endpoint it is of, and what follows from it.
 
 use super::Poller;
+use crate::device::{Hub, Progress, Which};
+use crate::endpoint::key::{Key, Work};
+use crate::endpoint::{Endpoint, PeerState, Reason};
 use crate::metrics::METRICS;
 use crate::time;
-use crate::transport::endpoint::{Endpoint, PeerState, Reason};
-use crate::transport::hub::{Hub, Progress, Which};
-use crate::transport::key::{Key, Work};
 use proto::busy_poll::Nanos;
 use proto::session::{Reaction, Violation};
 use std::cell::Cell;

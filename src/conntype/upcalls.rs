@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! What the poller has done by those who know the server.
 
-use super::dual_channel;
-use super::endpoint::Endpoint;
-use super::listener::Listening;
-use super::poller::{Poller, Upcalls};
-use super::{child, outgoing};
+use crate::child;
+use crate::conntype::dual_channel;
+use crate::conntype::listener::Listening;
+use crate::conntype::outgoing;
+use crate::endpoint::Endpoint;
+use crate::poller::{Poller, Upcalls};
 use proto::session::Millis;
 use std::sync::Arc;
 use verbs::cm::Event;

@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 /// See the module's text. Main thread only.
 #[derive(Debug, Default)]
-pub struct Echoes {
+pub struct WakeupFds {
     /// Most of them; 0 where the server does not go by descriptors.
     most: usize,
     descriptors: Vec<OwnedFd>,
@@ -21,7 +21,7 @@ pub struct Echoes {
     busy: usize,
 }
 
-impl Echoes {
+impl WakeupFds {
     /// As many as `most`, from now on.
     pub fn allow(&mut self, most: usize) {
         self.most = most;

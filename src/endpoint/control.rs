@@ -3,7 +3,7 @@
 //! staging memory behind them.
 
 use super::Endpoint;
-use crate::transport::key::Work;
+use crate::endpoint::key::Work;
 use proto::wire::{MESSAGE_LEN, Message};
 use verbs::Error;
 use verbs::qp::Slice;

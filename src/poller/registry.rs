@@ -4,7 +4,7 @@
 //! A key is a place and how often that was taken: completions of one that is gone don't
 //! reach the one that has its place now.
 
-use crate::transport::key::{Key, MAX_ENDPOINTS};
+use crate::endpoint::key::{Key, MAX_ENDPOINTS};
 use std::collections::HashMap;
 use std::hash::Hash;
 

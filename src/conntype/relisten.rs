@@ -6,9 +6,9 @@
 //! by a timer, first soon and then ever less often, until the address is on a device again or
 //! the server listens on something else.
 
-use super::clock::again;
 use crate::host::{MainCell, api};
 use crate::panic::guard;
+use crate::poller::again;
 use redis_module::raw::RedisModuleCtx;
 use std::ffi::c_void;
 use std::time::Duration;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! An endpoint's place in the registry, vacant only when the endpoint is destroyed.
 
-use crate::transport::key::Key;
+use crate::endpoint::key::Key;
 use std::sync::{Mutex, PoisonError};
 
 /// Keys of endpoints that are destroyed.

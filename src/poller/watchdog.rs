@@ -13,10 +13,10 @@
 //! neither is something to do. A notification that a device lost is nobody's: the slow
 //! clock looks for completions by itself.
 
-use super::endpoint::{Endpoint, Stage};
-use super::poller::Poller;
-use super::status;
+use crate::endpoint::status;
+use crate::endpoint::{Endpoint, Stage};
 use crate::metrics::METRICS;
+use crate::poller::Poller;
 use proto::session::Millis;
 use std::time::Duration;
 

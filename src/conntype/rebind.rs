@@ -6,7 +6,7 @@
 //! API. Their defaults are the module's arguments; what the configuration file or
 //! `CONFIG SET` says wins over those.
 
-use super::listener::Listening;
+use crate::conntype::listener::Listening;
 use crate::host::api;
 use crate::host::layout::MAX_BINDS;
 use crate::panic::guard;

@@ -17,17 +17,19 @@
 
 pub mod activity;
 mod control;
+pub mod key;
 pub mod place;
 mod receiving;
 mod sending;
+pub mod status;
 pub mod watch;
 
 use activity::Activity;
 use place::Place;
 use watch::Watch;
 
-use super::hub::{Hub, Reservation};
-use super::key::Key;
+use crate::device::{Hub, Reservation};
+use crate::endpoint::key::Key;
 use crate::host::main_cell::MainPtr;
 use crate::host::{Connection, MainCell};
 use crate::metrics::{Counter, METRICS};

@@ -2,10 +2,10 @@
 //! What a connection is doing, for those who ask: `RDMA.CLIENTS`, the watchdog, the log.
 //!
 //! What a connection waits for follows from what it has anyway. Only for how long it
-//! does has to be noted when the wait begins, see [`super::endpoint::activity`].
+//! does has to be noted when the wait begins, see [`crate::endpoint::activity`].
 
-use super::endpoint::activity::Shortage;
-use super::endpoint::{Endpoint, PeerState, Stage};
+use crate::endpoint::activity::Shortage;
+use crate::endpoint::{Endpoint, PeerState, Stage};
 use crate::host::reply::Reply;
 use crate::time;
 use proto::session::Millis;

@@ -8,17 +8,17 @@
 //! and nothing of ours is closed by that. So a change of port or address that can't be
 //! had leaves what was listened on: it is only given to the server again.
 
-use super::address::resolve;
-use super::endpoint::Endpoint;
-use super::poller::Poller;
-use super::relisten;
 use crate::config::Settings;
+use crate::conntype::address::resolve;
+use crate::conntype::relisten;
+use crate::endpoint::Endpoint;
 use crate::host::layout::{ConnectionType91, Listener81, MAX_BINDS, RdmaSettings};
 use crate::host::main_cell::MainPtr;
 use crate::host::symbols::Symbols;
 use crate::host::{Line, MainCell};
 use crate::log_limit::LogLimiter;
 use crate::metrics::METRICS;
+use crate::poller::Poller;
 use once_cell::sync::OnceCell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::net::SocketAddr;

@@ -4,14 +4,14 @@
 //! No stock server calls these for RDMA yet (replication and the cluster use TCP),
 //! but the table has them, and they do what TCP's do.
 
-use super::address::resolve;
-use super::connection::{RdmaConnection, call_handler};
-use super::endpoint::{Endpoint, PeerState, ReadOutcome, Reason, Stage, WriteOutcome};
-use super::poller::Poller;
+use crate::conntype::address::resolve;
+use crate::endpoint::{Endpoint, PeerState, ReadOutcome, Reason, Stage, WriteOutcome};
 use crate::host::connection::{Handler, State};
 use crate::host::main_cell::{MainPtr, is_main_thread};
 use crate::host::{MainCell, api};
 use crate::metrics::METRICS;
+use crate::poller::Poller;
+use crate::poller::connection::{RdmaConnection, call_handler};
 use redis_module::raw::RedisModuleCtx;
 use std::collections::VecDeque;
 use std::ffi::c_void;

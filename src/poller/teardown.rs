@@ -12,15 +12,15 @@
 //!   they are of one that is destroyed. Should somebody still hold it, then whoever lets go of
 //!   it last destroys it.
 //! * What endpoints share is counted by atomics: a completion queue lives until the last queue
-//!   pair on it is gone, and its entries are given back afterwards ([`super::hub`]); an
-//!   endpoint's key is taken again only after that too ([`super::endpoint::place`]).
+//!   pair on it is gone, and its entries are given back afterwards ([`crate::device`]); an
+//!   endpoint's key is taken again only after that too ([`crate::endpoint::place`]).
 //! * libibverbs and librdmacm may be called from any thread. An id whose event the main thread
 //!   is reading is freed after that event was acknowledged, and has no queue pair any more that
 //!   the reading could change.
 //! * A forked child has no such thread and calls nothing here. A process that ends takes the
 //!   thread along at whichever step; the kernel gives back the rest.
 
-use super::endpoint::Endpoint;
+use crate::endpoint::Endpoint;
 use crate::metrics::METRICS;
 use crate::panic::guard;
 use std::collections::VecDeque;
