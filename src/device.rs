@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use verbs::Error;
 use verbs::cm::{Id, IdKey};
 use verbs::cq::{Batch, Completion, CompletionChannel, CompletionQueue};
-use verbs::device::{Device, Limits};
+use verbs::device::Limits;
 
 /// Entries of a device's queues, in the order in which they are made: for 77 connections,
 /// for 154 and so on, twice as many each time up to 2,473, or to the device's limit. Few
@@ -46,8 +46,7 @@ const FAILURES: u32 = 3;
 pub struct Hub {
     queues: MainCell<Vec<Shared>>,
     channel: Arc<CompletionChannel>,
-    device: Device,
-    /// Holds the device open, so it goes after what was made there.
+    /// Its id of the device, which holds it open.
     anchor: Arc<Id>,
     /// Tells it from all hubs that there were.
     number: usize,
@@ -70,9 +69,7 @@ pub struct Reservation {
 
 #[derive(Debug)]
 struct Queue {
-    // Before the channel, which must outlive it.
-    completions: CompletionQueue,
-    _channel: Arc<CompletionChannel>,
+    completions: Arc<CompletionQueue>,
     /// Reserved entries whose queue pairs are gone.
     stale: AtomicU32,
 }
@@ -149,8 +146,7 @@ impl Hub {
         };
         Ok(Self {
             queues: MainCell::new(Vec::new()),
-            channel: Arc::new(CompletionChannel::new(device)?),
-            device,
+            channel: Arc::new(CompletionChannel::new(&device)?),
             anchor: Arc::clone(anchor),
             number,
             limits,
@@ -164,11 +160,6 @@ impl Hub {
     /// When the next completions are expected.
     pub fn pace(&self) -> std::cell::RefMut<'_, Pace> {
         self.pace.open()
-    }
-
-    /// The device, which is open as long as the hub is there.
-    pub fn device(&self) -> Device {
-        self.device
     }
 
     /// Whether the id is bound to this hub's device.
@@ -227,7 +218,7 @@ impl Hub {
     pub fn reserve<T>(
         &self,
         entries: u32,
-        with: impl FnOnce(&CompletionQueue) -> Result<T, Error>,
+        with: impl FnOnce(&Arc<CompletionQueue>) -> Result<T, Error>,
     ) -> Result<(Reservation, T), Error> {
         let mut queues = self.queues.open();
         let most = self.limits.completion_entries;
@@ -265,13 +256,11 @@ impl Hub {
     fn new_queue(&self, number: usize, wish: u32, least: u32) -> Result<(Queue, u32), Error> {
         let mut capacity = wish;
         loop {
-            let tried =
-                CompletionQueue::new(self.device, &self.channel, capacity, self.vector, number);
+            let tried = CompletionQueue::new(&self.channel, capacity, self.vector, number);
             match tried {
                 Ok(completions) => {
-                    let channel = Arc::clone(&self.channel);
-                    let stale = AtomicU32::new(0);
-                    return Ok((Queue { completions, _channel: channel, stale }, capacity));
+                    let completions = Arc::new(completions);
+                    return Ok((Queue { completions, stale: AtomicU32::new(0) }, capacity));
                 }
                 Err(error) if capacity == least => return Err(error),
                 Err(_) => capacity = (capacity / 2).max(least),

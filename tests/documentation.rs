@@ -289,7 +289,7 @@ fn blocks(page: &str, text: &str) -> Vec<Shown> {
 
 /// Who runs a command that a reader is shown: what it begins with, the file that runs it, and
 /// how it stands there. Addresses and ports are left out on both sides.
-const RUN_BY: [(&str, &str, &str); 15] = [
+const RUN_BY: [(&str, &str, &str); 16] = [
     ("scripts/setup.sh build", ".ci/run", "scripts/setup.sh build"),
     ("eval \"$(scripts/setup.sh env)\"", "scripts/build-on.sh", "eval \"$(scripts/setup.sh env)\""),
     ("cargo build --release --locked", "scripts/build-on.sh", "cargo build --release --locked"),
@@ -299,6 +299,7 @@ const RUN_BY: [(&str, &str, &str); 15] = [
         "tests/link.rs",
         "objdump(\"-p\")",
     ),
+    ("objdump -T target/release/libvalkey_rdma.so | grep", "tests/link.rs", "objdump(\"-T\")"),
     (
         "objdump -p target/release/libvalkey_rdma.so | grep -o 'GLIBC_",
         "scripts/package.sh",

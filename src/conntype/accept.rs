@@ -11,16 +11,11 @@ use crate::poller::connection::RdmaConnection;
 use crate::time;
 use std::ffi::CString;
 use std::sync::Arc;
-use verbs::cm::{Id, IdKey};
+use verbs::cm::Id;
 
 impl Listening {
     /// Accepts a connection request, or refuses it.
-    ///
-    /// # Safety
-    /// The key is that of a connection request that nobody took over.
-    pub(super) unsafe fn accept(&self, key: IdKey) {
-        // SAFETY: by the caller's promise.
-        let id = unsafe { Id::from_request(key) };
+    pub(super) fn accept(&self, id: Id) {
         let peer = id.peer_address().map_or_else(String::new, |peer| peer.to_string());
         let most = u64::from(self.settings.open().max_handshakes);
         if !self.poller.make_room(most) {
@@ -44,8 +39,12 @@ impl Listening {
                 accepted
             });
         if let Err(error) = result {
-            if error.is_about_memory() { &METRICS.refused_memory } else { &METRICS.refused_device }
-                .add(1);
+            if error.is_out_of_memory() {
+                &METRICS.refused_memory
+            } else {
+                &METRICS.refused_device
+            }
+            .add(1);
             self.refused(&peer, &error.to_string());
         }
     }

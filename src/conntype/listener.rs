@@ -73,10 +73,9 @@ struct Listeners {
 
 #[derive(Debug)]
 struct Listener {
-    // Before the channel, which must outlive its ids.
     /// None while the device of its address is gone.
-    id: Option<Id>,
-    channel: EventChannel,
+    id: Option<Arc<Id>>,
+    channel: Arc<EventChannel>,
     address: SocketAddr,
     /// The address in the operator's words.
     name: CString,
@@ -229,7 +228,7 @@ impl Listeners {
         if self.open.iter().any(|it| it.address == address) {
             return Ok(address);
         }
-        let channel = EventChannel::new().map_err(|error| error.to_string())?;
+        let channel = Arc::new(EventChannel::new().map_err(|error| error.to_string())?);
         let id = listening(&channel, address).or_else(|error| {
             // All addresses and one of them can't be listened on at a time; the kernel has
             // either word for it.
@@ -245,7 +244,7 @@ impl Listeners {
             _ => format!("{error} ({})", device_hint()),
         })?;
         if let (Some(device), false) = (id.device(), self.memory_tried) {
-            Endpoint::try_memory(device)?;
+            Endpoint::try_memory(&device)?;
         }
         let name = CString::new(name).unwrap_or_default();
         change.opened.push(Listener { id: Some(id), channel, address, name, given: -1 });
@@ -318,10 +317,12 @@ impl Listener {
 /// In words, of the first, if none can.
 fn try_all_devices() -> Result<(), String> {
     let (mut fit, mut unfit) = (false, Vec::new());
-    Device::for_each(|device| match Endpoint::try_memory(device) {
-        Ok(()) => fit = true,
-        Err(why) => unfit.push(why),
-    });
+    for device in Device::all() {
+        match Endpoint::try_memory(&device) {
+            Ok(()) => fit = true,
+            Err(why) => unfit.push(why),
+        }
+    }
     match unfit.first() {
         Some(why) if !fit => Err(why.clone()),
         _ => {
@@ -574,15 +575,17 @@ impl Listening {
     /// `ConnectionType.accept_handler`: connection requests of one listener.
     pub fn on_readable(&self, fd: RawFd) {
         for _ in 0..EVENTS_PER_GO {
-            let event = {
+            let channel = {
                 let listeners = self.listeners.open();
                 let Some(listener) = listeners.open.iter().find(|l| l.given == fd) else { return };
-                listener.channel.next()
+                Arc::clone(&listener.channel)
             };
-            match event {
+            match channel.next() {
                 Ok(Some(event)) => match event.kind {
-                    // SAFETY: a connection request that nobody took over yet.
-                    EventKind::ConnectRequest => unsafe { self.accept(event.id) },
+                    EventKind::ConnectRequest => {
+                        // SAFETY: a request of this channel that nobody took over yet.
+                        self.accept(unsafe { Id::from_request(event.id, &channel) });
+                    }
                     EventKind::DeviceRemoval => self.listeners.open().lose(event.id, self.poller),
                     EventKind::AddressChange => {
                         let what = "the address of a listener changed";
@@ -602,7 +605,7 @@ impl Listening {
 
 /// What is there to listen on, in words.
 fn device_hint() -> String {
-    let names = Device::names();
+    let names: Vec<_> = Device::all().iter().map(Device::name).collect();
     if names.is_empty() {
         String::from("this machine has no RDMA device; see `rdma link`")
     } else {
@@ -614,8 +617,8 @@ fn device_hint() -> String {
 }
 
 /// An id that listens, and tells the channel.
-fn listening(channel: &EventChannel, address: SocketAddr) -> Result<Id, Error> {
-    let id = Id::new(channel)?;
+fn listening(channel: &Arc<EventChannel>, address: SocketAddr) -> Result<Arc<Id>, Error> {
+    let id = Arc::new(Id::new(channel)?);
     id.listen(address, BACKLOG)?;
     Ok(id)
 }

@@ -6,7 +6,6 @@ use super::Endpoint;
 use crate::endpoint::key::Work;
 use proto::wire::{MESSAGE_LEN, Message};
 use verbs::Error;
-use verbs::qp::Slice;
 
 /// Receives that a peer finds posted: each of its writes and messages uses one
 /// until the next pass. A peer that is ahead waits, by RNR, for 0.64 ms.
@@ -42,18 +41,16 @@ impl Endpoint {
         let Some(slot) = self.own().free_control_slots.pop() else { return Ok(false) };
         let offset = CONTROL_SLOTS_AT + usize::from(slot) * MESSAGE_LEN;
         // SAFETY: a free slot of the control region, which is ours alone.
-        let address = unsafe {
+        unsafe {
             let place = self.control.start().add(offset);
             place.cast::<[u8; MESSAGE_LEN]>().write(message.encode());
-            place as u64
-        };
-        let bytes =
-            Slice { address, length: MESSAGE_LEN as u32, local_key: self.control.local_key() };
-        match self.pair.post_send(self.key.work_request(Work::Control(slot)), bytes) {
+        }
+        let bytes = self.control.sge(offset, MESSAGE_LEN as u32);
+        match self.qp.post_send(self.key.work_request(Work::Control(slot)), bytes) {
             Ok(()) => Ok(true),
             Err(error) => {
                 self.own().free_control_slots.push(slot);
-                if error.is_about_room() { Ok(false) } else { Err(error) }
+                if error.is_queue_full() { Ok(false) } else { Err(error) }
             }
         }
     }
@@ -76,7 +73,7 @@ impl Endpoint {
     /// If the queue pair refuses it.
     pub fn post_receive_again(&self, slot: u16) -> Result<(), Error> {
         let result = self.post_receive(slot);
-        if result.is_err_and(|error| error.is_about_room()) {
+        if result.is_err_and(|error| error.is_queue_full()) {
             self.own().unposted.push(slot);
             return Ok(());
         }
@@ -98,13 +95,8 @@ impl Endpoint {
     /// If the queue pair does not take it.
     pub(super) fn post_receive(&self, slot: u16) -> Result<(), Error> {
         let offset = usize::from(slot) * MESSAGE_LEN;
-        let into = Slice {
-            // SAFETY: inside the control region.
-            address: unsafe { self.control.start().add(offset) } as u64,
-            length: MESSAGE_LEN as u32,
-            local_key: self.control.local_key(),
-        };
-        self.pair.post_receive(self.key.work_request(Work::Receive(slot)), into)
+        let into = self.control.sge(offset, MESSAGE_LEN as u32);
+        self.qp.post_receive(self.key.work_request(Work::Receive(slot)), into)
     }
 
     /// The bytes of the SEND that arrived in a slot.

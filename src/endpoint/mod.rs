@@ -65,7 +65,7 @@ const ENTRIES: u32 = SEND_DEPTH + RECEIVE_SLOTS as u32;
 #[derive(Debug)]
 pub struct Endpoint {
     // In the order in which things may be destroyed.
-    pair: QueuePair,
+    qp: QueuePair,
     /// The windows, and larger staging memory.
     stream: Stream<Region>,
     /// The receive buffers.
@@ -79,8 +79,7 @@ pub struct Endpoint {
     peer: Option<SocketAddr>,
     local: Option<SocketAddr>,
     own: MainCell<Own>,
-    // Before the id, which holds the device open.
-    domain: ProtectionDomain,
+    domain: Arc<ProtectionDomain>,
     reservation: Reservation,
     id: Arc<Id>,
     /// The hub of its device, until it is removed.
@@ -190,9 +189,9 @@ impl Endpoint {
     ///
     /// # Errors
     /// In words.
-    pub fn try_memory(device: Device) -> Result<(), String> {
+    pub fn try_memory(device: &Device) -> Result<(), String> {
         account::uncounted(|| {
-            let domain = ProtectionDomain::new(device)?;
+            let domain = Arc::new(ProtectionDomain::new(device)?);
             let _control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
             Region::new(&domain, buffer_size::FIRST as usize, Access::RemoteWrite).map(drop)
         })
@@ -211,7 +210,8 @@ impl Endpoint {
     /// # Errors
     /// The first of its parts that could not be had.
     pub fn new(id: Arc<Id>, hub: Arc<Hub>, plan: Plan) -> Result<Self, Error> {
-        let domain = ProtectionDomain::new(hub.device())?;
+        let device = id.device().ok_or(Error { action: "find the device", errno: libc::ENODEV })?;
+        let domain = Arc::new(ProtectionDomain::new(&device)?);
         let control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
         let first = buffer_size::FIRST.min(plan.receive_bytes);
         let region = Region::new(&domain, first as usize, Access::RemoteWrite)?;
@@ -222,11 +222,11 @@ impl Endpoint {
             writes_before: 0,
             most: plan.receive_bytes,
         });
-        let (reservation, pair) = hub.reserve(ENTRIES, |queue| {
+        let (reservation, qp) = hub.reserve(ENTRIES, |queue| {
             QueuePair::new(&id, &domain, queue, SEND_DEPTH, u32::from(RECEIVE_SLOTS))
         })?;
         let endpoint = Self {
-            pair,
+            qp,
             stream: Stream::new(PAYLOAD_DEPTH, SMALL_STAGING, STEPS),
             receive,
             control,
@@ -342,7 +342,7 @@ impl Endpoint {
     /// device have for it stays until then. Main thread.
     pub fn detach(&self) {
         *self.hub.open() = None;
-        self.pair.detach();
+        self.qp.detach();
     }
 
     /// The hub's number of its completion queue.
@@ -352,7 +352,7 @@ impl Endpoint {
 
     /// The connection is established: makes an early peer's retries quick.
     pub fn established(&self) {
-        if let Err(error) = self.pair.shorten_rnr_timer() {
+        if let Err(error) = self.qp.shorten_rnr_timer() {
             log::debug!("connection of {}: {error}", self.peer_text());
         }
     }

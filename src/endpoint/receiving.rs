@@ -90,7 +90,7 @@ impl Endpoint {
         let memory = Memory {
             address: receive.region.start().expose_provenance() as u64,
             length: receive.region.length() as u32,
-            rkey: receive.region.remote_key(),
+            rkey: receive.region.rkey(),
         };
         drop(receive);
         if !due {

@@ -14,8 +14,8 @@ use std::io::IoSlice;
 use std::ptr;
 use std::sync::atomic::Ordering;
 use verbs::Error;
-use verbs::mr::{Access, Region};
-use verbs::qp::{Slice, Target};
+use verbs::mr::{Access, Region, Sge};
+use verbs::qp::RemoteBuf;
 
 /// Most bytes of one call of the server: who is given more than any device sends while it is
 /// copied would keep the thread from others, and the server can't be answered 2 GiB.
@@ -117,7 +117,7 @@ impl Endpoint {
     /// # Errors
     /// If the queue pair does not take it.
     pub fn post_probe(&self) -> Result<bool, Error> {
-        let post = |next| self.pair.post_probe(self.key.work_request(Work::Probe(next)));
+        let post = |next| self.qp.post_probe(self.key.work_request(Work::Probe(next)));
         let Some(posted) = self.stream.outbound().probe(post) else { return Ok(false) };
         posted?;
         METRICS.keepalive_probes.add(1);
@@ -132,7 +132,7 @@ struct Sender<'a> {
 }
 
 impl Transmit<Region> for Sender<'_> {
-    type Staged = Slice;
+    type Staged = Sge<'static>;
     type Error = Error;
 
     fn register(&mut self, length: usize) -> Option<Region> {
@@ -144,34 +144,34 @@ impl Transmit<Region> for Sender<'_> {
         Region::new(domain, length, Access::Local).inspect_err(log).ok()
     }
 
-    fn copy(&mut self, region: Option<&Region>, chunk: Chunk) -> Slice {
+    fn copy(&mut self, region: Option<&Region>, chunk: Chunk) -> Sge<'static> {
         let (region, start) = match region {
             Some(region) => (region, 0),
             None => (&self.endpoint.control, STAGING_AT),
         };
         let length = if start == 0 { region.length() } else { SMALL_STAGING };
         debug_assert!(chunk.offset + chunk.length <= length);
+        let offset = start + chunk.offset;
         // SAFETY: the chunk lies in the staging memory and is nobody else's until its
-        // completion.
-        let place = unsafe {
-            let place = region.start().add(start + chunk.offset);
-            self.source.copy_to(place, chunk.length);
-            place
-        };
-        Slice { address: place as u64, length: chunk.length as u32, local_key: region.local_key() }
+        // completion. The writer gives up no region between this call and the next, which
+        // posts it.
+        unsafe {
+            self.source.copy_to(region.start().add(offset), chunk.length);
+            region.sge(offset, chunk.length as u32).unbound()
+        }
     }
 
-    fn post(&mut self, staged: Slice, write: PayloadWrite) -> Result<(), PostError<Error>> {
-        let Endpoint { pair, key, .. } = self.endpoint;
-        let work_request = key.work_request(Work::Payload(write.sequence));
-        let target = Target { address: write.address, rkey: write.rkey };
-        pair.post_write(work_request, staged, target, write.signalled).map_err(post_error)
+    fn post(&mut self, staged: Sge<'static>, write: PayloadWrite) -> Result<(), PostError<Error>> {
+        let Endpoint { qp, key, .. } = self.endpoint;
+        let wr_id = key.work_request(Work::Payload(write.sequence));
+        let to = RemoteBuf { address: write.address, rkey: write.rkey };
+        qp.post_write(wr_id, staged, to, write.signalled).map_err(post_error)
     }
 }
 
 /// Whether a queue pair has no room or fails.
 fn post_error(error: Error) -> PostError<Error> {
-    if error.is_about_room() { PostError::Full } else { PostError::Failed(error) }
+    if error.is_queue_full() { PostError::Full } else { PostError::Failed(error) }
 }
 
 /// How many bytes of these pieces one call takes at most.

@@ -82,7 +82,7 @@ impl Poller {
     /// Posts the probe that the session counts on.
     fn probe(&self, endpoint: &Arc<Endpoint>) {
         let sent = match endpoint.post_probe() {
-            Err(error) if error.is_about_room() => Ok(false),
+            Err(error) if error.is_queue_full() => Ok(false),
             result => result,
         };
         if !matches!(sent, Ok(true)) {

@@ -53,7 +53,7 @@ impl Poller {
 
     /// One completion.
     fn complete(&self, completion: Completion) {
-        let Some((key, work)) = Key::parse(completion.work_request) else { return };
+        let Some((key, work)) = Key::parse(completion.wr_id) else { return };
         // A connection that is gone may still have completions on their way.
         let Some(endpoint) = self.find(key) else { return };
         self.guard("one completion", &endpoint, || {

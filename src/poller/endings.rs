@@ -178,7 +178,7 @@ impl Poller {
     fn say_refused(&self, endpoint: &Endpoint, error: Error) {
         let device = endpoint.hub();
         let why = format!("{error}; device {}", device.name());
-        if endpoint.stream().outbound().total_posted() == 0 && error.is_about_ability() {
+        if endpoint.stream().outbound().total_posted() == 0 && error.is_unsupported() {
             let hint = "if no client is answered, the device can't do RDMA writes with \
                         immediate data, which the protocol needs";
             self.say_lost(endpoint, &format!("{why}; {hint}"));

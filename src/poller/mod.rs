@@ -92,7 +92,7 @@ pub struct Poller {
     /// Connection manager events of all connections: an accepted connection
     /// inherits its listener's channel and is moved here, so that closing the
     /// listener does it no harm.
-    channel: EventChannel,
+    channel: Arc<EventChannel>,
     /// A hub had more completions than one pass takes.
     unfinished: MainCell<bool>,
     /// The server gave an I/O thread a job since the last pass before its sleep began.
@@ -153,7 +153,7 @@ impl Poller {
             // SAFETY: a new descriptor, nobody else's.
             wake: unsafe { OwnedFd::from_raw_fd(wake) },
             awake: MainCell::default(),
-            channel: EventChannel::new()?,
+            channel: Arc::new(EventChannel::new()?),
             unfinished: MainCell::default(),
             job_sent: MainCell::default(),
             turn: MainCell::default(),
@@ -213,7 +213,7 @@ impl Poller {
     }
 
     /// The channel of connection manager events of connections.
-    pub fn channel(&self) -> &EventChannel {
+    pub fn channel(&self) -> &Arc<EventChannel> {
         &self.channel
     }
 
@@ -237,7 +237,7 @@ impl Poller {
             Err(error) => {
                 // librdmacm may take a device that is back for the one that was removed, where
                 // it knows the two by their GUID alone: it looks at what there is now.
-                Device::for_each(|_| {});
+                drop(Device::all());
                 return Err(error);
             }
         };

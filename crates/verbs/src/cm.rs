@@ -10,9 +10,10 @@ use rdma_sys::*;
 use std::ffi::c_int;
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::{mem, ptr};
 
-/// A queue of connection manager events behind one descriptor.
+/// A queue of connection manager events behind one descriptor. Any thread.
 #[derive(Debug)]
 pub struct EventChannel {
     raw: *mut rdma_event_channel,
@@ -28,6 +29,7 @@ unsafe impl Sync for EventChannel {}
 /// anybody looks at it, since destroying an id waits for its acknowledgements.
 #[derive(Clone, Copy, Debug)]
 pub struct Event {
+    /// What happened.
     pub kind: EventKind,
     /// The id that it happened to, by its address; for a connection request the new one.
     pub id: IdKey,
@@ -35,20 +37,30 @@ pub struct Event {
     pub status: i32,
 }
 
-/// The events that the transport tells apart.
+/// What an event says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EventKind {
+    /// The address asked for is resolved: the id has a device.
     AddressResolved,
+    /// The route is resolved: the id can connect.
     RouteResolved,
+    /// A peer asks for a connection to a listening id.
     ConnectRequest,
+    /// The connection stands.
     Established,
+    /// The peer, or this side, has ended the connection.
     Disconnected,
+    /// The peer refused the connection.
     Rejected,
     /// Address, route or connection could not be had.
     Failed,
+    /// The id's device is being removed: the id has to go.
     DeviceRemoval,
+    /// The device has lost the address, or got another.
     AddressChange,
+    /// The queue pair's number may be used again.
     TimewaitExit,
+    /// An event that this crate has no name for.
     Other,
 }
 
@@ -98,7 +110,7 @@ impl EventChannel {
         unsafe {
             let event = Event {
                 kind: EventKind::from_raw((*raw).event),
-                id: IdKey((*raw).id as usize),
+                id: IdKey((*raw).id.expose_provenance()),
                 status: (*raw).status,
             };
             call!(rdma_ack_cm_event(raw));
@@ -141,6 +153,8 @@ impl EventKind {
 #[derive(Debug)]
 pub struct Id {
     raw: *mut rdma_cm_id,
+    /// Where its events go: librdmacm uses the channel until the id is destroyed.
+    channel: Mutex<Arc<EventChannel>>,
 }
 
 /// Retries that the connection asks its two queue pairs for. 7 is "for ever" for
@@ -148,8 +162,7 @@ pub struct Id {
 /// our receives run out, and a peer that is only ahead of us must not fail.
 const RETRIES: u8 = 7;
 
-// SAFETY: librdmacm and the kernel lock what they must; the id is destroyed by its
-// owner alone, and only the main thread changes it.
+// SAFETY: librdmacm and the kernel lock what they must; the id is destroyed by its owner alone.
 unsafe impl Send for Id {}
 // SAFETY: as above.
 unsafe impl Sync for Id {}
@@ -164,7 +177,7 @@ impl Id {
     ///
     /// # Errors
     /// As the connection manager's.
-    pub fn new(channel: &EventChannel) -> Result<Self, Error> {
+    pub fn new(channel: &Arc<EventChannel>) -> Result<Self, Error> {
         let mut raw = ptr::null_mut();
         // SAFETY: a live channel and a place for the id.
         Error::check("create a connection manager id", unsafe {
@@ -175,20 +188,22 @@ impl Id {
                 rdma_port_space::RDMA_PS_TCP,
             ))
         })?;
-        Ok(Self { raw })
+        Ok(Self { raw, channel: Mutex::new(Arc::clone(channel)) })
     }
 
     /// Takes over the new id of a connection request.
     ///
     /// # Safety
-    /// `key` must come from a [`EventKind::ConnectRequest`] that nobody took over yet.
-    pub unsafe fn from_request(key: IdKey) -> Self {
-        Self { raw: key.0 as *mut rdma_cm_id }
+    /// `key` must come from a [`EventKind::ConnectRequest`] of this channel that nobody took
+    /// over yet.
+    pub unsafe fn from_request(key: IdKey, channel: &Arc<EventChannel>) -> Self {
+        let raw = ptr::with_exposed_provenance_mut(key.0);
+        Self { raw, channel: Mutex::new(Arc::clone(channel)) }
     }
 
     /// The id's identity in events.
     pub fn key(&self) -> IdKey {
-        IdKey(self.raw as usize)
+        IdKey(self.raw.expose_provenance())
     }
 
     /// The pointer for the sibling owners of this module.
@@ -257,20 +272,22 @@ impl Id {
     ///
     /// # Errors
     /// As the connection manager's.
-    pub fn migrate(&self, channel: &EventChannel) -> Result<(), Error> {
+    pub fn migrate(&self, channel: &Arc<EventChannel>) -> Result<(), Error> {
         // SAFETY: a live id and a live channel.
         Error::check("move the connection to its event channel", unsafe {
             call!(rdma_migrate_id(self.raw, channel.raw))
-        })
+        })?;
+        *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(channel);
+        Ok(())
     }
 
     /// Accepts a connection request; [`EventKind::Established`] follows.
     ///
     /// # Errors
-    /// As the connection manager's.
+    /// As the connection manager's; also if the id has no queue pair.
     pub fn accept(&self) -> Result<(), Error> {
         let mut parameters = parameters();
-        // SAFETY: an id of a request that has its queue pair.
+        // SAFETY: a live id.
         Error::check("accept the connection", unsafe {
             call!(rdma_accept(self.raw, &mut parameters))
         })
@@ -282,7 +299,7 @@ impl Id {
     /// As the connection manager's.
     pub fn connect(&self) -> Result<(), Error> {
         let mut parameters = parameters();
-        // SAFETY: a resolved id that has its queue pair.
+        // SAFETY: a live id.
         Error::check("connect", unsafe { call!(rdma_connect(self.raw, &mut parameters)) })
     }
 
@@ -299,10 +316,10 @@ impl Id {
     }
 
     /// The device that serves the id, once there is one.
-    pub fn device(&self) -> Option<Device> {
+    pub fn device(self: &Arc<Self>) -> Option<Device> {
         // SAFETY: a live id.
         let context = unsafe { (*self.raw).verbs };
-        (!context.is_null()).then_some(Device(context))
+        (!context.is_null()).then(|| Device::of_id(context, self))
     }
 
     /// Whether both ids are served by the same opened device.
@@ -333,8 +350,8 @@ impl Id {
 
 impl Drop for Id {
     fn drop(&mut self) {
-        // SAFETY: created or taken over by us, freed here alone; its queue pair,
-        // if it had one, is gone, see `pair::QueuePair`.
+        // SAFETY: created or taken over by us, freed here alone; its queue pair, which would
+        // have kept it, is gone.
         unsafe { call!(rdma_destroy_id(self.raw)) };
     }
 }

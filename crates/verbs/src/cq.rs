@@ -9,12 +9,15 @@ use rdma_sys::*;
 use std::ffi::CStr;
 use std::os::fd::RawFd;
 use std::ptr;
+use std::sync::Arc;
 use std::{fmt, mem};
 
 /// A descriptor that polls readable when an armed queue gets a completion.
 #[derive(Debug)]
 pub struct CompletionChannel {
     raw: *mut ibv_comp_channel,
+    /// Open for as long as the channel is there.
+    device: Device,
 }
 
 // SAFETY: libibverbs is thread-safe, and the pointer is freed by the owner alone.
@@ -27,13 +30,13 @@ impl CompletionChannel {
     ///
     /// # Errors
     /// If the device or the process has no descriptor left.
-    pub fn new(device: Device) -> Result<Self, Error> {
+    pub fn new(device: &Device) -> Result<Self, Error> {
         // SAFETY: a live context.
-        let raw = unsafe { call!(ibv_create_comp_channel(device.0)) };
+        let raw = unsafe { call!(ibv_create_comp_channel(device.context())) };
         if raw.is_null() {
             return Err(Error::last("create a completion channel"));
         }
-        let channel = Self { raw };
+        let channel = Self { raw, device: device.clone() };
         set_nonblocking(channel.fd())?;
         Ok(channel)
     }
@@ -71,7 +74,7 @@ impl CompletionChannel {
 
 impl Drop for CompletionChannel {
     fn drop(&mut self) {
-        // SAFETY: created by us, destroyed here alone; its queues are gone.
+        // SAFETY: created by us, destroyed here alone; its queues, which keep it, are gone.
         unsafe { call!(ibv_destroy_comp_channel(self.raw)) };
     }
 }
@@ -80,6 +83,7 @@ impl Drop for CompletionChannel {
 #[derive(Debug)]
 pub struct CompletionQueue {
     raw: *mut ibv_cq,
+    _channel: Arc<CompletionChannel>,
 }
 
 // SAFETY: as of the channel.
@@ -87,11 +91,11 @@ unsafe impl Send for CompletionQueue {}
 // SAFETY: as above.
 unsafe impl Sync for CompletionQueue {}
 
-/// One completion, reduced to what the transport needs.
+/// One completion.
 #[derive(Clone, Copy, Debug)]
 pub struct Completion {
-    /// The work request's id.
-    pub work_request: u64,
+    /// The id that the work request was posted with.
+    pub wr_id: u64,
     /// What happened.
     pub outcome: Outcome,
 }
@@ -172,13 +176,13 @@ pub enum Failure {
 const BATCH: usize = 32;
 
 impl CompletionQueue {
-    /// A queue of at least `entries`, whose events go to `channel` and bear `number`.
+    /// A queue of at least `entries` on the channel's device. Its events go to that channel
+    /// and bear `number`; `vector` says which of the device's interrupts raises them.
     ///
     /// # Errors
     /// If the device can't.
     pub fn new(
-        device: Device,
-        channel: &CompletionChannel,
+        channel: &Arc<CompletionChannel>,
         entries: u32,
         vector: u32,
         number: usize,
@@ -186,7 +190,7 @@ impl CompletionQueue {
         // SAFETY: a live context and channel.
         let raw = unsafe {
             call!(ibv_create_cq(
-                device.0,
+                channel.device.context(),
                 entries as i32,
                 ptr::without_provenance_mut(number),
                 channel.raw,
@@ -196,14 +200,15 @@ impl CompletionQueue {
         if raw.is_null() {
             return Err(Error::last("create a completion queue"));
         }
-        Ok(Self { raw })
+        Ok(Self { raw, _channel: Arc::clone(channel) })
     }
 
     pub(crate) fn raw(&self) -> *mut ibv_cq {
         self.raw
     }
 
-    /// Asks for one event at the next completion.
+    /// Asks for one event at the next completion. Completions that are there already raise
+    /// none: poll once more afterwards.
     ///
     /// # Errors
     /// If the device can't: the connections of this queue can't be served then.
@@ -212,7 +217,7 @@ impl CompletionQueue {
         Error::check_number("arm a completion queue", unsafe { ibv_req_notify_cq(self.raw, 0) })
     }
 
-    /// Takes up to [`BATCH`] completions into `batch`, in place of what it held. Those that
+    /// Takes as many completions as a [`Batch`] holds into `batch`, in place of what it held. Those that
     /// the provider had taken before it failed are in it even after an error.
     ///
     /// # Errors
@@ -278,9 +283,7 @@ impl Batch {
 
     /// Each of them, in their order.
     pub fn iter(&self) -> impl Iterator<Item = Completion> {
-        self.raw[..self.count]
-            .iter()
-            .map(|wc| Completion { work_request: wc.wr_id, outcome: outcome(wc) })
+        self.raw[..self.count].iter().map(|wc| Completion { wr_id: wc.wr_id, outcome: outcome(wc) })
     }
 }
 
@@ -305,8 +308,8 @@ fn outcome(wc: &ibv_wc) -> Outcome {
 
 impl Drop for CompletionQueue {
     fn drop(&mut self) {
-        // SAFETY: created by us, destroyed here alone; its queue pairs are gone
-        // and its events are acknowledged as they are taken.
+        // SAFETY: created by us, destroyed here alone; its queue pairs, which keep it, are
+        // gone, and its events are acknowledged as they are taken.
         unsafe { call!(ibv_destroy_cq(self.raw)) };
     }
 }

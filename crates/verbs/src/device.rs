@@ -2,19 +2,40 @@
 //! Devices: which there are, their names and their limits.
 
 use crate::Error;
+use crate::cm::Id;
 use crate::library::call;
 use rdma_sys::*;
 use std::ffi::CStr;
 use std::mem::MaybeUninit;
+use std::sync::Arc;
 
-/// An open RDMA device, by its context. librdmacm opens it, and closes it once the device
-/// was removed and no id is bound to it any more. So whoever keeps a device, or makes
-/// something on it, keeps an id that is bound to it as well, for longer. Not comparable: a
-/// context that is opened later may have the address of one that was closed.
-#[derive(Clone, Copy, Debug)]
-pub struct Device(pub(crate) *mut ibv_context);
+/// An open RDMA device. librdmacm opens it, and closes it once the device was removed and no id
+/// is bound to it any more; so this keeps what holds it open. Not comparable: a context that is
+/// opened later may have the address of one that was closed.
+#[derive(Clone, Debug)]
+pub struct Device {
+    context: *mut ibv_context,
+    _held_by: Holder,
+}
 
-/// What a device can do, as far as the transport asks.
+#[derive(Clone, Debug)]
+enum Holder {
+    Id { _id: Arc<Id> },
+    List { _list: Arc<List> },
+}
+
+/// All devices that there were when it was made.
+#[derive(Debug)]
+struct List(*mut *mut ibv_context);
+
+impl Drop for List {
+    fn drop(&mut self) {
+        // SAFETY: made by rdma_get_devices, freed here alone; no device of it is left.
+        unsafe { call!(rdma_free_devices(self.0)) }
+    }
+}
+
+/// What a device can do, as far as this crate needs it.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Most entries of one completion queue.
@@ -24,34 +45,38 @@ pub struct Limits {
 }
 
 impl Device {
-    /// Shows `each` all devices that the connection manager can use, which are open until
-    /// this returns. librdmacm looks at what devices there are now, and closes those that
-    /// were removed and that nothing uses any more.
-    pub fn for_each(mut each: impl FnMut(Self)) {
+    pub(crate) fn of_id(context: *mut ibv_context, id: &Arc<Id>) -> Self {
+        Self { context, _held_by: Holder::Id { _id: Arc::clone(id) } }
+    }
+
+    pub(crate) fn context(&self) -> *mut ibv_context {
+        self.context
+    }
+
+    /// All devices that the connection manager can use. librdmacm looks at what devices there
+    /// are now, and closes those that were removed and that nothing uses any more.
+    pub fn all() -> Vec<Self> {
         let mut count = 0;
-        // SAFETY: a place for the count; the list is NULL-terminated and ours to free.
+        // SAFETY: a place for the count. The list holds as many devices.
         unsafe {
             let list = call!(rdma_get_devices(&mut count));
             if list.is_null() {
-                return;
+                return Vec::new();
             }
-            (0..count as usize).for_each(|index| each(Self(*list.add(index))));
-            call!(rdma_free_devices(list));
+            let owner = Arc::new(List(list));
+            let device = |index| Self {
+                context: *list.add(index),
+                _held_by: Holder::List { _list: Arc::clone(&owner) },
+            };
+            (0..count as usize).map(device).collect()
         }
     }
 
-    /// The names of all devices that the connection manager can use.
-    pub fn names() -> Vec<String> {
-        let mut names = Vec::new();
-        Self::for_each(|device| names.push(device.name()));
-        names
-    }
-
     /// The device's name, such as `mlx5_0`.
-    pub fn name(self) -> String {
+    pub fn name(&self) -> String {
         // SAFETY: a live context has a live device with a NUL-terminated name.
         unsafe {
-            let name = call!(ibv_get_device_name((*self.0).device));
+            let name = call!(ibv_get_device_name((*self.context).device));
             if name.is_null() {
                 String::from("?")
             } else {
@@ -64,18 +89,18 @@ impl Device {
     ///
     /// # Errors
     /// If the device does not answer.
-    pub fn limits(self) -> Result<Limits, Error> {
+    pub fn limits(&self) -> Result<Limits, Error> {
         let mut attributes = MaybeUninit::<ibv_device_attr>::zeroed();
         // SAFETY: a live context and room for the answer, which is plain numbers.
         let attributes = unsafe {
             Error::check_number(
                 "query the device",
-                call!(ibv_query_device(self.0, attributes.as_mut_ptr())),
+                call!(ibv_query_device(self.context, attributes.as_mut_ptr())),
             )?;
             attributes.assume_init()
         };
         // SAFETY: a live context.
-        let vectors = unsafe { (*self.0).num_comp_vectors };
+        let vectors = unsafe { (*self.context).num_comp_vectors };
         Ok(Limits {
             completion_entries: attributes.max_cqe.max(0) as u32,
             vectors: vectors.max(1) as u32,
@@ -83,8 +108,11 @@ impl Device {
     }
 }
 
-// SAFETY: a context may be used from any thread (libibverbs is thread-safe); who keeps
-// it keeps it open, see the type's text.
+// SAFETY: a context may be used from any thread, libibverbs is thread-safe.
 unsafe impl Send for Device {}
 // SAFETY: as above.
 unsafe impl Sync for Device {}
+// SAFETY: the list is only read, and freed once.
+unsafe impl Send for List {}
+// SAFETY: as above.
+unsafe impl Sync for List {}

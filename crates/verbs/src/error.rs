@@ -38,19 +38,19 @@ impl Error {
         }
     }
 
-    /// Whether a queue took no more work requests, and will when some are over: the usual
-    /// word for it, and that of some providers.
-    pub fn is_about_room(&self) -> bool {
+    /// Whether a queue took no more work requests, and will when some are over. Most providers
+    /// say `ENOMEM` then, some `EAGAIN`.
+    pub fn is_queue_full(&self) -> bool {
         matches!(self.errno, libc::ENOMEM | libc::EAGAIN)
     }
 
     /// Whether a device does not know what it was asked for.
-    pub fn is_about_ability(&self) -> bool {
+    pub fn is_unsupported(&self) -> bool {
         matches!(self.errno, libc::EINVAL | libc::EOPNOTSUPP | libc::ENOSYS)
     }
 
     /// Whether memory could not be had or registered.
-    pub fn is_about_memory(&self) -> bool {
+    pub fn is_out_of_memory(&self) -> bool {
         matches!(self.errno, libc::ENOMEM | libc::EDQUOT)
     }
 }
@@ -134,7 +134,7 @@ mod tests {
         // SAFETY: the calling thread's own errno.
         unsafe { *libc::__errno_location() = libc::ENODEV };
         assert_eq!(check(-1), Err(libc::ENODEV));
-        let is_room = |result| Error::check_number("post", result).unwrap_err().is_about_room();
+        let is_room = |result| Error::check_number("post", result).unwrap_err().is_queue_full();
         assert!(is_room(-libc::EAGAIN) && is_room(libc::ENOMEM) && !is_room(-libc::EINVAL));
     }
 

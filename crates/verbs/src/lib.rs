@@ -13,10 +13,9 @@
 //!
 //! Nothing here waits. Descriptors of channels are non-blocking and polled by the caller.
 //!
-//! Every owner frees its object when it is dropped and borrows nothing: objects
-//! that need each other (a queue pair its protection domain) are kept in the
-//! right order by whoever holds them, and a wrong order makes the kernel refuse
-//! the destruction (`EBUSY`) rather than use freed memory.
+//! Every owner frees its object when it is dropped, and keeps what it was made on until then:
+//! a queue pair its id, domain and completion queue, a region its domain, and all of them the
+//! device. So they may be dropped in any order and on any thread.
 
 pub mod account;
 mod address;

@@ -12,12 +12,16 @@ use crate::device::Device;
 use crate::error::REGISTER;
 use crate::library::call;
 use rdma_sys::*;
+use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
+use std::sync::Arc;
 
 /// A protection domain: who is in it may use each other's keys, nobody else.
 #[derive(Debug)]
 pub struct ProtectionDomain {
     raw: *mut ibv_pd,
+    /// Open for as long as the domain is there.
+    _device: Device,
 }
 
 // SAFETY: libibverbs is thread-safe, and the pointer is freed by the owner alone.
@@ -30,13 +34,13 @@ impl ProtectionDomain {
     ///
     /// # Errors
     /// If the device has none left.
-    pub fn new(device: Device) -> Result<Self, Error> {
+    pub fn new(device: &Device) -> Result<Self, Error> {
         // SAFETY: a live device context.
-        let raw = unsafe { call!(ibv_alloc_pd(device.0)) };
+        let raw = unsafe { call!(ibv_alloc_pd(device.context())) };
         if raw.is_null() {
             return Err(Error::last("allocate a protection domain"));
         }
-        Ok(Self { raw })
+        Ok(Self { raw, _device: device.clone() })
     }
 
     pub(crate) fn raw(&self) -> *mut ibv_pd {
@@ -46,7 +50,7 @@ impl ProtectionDomain {
 
 impl Drop for ProtectionDomain {
     fn drop(&mut self) {
-        // SAFETY: allocated by us, freed here alone.
+        // SAFETY: allocated by us, freed here alone; what was made in it, which keeps it, is gone.
         unsafe { call!(ibv_dealloc_pd(self.raw)) };
     }
 }
@@ -60,6 +64,23 @@ pub enum Access {
     RemoteWrite,
 }
 
+/// A scatter/gather element: registered bytes that a work request reads or writes.
+#[derive(Clone, Copy)]
+pub struct Sge<'region> {
+    pub(crate) raw: ibv_sge,
+    _region: PhantomData<&'region Region>,
+}
+
+impl Sge<'_> {
+    /// The same, for a caller that sees to the region itself.
+    ///
+    /// # Safety
+    /// The region is there until the call that posts this has returned.
+    pub unsafe fn unbound(self) -> Sge<'static> {
+        Sge { raw: self.raw, _region: PhantomData }
+    }
+}
+
 /// A registered mapping.
 #[derive(Debug)]
 pub struct Region {
@@ -67,6 +88,7 @@ pub struct Region {
     length: usize,
     raw: *mut ibv_mr,
     _share: Share,
+    _domain: Arc<ProtectionDomain>,
 }
 
 // SAFETY: the region is plain memory, which its users touch by raw pointers: who may touch
@@ -125,12 +147,16 @@ impl Region {
     ///
     /// # Errors
     /// `ENOMEM` if the limit on locked memory or [`limit_registered`](crate::account::limit_registered) forbids it.
-    pub fn new(domain: &ProtectionDomain, length: usize, access: Access) -> Result<Self, Error> {
+    pub fn new(
+        domain: &Arc<ProtectionDomain>,
+        length: usize,
+        access: Access,
+    ) -> Result<Self, Error> {
         let length = length.next_multiple_of(page_size());
         let share = Share::take(length as u64)?;
         let (start, raw) = map_and_register(domain, length, access)?;
         share.count();
-        Ok(Self { start, length, raw, _share: share })
+        Ok(Self { start, length, raw, _share: share, _domain: Arc::clone(domain) })
     }
 
     /// Start of the mapping, which is also the address that a peer must use.
@@ -143,14 +169,21 @@ impl Region {
         self.length
     }
 
-    /// Key for our own work requests.
-    pub fn local_key(&self) -> u32 {
+    /// `length` bytes from `offset` on, for a work request.
+    ///
+    /// # Panics
+    /// If they are not all in the region.
+    pub fn sge(&self, offset: usize, length: u32) -> Sge<'_> {
+        let end = offset.checked_add(length as usize);
+        assert!(end.is_some_and(|end| end <= self.length), "{length} bytes at {offset}");
         // SAFETY: live as long as `self`.
-        unsafe { (*self.raw).lkey }
+        let lkey = unsafe { (*self.raw).lkey };
+        let addr = self.start.as_ptr().addr() + offset;
+        Sge { raw: ibv_sge { addr: addr as u64, length, lkey }, _region: PhantomData }
     }
 
-    /// Key for the peer's.
-    pub fn remote_key(&self) -> u32 {
+    /// Key by which the peer's work requests name the region.
+    pub fn rkey(&self) -> u32 {
         // SAFETY: live as long as `self`.
         unsafe { (*self.raw).rkey }
     }

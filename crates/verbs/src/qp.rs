@@ -1,44 +1,36 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! Queue pairs, and the four work requests of this protocol.
+//! Queue pairs, and the work requests that Valkey over RDMA is made of.
 
 use crate::Error;
 use crate::cm::Id;
 use crate::cq::CompletionQueue;
 use crate::library::call;
-use crate::mr::ProtectionDomain;
+use crate::mr::{ProtectionDomain, Sge};
 use rdma_sys::*;
 use std::mem;
 use std::ptr;
+use std::sync::Arc;
 
 /// A reliable connected queue pair, bound to the id that it was made for.
 #[derive(Debug)]
 pub struct QueuePair {
-    id: *mut rdma_cm_id,
     raw: *mut ibv_qp,
+    id: Arc<Id>,
+    _domain: Arc<ProtectionDomain>,
+    _queue: Arc<CompletionQueue>,
     /// Most bytes that a work request may carry in itself.
     inline: u32,
 }
 
-// SAFETY: posting is thread-safe in libibverbs; making and destroying happen on
-// the owner's thread.
+// SAFETY: posting is thread-safe in libibverbs. For who changes the id's own pointer to the
+// queue pair, see `detach`.
 unsafe impl Send for QueuePair {}
 // SAFETY: as above.
 unsafe impl Sync for QueuePair {}
 
-/// Registered bytes that a work request reads or writes.
-#[derive(Clone, Copy, Debug)]
-pub struct Slice {
-    /// Address of the first byte.
-    pub address: u64,
-    /// Length in bytes.
-    pub length: u32,
-    /// Local key of the region that holds them.
-    pub local_key: u32,
-}
-
 /// Where in the peer's memory an RDMA WRITE goes.
 #[derive(Clone, Copy, Debug)]
-pub struct Target {
+pub struct RemoteBuf {
     /// Address of the first byte.
     pub address: u64,
     /// Remote key of the peer's region.
@@ -60,9 +52,9 @@ impl QueuePair {
     /// # Errors
     /// If the device refuses the sizes or has no queue pair left.
     pub fn new(
-        id: &Id,
-        domain: &ProtectionDomain,
-        queue: &CompletionQueue,
+        id: &Arc<Id>,
+        domain: &Arc<ProtectionDomain>,
+        queue: &Arc<CompletionQueue>,
         send_depth: u32,
         receive_depth: u32,
     ) -> Result<Self, Error> {
@@ -85,7 +77,13 @@ impl QueuePair {
             let raw = unsafe { (*id.raw()).qp };
             // What it was given, which may be less: some devices take the wish and clamp it.
             let inline = attributes.cap.max_inline_data.min(INLINE);
-            Ok(Self { id: id.raw(), raw, inline })
+            Ok(Self {
+                raw,
+                id: Arc::clone(id),
+                _domain: Arc::clone(domain),
+                _queue: Arc::clone(queue),
+                inline,
+            })
         };
         create(INLINE).or_else(|_: Error| create(0))
     }
@@ -105,29 +103,24 @@ impl QueuePair {
         })
     }
 
-    /// Posts a receive for one control message.
+    /// Posts a receive: a SEND of the peer fills its bytes, an immediate leaves them alone.
     ///
     /// # Errors
     /// If the queue pair is gone or full.
-    pub fn post_receive(&self, work_request: u64, into: Slice) -> Result<(), Error> {
-        let mut sge = sge(into);
-        let mut wr = ibv_recv_wr {
-            wr_id: work_request,
-            next: ptr::null_mut(),
-            sg_list: &mut sge,
-            num_sge: 1,
-        };
+    pub fn post_receive(&self, wr_id: u64, into: Sge<'_>) -> Result<(), Error> {
+        let mut sge = into.raw;
+        let mut wr = ibv_recv_wr { wr_id, next: ptr::null_mut(), sg_list: &mut sge, num_sge: 1 };
         let mut bad = ptr::null_mut();
         // SAFETY: a live queue pair; the provider copies the request while it posts.
         Error::check_number("post a receive", unsafe { ibv_post_recv(self.raw, &mut wr, &mut bad) })
     }
 
-    /// Posts a SEND of one control message; it always completes.
+    /// Posts a SEND of one message; it always completes.
     ///
     /// # Errors
-    /// [`Error::is_about_room`] if the send queue is full, others if the queue pair is gone.
-    pub fn post_send(&self, work_request: u64, message: Slice) -> Result<(), Error> {
-        self.post(work_request, ibv_wr_opcode::IBV_WR_SEND, Some(message), None, 0, true)
+    /// [`Error::is_queue_full`] if the send queue is full, others if the queue pair is gone.
+    pub fn post_send(&self, wr_id: u64, message: Sge<'_>) -> Result<(), Error> {
+        self.post(wr_id, ibv_wr_opcode::IBV_WR_SEND, Some(message), None, 0, true)
     }
 
     /// Posts an RDMA WRITE that tells the peer its length by immediate. It
@@ -137,13 +130,13 @@ impl QueuePair {
     /// As [`post_send`](Self::post_send).
     pub fn post_write(
         &self,
-        work_request: u64,
-        bytes: Slice,
-        target: Target,
+        wr_id: u64,
+        bytes: Sge<'_>,
+        to: RemoteBuf,
         signalled: bool,
     ) -> Result<(), Error> {
         let opcode = ibv_wr_opcode::IBV_WR_RDMA_WRITE_WITH_IMM;
-        self.post(work_request, opcode, Some(bytes), Some(target), bytes.length, signalled)
+        self.post(wr_id, opcode, Some(bytes), Some(to), bytes.raw.length, signalled)
     }
 
     /// Posts an RDMA WRITE of nothing: it costs the peer no receive and touches no
@@ -151,25 +144,25 @@ impl QueuePair {
     ///
     /// # Errors
     /// As [`post_send`](Self::post_send).
-    pub fn post_probe(&self, work_request: u64) -> Result<(), Error> {
-        let nowhere = Target { address: 0, rkey: 0 };
+    pub fn post_probe(&self, wr_id: u64) -> Result<(), Error> {
+        let nowhere = RemoteBuf { address: 0, rkey: 0 };
         let opcode = ibv_wr_opcode::IBV_WR_RDMA_WRITE;
-        self.post(work_request, opcode, None, Some(nowhere), 0, true)
+        self.post(wr_id, opcode, None, Some(nowhere), 0, true)
     }
 
     fn post(
         &self,
-        work_request: u64,
+        wr_id: u64,
         opcode: ibv_wr_opcode::Type,
-        bytes: Option<Slice>,
-        target: Option<Target>,
+        bytes: Option<Sge<'_>>,
+        to: Option<RemoteBuf>,
         immediate: u32,
         signalled: bool,
     ) -> Result<(), Error> {
-        let mut sge = bytes.map(sge);
+        let mut sge = bytes.map(|bytes| bytes.raw);
         // SAFETY: a work request is numbers and pointers, for which zero means "none".
         let mut wr: ibv_send_wr = unsafe { mem::zeroed() };
-        wr.wr_id = work_request;
+        wr.wr_id = wr_id;
         wr.opcode = opcode;
         if let Some(sge) = &mut sge {
             wr.sg_list = sge;
@@ -178,12 +171,12 @@ impl QueuePair {
         if signalled {
             wr.send_flags |= ibv_send_flags::IBV_SEND_SIGNALED.0;
         }
-        if bytes.is_some_and(|bytes| bytes.length <= self.inline) {
+        if bytes.is_some_and(|bytes| bytes.raw.length <= self.inline) {
             wr.send_flags |= ibv_send_flags::IBV_SEND_INLINE.0;
         }
         wr.imm_data_invalidated_rkey_union.imm_data = immediate.to_be();
-        if let Some(target) = target {
-            wr.wr.rdma = rdma_t { remote_addr: target.address, rkey: target.rkey };
+        if let Some(to) = to {
+            wr.wr.rdma = rdma_t { remote_addr: to.address, rkey: to.rkey };
         }
         let mut bad = ptr::null_mut();
         // SAFETY: a live queue pair; the provider copies the request while it posts.
@@ -193,17 +186,13 @@ impl QueuePair {
     }
 }
 
-fn sge(slice: Slice) -> ibv_sge {
-    ibv_sge { addr: slice.address, length: slice.length, lkey: slice.local_key }
-}
-
 impl QueuePair {
     /// Has the id forget its queue pair, which is in nobody's way then if it is destroyed on
     /// another thread: librdmacm changes an id's queue pair while it reads events of the
     /// handshake. On the thread that reads them.
     pub fn detach(&self) {
-        // SAFETY: made on this id, which its holder keeps until after the pair.
-        unsafe { (*self.id).qp = ptr::null_mut() };
+        // SAFETY: a live id.
+        unsafe { (*self.id.raw()).qp = ptr::null_mut() };
     }
 }
 
@@ -212,7 +201,7 @@ impl Drop for QueuePair {
         // SAFETY: as above. An id that was detached is only looked at. Completion queues
         // of librdmacm's own making, which `rdma_destroy_qp` would destroy, there are none.
         unsafe {
-            if !(*self.id).qp.is_null() {
+            if !(*self.id.raw()).qp.is_null() {
                 self.detach();
             }
             call!(ibv_destroy_qp(self.raw));

@@ -144,7 +144,7 @@ impl Lab {
             .join(name);
         anyhow::ensure!(
             path.exists(),
-            "{} is missing: cargo build -p cells --examples",
+            "{} is missing: cargo build --release --workspace --examples",
             path.display()
         );
         Ok(path)

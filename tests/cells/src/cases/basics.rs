@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! That commands of every manner work over RDMA as they do over TCP.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -8,6 +9,7 @@ use client::resp::{Client, Stream, encode};
 use client::{Value, pattern, rdma};
 
 use crate::cell::{Case, Cell};
+use crate::process::run;
 
 pub const CASES: &[Case] = &[
     Case::new("commands", commands),
@@ -17,6 +19,7 @@ pub const CASES: &[Case] = &[
     Case::new("last-words", last_words)
         .with(|settings| settings.arguments.push("linger-time=200".to_owned())),
     Case::new("listed", listed),
+    Case::new("verbs-example", verbs_example),
 ];
 
 /// Sends a command of plain words and compares the reply.
@@ -58,6 +61,20 @@ fn commands(cell: &mut Cell) -> Result<()> {
     ensure!(client.words("NOSUCHCOMMAND")?.is_error(), "an unknown command");
     ensure!(client.words("HELLO 3")?.elements().len() >= 10, "HELLO 3");
     expect(&mut client, "PING", "PONG")
+}
+
+/// A client of a few lines on the module's own crates, which lists the devices as well.
+fn verbs_example(cell: &mut Cell) -> Result<()> {
+    let program = cell.lab.example("rdma_ping")?;
+    let patience = cell.lab.patience();
+    let devices = run(&mut Command::new(&program), b"", cell.folder(), patience)?;
+    ensure!(!devices.text().is_empty(), "no device; {}", devices.stderr);
+    let address = cell.server().rdma_address().to_string();
+    let reply = run(Command::new(&program).arg(address), b"", cell.folder(), patience)?;
+    ensure!(reply.text() == "+PONG\r\n", "the reply '{}'; {}", reply.text(), reply.stderr);
+    cell.figure("devices", devices.text().trim_end().replace('\n', ", "));
+    cell.moved("PING\r\n".len(), "+PONG\r\n".len());
+    Ok(())
 }
 
 /// Pub/sub and BLPOP: replies that come when someone else acts.
