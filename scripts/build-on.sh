@@ -45,6 +45,7 @@ inside() {
     cp "$certificates" "$tree$certificates"
     [[ ! -e /etc/pip.conf ]] || cp /etc/pip.conf "$tree/etc/pip.conf"
     unset XDG_CACHE_HOME RUSTUP_TOOLCHAIN
+    # shellcheck disable=SC2016 # expanded inside
     exec chroot "$tree" /usr/bin/env --chdir="$repo" HOME=/root CARGO_HOME="$crates" \
         CARGO_TARGET_DIR=/root/target CARGO_NET_OFFLINE=true TMPDIR=/tmp \
         PATH="$sysroot/bin:/usr/sbin:/usr/bin:/sbin:/bin" bash -euc '

@@ -167,6 +167,7 @@ last_look() {
     say "the guest took too long"
     {
         for command in 'info registers -a' nmi; do
+            # shellcheck disable=SC2016 # expanded by the shell that is bounded in time
             timeout 10 bash -c 'echo "$1" >"$2"' - "$command" "$job/monitor.in" || true
         done
         timeout 5 cat "$job/monitor.out" | grep -aE '^(CPU#|R[A-Z0-9]+ *=|CR0)' || true

@@ -61,10 +61,12 @@ assemble() {
 
 documents() {
     local root=$1 version=$2 argument
-    for argument in $(sed -n '/^### Settings/,/^Settings of the server/s/^| `\([a-z-]*\)` .*/\1/p' README.md); do
-        grep -q "^\.BI $argument=" packaging/valkey-rdma.7 ||
-            die "packaging/valkey-rdma.7 lacks the argument '$argument' of the README's table"
-    done
+    # shellcheck disable=SC2016 # the backquotes are Markdown's
+    sed -n '/^### Settings/,/^Settings of the server/s/^| `\([a-z-]*\)` .*/\1/p' README.md |
+        while read -r argument; do
+            grep -q "^\.BI $argument=" packaging/valkey-rdma.7 ||
+                die "packaging/valkey-rdma.7 lacks the argument '$argument' of the README's table"
+        done
     install -d "$root/usr/share/man/man7" "$root/$doc/docs" "$root/$doc/examples"
     sed "s/@VERSION@/$version/" packaging/valkey-rdma.7 | gzip -9n >"$root/usr/share/man/man7/valkey-rdma.7.gz"
     install -m 644 README.md SECURITY.md "$root/$doc/"

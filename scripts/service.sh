@@ -19,7 +19,7 @@ passed=0 failed=0 pages=0
 
 main() {
     local releases=() each=() release job
-    [[ ${1:-} != --inside ]] || { shift; inside "$@"; return; }
+    [[ ${1:-} != --inside ]] || { shift; inside "$@"; }
     for release; do
         case $release in
         --each-line) each=(--each-line) ;;
@@ -164,6 +164,7 @@ shows_itself() {
 # The commands of docs/troubleshooting.md, for a client that asks for more than it reads.
 tells_who_hangs() {
     local try id
+    # shellcheck disable=SC2216 # who never reads is what is wanted
     valkey-cli --rdma -h 192.0.2.10 monitor | sleep 25 &
     for ((try = 0; ; try++)); do
         valkey-benchmark -t set -d 10000 -n 400 -q

@@ -17,6 +17,7 @@
 #   trees         to build in: tree-12 tree-13 tree-forky (not in all)
 #   env           the build's environment as shell text on stdout (implies build)
 #
+#   lints         what .ci/run checks the scripts with (not in all)
 #   sources       the sources that scripts/abi-check.sh measures (not in all)
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -34,6 +35,8 @@ part_build() {
     need_packages gcc libc6-dev pkg-config librdmacm-dev libibverbs-dev
     cached "build: libclang 14 from PyPI" fetch_libclang
 }
+
+part_lints() { need_packages shellcheck; }
 
 fetch_libclang() { pip_tree libclang libclang==14.0.6; }
 
@@ -259,6 +262,7 @@ unpack_machine() {
     local name=$1 suites=$2 new=$cache/machines/$1.new tree=$cache/machines/$1.new/tree file
     need_root "making a disk of Debian $name"
     fresh "$tree"
+    # shellcheck disable=SC2016 # mmdebstrap sets $1 for its hooks
     mmdebstrap --mode=root --variant=minbase --aptopt='Acquire::Check-Valid-Until "false"' \
         --include=systemd-sysv,udev,dbus,kmod,iproute2,adduser,libatomic1,libjemalloc2,liblzf1,librdmacm1,ibverbs-providers \
         --customize-hook='chroot "$1" sh -c "apt-get clean && apt-get install -y --download-only valkey-server"' \
@@ -348,7 +352,7 @@ recipe() {
 
 main() {
     local want parts=() env=0
-    (($#)) || { sed -n '4,18s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+    (($#)) || { sed -n '4,19s/^# \{0,1\}//p' "$0" >&2; exit 2; }
     for want; do
         case $want in
         all) parts+=(build fuzz "${servers[@]}" clients bench guest) ;;

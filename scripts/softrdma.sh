@@ -18,6 +18,7 @@ build() {
     (cd "$root" && cargo build --quiet --release --package softrdma --lib) || return 1
     archive=$target/release/libsoftrdma.a
     map=$root/tests/softrdma/softrdma.map
+    # shellcheck disable=SC3013 # dash and busybox have -nt
     if [ "$lib" -nt "$archive" ] && [ "$lib" -nt "$map" ] && [ "$lib" -nt "$0" ]; then
         return 0
     fi
@@ -38,7 +39,9 @@ build() {
     sed -n '3,9s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
-[ "${SOFTRDMA_NO_BUILD:-0}" = 1 ] && [ -e "$lib" ] || build >&2
+if [ "${SOFTRDMA_NO_BUILD:-0}" != 1 ] || [ ! -e "$lib" ]; then
+    build >&2
+fi
 
 if [ "$1" = --path ]; then
     echo "$dir"

@@ -42,17 +42,17 @@ main() {
             rping -s -C "$rounds" -v -a "$ip" -p PORT -- rping -c -C "$rounds" -v -a "$ip" -p PORT
     done
     works "ucmatose" both ucmatose -p PORT -- ucmatose -p PORT -s 127.0.0.1
-    program="ucmatose -c 20 -C $rounds -S 4000"
-    works "$program" both $program -p PORT -- $program -p PORT -s 127.0.0.1
+    words=(ucmatose -c 20 -C "$rounds" -S 4000)
+    works "${words[*]}" both "${words[@]}" -p PORT -- "${words[@]}" -p PORT -s 127.0.0.1
     works "rdma_server, rdma_client" both rdma_server -p PORT -- rdma_client -s 127.0.0.1 -p PORT
     works "rdma_xserver, rdma_xclient" both rdma_xserver -p PORT -- rdma_xclient -s 127.0.0.1 -p PORT
     for program in ibv_rc_pingpong "ibv_rc_pingpong -e" ibv_srq_pingpong; do
-        program+=" -g 0 -n $rounds"
-        works "$program" both $program -p PORT -- $program -p PORT 127.0.0.1
+        read -ra words <<<"$program -g 0 -n $rounds"
+        works "${words[*]}" both "${words[@]}" -p PORT -- "${words[@]}" -p PORT 127.0.0.1
     done
     for program in ib_{send,write,read}_{lat,bw}{" -R",""} "${more[@]}"; do
-        program+=" -n $rounds"
-        works "$program" both $program -F -p PORT -- "${slowly[@]}" $program -F -p PORT 127.0.0.1
+        read -ra words <<<"$program -n $rounds"
+        works "${words[*]}" both "${words[@]}" -F -p PORT -- "${slowly[@]}" "${words[@]}" -F -p PORT 127.0.0.1
     done
 
     works "valkey-server with the C module" start_server
@@ -65,7 +65,8 @@ main() {
     for program in "udaddy -s 127.0.0.1" "mckey -m 239.1.1.1" "udpong -s 127.0.0.1" \
         "rstream -s 127.0.0.1" "riostream -s 127.0.0.1" "rcopy $0 127.0.0.1" \
         "ibv_uc_pingpong -g 0" "ibv_ud_pingpong -g 0" "ibv_xsrq_pingpong -g 0"; do
-        works "refused: $program" refused $program
+        read -ra words <<<"$program"
+        works "refused: $program" refused "${words[@]}"
     done
     printf '%d passed, %d failed, 0 skipped\n' "$passed" "$failed"
     ((!failed))
@@ -142,8 +143,8 @@ start_server() {
     timeout 600 "$repo/scripts/softrdma.sh" "$cache/cmodule/9.1/valkey-server" --port 0 --save '' \
         --dir "$work" --loadmodule "$cache/cmodule/9.1/valkey-rdma.so" \
         --rdma-bind 127.0.0.1 --rdma-port "$port" >"$work/server.out" 2>&1 &
-    server=$!
-    listening "$server"
+    served=$!
+    listening "$served"
 }
 
 cli() { on_fabric "$cache/clients/valkey-cli" --rdma -h 127.0.0.1 -p "$rdma_port" "$@"; }
@@ -168,7 +169,7 @@ command_line() {
     [[ $(cli -x set text <<<"$text") == OK ]] || return
     [[ $(cli get text) == "$text" ]] || { echo "not what was set"; return 1; }
     cli shutdown nosave
-    wait "$server"
+    wait "$served"
 }
 
 main "$@"
