@@ -114,13 +114,16 @@ impl Shared {
 pub enum Which {
     /// Those that fired, and those that are not armed.
     Fired,
+    /// Every one.
     All,
 }
 
 /// Whether a device has more completions than one pass took.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
+    /// All were taken.
     Empty,
+    /// Some are left.
     More,
 }
 

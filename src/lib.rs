@@ -4,7 +4,7 @@
 //! The protocol itself is the crate [`proto`], and [`verbs`] owns the RDMA objects.
 //! Dependencies in this direction only:
 //!
-//! * [`time`], [`log_limit`], [`panic`]: the clock, a limit on log lines, no panic into C.
+//! * [`time`], [`log_limit`], [`mod@panic`]: the clock, a limit on log lines, no panic into C.
 //! * [`config`], [`metrics`]: what is set and what is counted.
 //! * [`host`]: the server's ABI.
 //! * [`child`]: what forked children must not do.
@@ -15,6 +15,8 @@
 //! * [`commands`]: what an operator may ask.
 //! * [`namesake`]: another module of our name.
 //! * [`module`]: loading and `INFO`.
+
+#![deny(missing_docs, unreachable_pub)]
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu")))]
 compile_error!(

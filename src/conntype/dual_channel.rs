@@ -44,7 +44,7 @@ static FILTER: MainCell<Option<(Filter, Millis)>> = MainCell::new(None);
 
 /// Looks at what the server writes to a connection: whether it offers a replica the second
 /// channel. Any thread.
-pub fn look_at(written: &[u8]) {
+pub(super) fn look_at(written: &[u8]) {
     // A client may have a script answer the same: then the filter comes in vain.
     if written == OFFER && is_main_thread() && !api::is_exiting() {
         let mut filter = FILTER.open();
@@ -57,12 +57,12 @@ pub fn look_at(written: &[u8]) {
 }
 
 /// Whether the filter is there.
-pub fn is_filtering() -> bool {
+pub(super) fn is_filtering() -> bool {
     FILTER.open().is_some()
 }
 
 /// Takes the filter away if it is not needed any more. Slow clock.
-pub fn rest(now: Millis) {
+pub(super) fn rest(now: Millis) {
     let mut filter = FILTER.open();
     if filter.as_ref().is_some_and(|(_, seen)| now >= seen + STAYS) {
         *filter = None;

@@ -2,13 +2,13 @@
 //! The connection type: what the server calls, and what it is told.
 //!
 //! * [`table`]: the functions of `ConnectionType`, the door to C.
-//! * [`listener`]: listening; [`relisten`]: again, where the device was removed.
+//! * [`listener`]: listening; `relisten`: again, where the device was removed.
 //! * [`rebind`]: the settings that change what is listened on in 8.0.
 //! * [`accept`]: connections that clients open.
 //! * [`outgoing`]: connections that this server opens, and the calls that block.
 //! * [`dual_channel`]: replicas that want a second channel.
 //! * [`address`]: addresses as the operator writes them.
-//! * [`upcalls`]: what the poller has done here.
+//! * `upcalls`: what the poller has done here.
 
 pub mod accept;
 pub mod address;

@@ -23,7 +23,7 @@ type Attempt = fn() -> bool;
 static NEXT: MainCell<Option<(Attempt, Duration)>> = MainCell::new(None);
 
 /// A listener has lost its device: `attempt` is to be made, until it needs no other.
-pub fn begin(attempt: Attempt) {
+pub(super) fn begin(attempt: Attempt) {
     if NEXT.open().replace((attempt, FIRST)).is_none() {
         api::after(FIRST, on_tick);
     }

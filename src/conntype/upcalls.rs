@@ -13,7 +13,7 @@ use verbs::cm::Event;
 
 /// The connection type, as the poller sees it.
 #[derive(Debug)]
-pub struct ConnectionType;
+pub(super) struct ConnectionType;
 
 impl Upcalls for ConnectionType {
     fn accepted(&self, poller: &Poller, endpoint: &Arc<Endpoint>) {

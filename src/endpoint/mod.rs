@@ -91,6 +91,7 @@ pub struct Endpoint {
 /// What belongs to the main thread.
 #[derive(Debug)]
 pub struct Own {
+    /// The state of the protocol.
     pub session: Session,
     /// The server's connection, unless it has none yet or none any more.
     connection: MainPtr<Connection>,
@@ -135,19 +136,28 @@ impl Own {
 /// Who or what ended a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
+    /// The client disconnected.
     Client,
+    /// The server closed it.
     Server,
+    /// The peer broke the protocol.
     Violation,
+    /// A work request failed, or the device.
     Error,
+    /// The peer was silent for too long.
     Timeout,
 }
 
 /// Where a connection stands, as `INFO rdma` counts it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
+    /// Connecting or accepted, and not ready for commands.
     Handshaking,
+    /// Commands and replies go to and fro.
     Established,
+    /// Closed by the server; the last bytes are being delivered.
     Lingering,
+    /// Being destroyed.
     Ending,
 }
 
@@ -175,11 +185,15 @@ impl Stage {
 /// What an endpoint is made with.
 #[derive(Debug)]
 pub struct Plan {
+    /// Its name in work requests.
     pub key: Key,
+    /// Its place among the endpoints.
     pub place: Place,
     /// The largest that its receive buffer may be.
     pub receive_bytes: u32,
+    /// Intervals and limits of the protocol.
     pub timing: Timing,
+    /// The time at which it is made.
     pub now: Millis,
 }
 

@@ -17,11 +17,17 @@ pub type Handler = unsafe extern "C" fn(*mut Connection);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
 pub enum State {
+    /// Created, not connecting yet.
     None = 0,
+    /// On its way to a server.
     Connecting = 1,
+    /// Accepted; the handshake is not over.
     Accepting = 2,
+    /// Established.
     Connected = 3,
+    /// Ended by the peer.
     Closed = 4,
+    /// Broken.
     Error = 5,
 }
 
@@ -34,16 +40,25 @@ pub const FLAG_WRITE_BARRIER: c_short = 2;
 #[repr(C)]
 #[derive(Debug)]
 pub struct Connection {
+    /// The table of its type.
     pub kind: *const c_void,
     state: AtomicI32,
     last_errno: AtomicI32,
+    /// The descriptor that the server prints.
     pub fd: c_int,
+    /// The flags above.
     pub flags: c_short,
+    /// Handlers that are running.
     pub refs: c_short,
+    /// Most pieces of one `writev`.
     pub iovcnt: c_ushort,
+    /// The server's client.
     pub private_data: *mut c_void,
+    /// Called when connecting or accepting is over.
     pub conn_handler: Option<Handler>,
+    /// Called when there is room to write.
     pub write_handler: Option<Handler>,
+    /// Called when there is something to read.
     pub read_handler: Option<Handler>,
 }
 

@@ -18,17 +18,28 @@ pub struct EventLoop {
 /// `CONFIG_BINDADDR_MAX`: descriptors of one listener.
 pub const MAX_BINDS: usize = 16;
 
+/// An entry that does something with a connection.
 pub type Action = unsafe extern "C" fn(*mut Connection);
+/// An entry without arguments.
 pub type Nothing = unsafe extern "C" fn();
+/// `configure`: the type's settings, and whether it is a change of them.
 pub type Configure = unsafe extern "C" fn(*mut c_void, c_int) -> c_int;
+/// `ae_handler`, `accept_handler`: a descriptor of the event loop fired.
 pub type FileHandler = unsafe extern "C" fn(*mut EventLoop, c_int, *mut c_void, c_int);
+/// `addr`: the address of either side, as text.
 pub type Addr =
     unsafe extern "C" fn(*mut Connection, *mut c_char, usize, *mut c_int, c_int) -> c_int;
+/// An entry that answers with a number about a connection.
 pub type Ask = unsafe extern "C" fn(*mut Connection) -> c_int;
+/// `listen`.
 pub type Listen<L> = unsafe extern "C" fn(*mut L) -> c_int;
+/// `closeListener`.
 pub type CloseListener<L> = unsafe extern "C" fn(*mut L);
+/// `conn_create`.
 pub type Create = unsafe extern "C" fn() -> *mut Connection;
+/// `conn_create_accepted`: by the descriptor of the accepted one.
 pub type CreateAccepted = unsafe extern "C" fn(c_int, *mut c_void) -> *mut Connection;
+/// `connect`.
 pub type Connect = unsafe extern "C" fn(
     *mut Connection,
     *const c_char,
@@ -45,21 +56,33 @@ pub type ConnectMultipath = unsafe extern "C" fn(
     c_int,
     Option<Handler>,
 ) -> c_int;
+/// `blocking_connect`.
 pub type BlockingConnect =
     unsafe extern "C" fn(*mut Connection, *const c_char, c_int, c_longlong) -> c_int;
+/// `accept`.
 pub type Accept = unsafe extern "C" fn(*mut Connection, Option<Handler>) -> c_int;
+/// `write`.
 pub type Write = unsafe extern "C" fn(*mut Connection, *const c_void, usize) -> c_int;
+/// `writev`.
 pub type Writev = unsafe extern "C" fn(*mut Connection, *const iovec, c_int) -> c_int;
+/// `read`.
 pub type Read = unsafe extern "C" fn(*mut Connection, *mut c_void, usize) -> c_int;
+/// `set_write_handler`; the last argument asks for the write barrier.
 pub type SetWriteHandler = unsafe extern "C" fn(*mut Connection, Option<Handler>, c_int) -> c_int;
+/// `set_read_handler`.
 pub type SetReadHandler = unsafe extern "C" fn(*mut Connection, Option<Handler>) -> c_int;
+/// An entry that answers with a text that the connection keeps.
 pub type Text = unsafe extern "C" fn(*mut Connection) -> *const c_char;
+/// `sync_write`, `sync_read`, `sync_readline`: with a time-out in milliseconds.
 pub type SyncIo =
     unsafe extern "C" fn(*mut Connection, *mut c_char, ssize_t, c_longlong) -> ssize_t;
+/// An entry that answers with a number about the type as a whole.
 pub type Query = unsafe extern "C" fn() -> c_int;
 /// A boolean in 8.x, a mask (read 1, write 2) in 9.1.
 pub type Postpone = unsafe extern "C" fn(*mut Connection, c_int);
+/// `get_peer_cert`.
 pub type PeerCert = unsafe extern "C" fn(*mut Connection) -> *mut c_char;
+/// `get_peer_user`.
 pub type PeerUser = unsafe extern "C" fn(*mut Connection, *mut *mut c_char) -> *mut c_void;
 
 /// Declares a C structure with its size and offsets, asserts them, and lists them

@@ -7,8 +7,11 @@ use std::fmt;
 /// A supported line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Line {
+    /// 8.0.
     V8_0,
+    /// 8.1.
     V8_1,
+    /// 9.1.
     V9_1,
 }
 

@@ -6,7 +6,7 @@
 //! offsets differ in every build, while what is declared here is the same in
 //! every build of one minor line (`docs/abi.md` says how that was found).
 //!
-//! * [`line`]: the supported minor lines.
+//! * [`mod@line`]: the supported minor lines.
 //! * [`connection`]: `struct connection`, with its shared fields as atomics.
 //! * [`layout`]: the three shapes of `ConnectionType`, two of `connListener`.
 //! * [`symbols`]: the functions that the executable exports.

@@ -12,11 +12,15 @@ use std::fmt;
 /// What a command answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
+    /// A number.
     Number(u64),
+    /// A text.
     Text(String),
     /// There is no value.
     Nothing,
+    /// Values in their order.
     List(Vec<Reply>),
+    /// Values by name.
     Map(Vec<(&'static str, Reply)>),
 }
 

@@ -27,7 +27,7 @@ const LATE: Millis = 100;
 
 /// State of the two clocks.
 #[derive(Debug, Default)]
-pub struct Clocks {
+pub(super) struct Clocks {
     slow_runs: bool,
     fast_runs: bool,
     /// When the fast one ticked last.

@@ -17,6 +17,7 @@ const PIECES: u16 = 1024;
 #[repr(C)]
 #[derive(Debug)]
 pub struct RdmaConnection {
+    /// The server's part.
     pub base: Connection,
     /// The RDMA side; gone once the server has closed.
     pub endpoint: Option<Arc<Endpoint>>,

@@ -192,7 +192,7 @@ impl Poller {
         &self.settings
     }
 
-    pub(super) fn clocks(&self) -> &MainCell<Clocks> {
+    fn clocks(&self) -> &MainCell<Clocks> {
         &self.clocks
     }
 

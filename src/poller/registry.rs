@@ -10,7 +10,7 @@ use std::hash::Hash;
 
 /// See the module's text.
 #[derive(Debug)]
-pub struct Registry<I, T> {
+pub(super) struct Registry<I, T> {
     slots: Vec<Slot<T>>,
     free: Vec<u32>,
     by_id: HashMap<I, Key>,
@@ -30,7 +30,7 @@ impl<I, T> Default for Registry<I, T> {
 
 impl<I: Eq + Hash, T: Clone> Registry<I, T> {
     /// A key for what is to be entered, or to be given back; none if all are taken.
-    pub fn reserve(&mut self) -> Option<Key> {
+    pub(super) fn reserve(&mut self) -> Option<Key> {
         let index = match self.free.pop() {
             Some(index) => index,
             None if self.slots.len() < MAX_ENDPOINTS => {
@@ -45,19 +45,19 @@ impl<I: Eq + Hash, T: Clone> Registry<I, T> {
     }
 
     /// Nothing is entered under a reserved key, or not any more.
-    pub fn give_back(&mut self, key: Key) {
+    pub(super) fn give_back(&mut self, key: Key) {
         self.free.push(key.index);
     }
 
     /// Enters what a key was reserved for.
-    pub fn enter(&mut self, key: Key, id: I, entry: T) {
+    pub(super) fn enter(&mut self, key: Key, id: I, entry: T) {
         self.by_id.insert(id, key);
         self.slots[key.index as usize].entry = Some(entry);
     }
 
     /// Removes what was entered; `false` if it is gone already. Its key is to be given back
     /// when no completion can carry it any more.
-    pub fn remove(&mut self, key: Key, id: &I) -> bool {
+    pub(super) fn remove(&mut self, key: Key, id: &I) -> bool {
         let slot = &mut self.slots[key.index as usize];
         if slot.generation != key.generation || slot.entry.take().is_none() {
             return false;
@@ -67,23 +67,23 @@ impl<I: Eq + Hash, T: Clone> Registry<I, T> {
     }
 
     /// What was entered under a key, unless it is gone.
-    pub fn find(&self, key: Key) -> Option<T> {
+    pub(super) fn find(&self, key: Key) -> Option<T> {
         let slot = self.slots.get(key.index as usize)?;
         if slot.generation == key.generation { slot.entry.clone() } else { None }
     }
 
     /// What was entered with an id.
-    pub fn find_by_id(&self, id: &I) -> Option<T> {
+    pub(super) fn find_by_id(&self, id: &I) -> Option<T> {
         self.find(*self.by_id.get(id)?)
     }
 
     /// All there is.
-    pub fn all(&self) -> impl Iterator<Item = &T> {
+    pub(super) fn all(&self) -> impl Iterator<Item = &T> {
         self.slots.iter().filter_map(|slot| slot.entry.as_ref())
     }
 
     /// How much there is.
-    pub fn count(&self) -> usize {
+    pub(super) fn count(&self) -> usize {
         self.by_id.len()
     }
 }

@@ -44,7 +44,7 @@ struct Queue {
 
 /// Disconnects and destroys an endpoint that is in the registry no more, in the stage that is
 /// called ending. `no_thread` logs why there is no thread, once. Main thread.
-pub fn hand_over(endpoint: Arc<Endpoint>, no_thread: impl FnOnce(&str)) {
+pub(super) fn hand_over(endpoint: Arc<Endpoint>, no_thread: impl FnOnce(&str)) {
     if *THREAD.get_or_init(|| start(no_thread)) {
         lock(&QUEUE).connected.push_back(endpoint);
         BELL.notify_one();
@@ -56,7 +56,7 @@ pub fn hand_over(endpoint: Arc<Endpoint>, no_thread: impl FnOnce(&str)) {
 
 /// For a newcomer: where more wait than the thread gets done, destroys one of them, so that it
 /// is never more than came and went. Main thread.
-pub fn help() {
+pub(super) fn help() {
     let mut queue = lock(&QUEUE);
     if queue.connected.len() + queue.disconnected.len() <= WAITING {
         return;

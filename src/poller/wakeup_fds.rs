@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 /// See the module's text. Main thread only.
 #[derive(Debug, Default)]
-pub struct WakeupFds {
+pub(super) struct WakeupFds {
     /// Most of them; 0 where the server does not go by descriptors.
     most: usize,
     descriptors: Vec<OwnedFd>,
@@ -23,12 +23,12 @@ pub struct WakeupFds {
 
 impl WakeupFds {
     /// As many as `most`, from now on.
-    pub fn allow(&mut self, most: usize) {
+    pub(super) fn allow(&mut self, most: usize) {
         self.most = most;
     }
 
     /// Has as many descriptors fire with `fd` as there are `busy` endpoints.
-    pub fn grow(&mut self, fd: RawFd, busy: usize) {
+    pub(super) fn grow(&mut self, fd: RawFd, busy: usize) {
         self.busy = self.busy.max(busy);
         let wanted = self.busy.saturating_sub(1).min(self.most);
         while self.descriptors.len() < wanted {
@@ -44,7 +44,7 @@ impl WakeupFds {
     }
 
     /// Lets go of those that were not needed since the last call, or of all.
-    pub fn shrink(&mut self, all: bool) {
+    pub(super) fn shrink(&mut self, all: bool) {
         let busy = std::mem::take(&mut self.busy);
         let wanted = if all { 0 } else { busy.saturating_sub(1) };
         while self.descriptors.len() > wanted {

@@ -17,6 +17,8 @@
 //! a queue pair its id, domain and completion queue, a region its domain, and all of them the
 //! device. So they may be dropped in any order and on any thread.
 
+#![deny(missing_docs, unreachable_pub)]
+
 pub mod account;
 mod address;
 pub mod cm;
