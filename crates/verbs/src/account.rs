@@ -4,7 +4,6 @@
 //! Registered memory is pinned, so it is resident from the start, and a program's own allocator
 //! knows nothing of it.
 
-use crate::Error;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 static REGISTERED: AtomicU64 = AtomicU64::new(0);
@@ -51,18 +50,12 @@ pub fn locked_memory_limit() -> Option<u64> {
 pub(crate) struct Share(u64);
 
 impl Share {
-    /// Takes `bytes` of what the limit leaves.
-    pub(crate) fn take(bytes: u64) -> Result<Self, Error> {
+    /// Takes `bytes` of what the limit leaves, if it leaves as many.
+    pub(crate) fn take(bytes: u64) -> Option<Self> {
         let total = REGISTERED.fetch_add(bytes, Ordering::Relaxed) + bytes;
         // Dropped, it gives back what was too much.
         let share = Self(bytes);
-        if total > LIMIT.load(Ordering::Relaxed) {
-            return Err(Error {
-                action: "register memory within the configured total (max-registered-memory)",
-                errno: libc::EDQUOT,
-            });
-        }
-        Ok(share)
+        (total <= LIMIT.load(Ordering::Relaxed)).then_some(share)
     }
 
     /// Counts the registration that it was taken for.
@@ -88,7 +81,7 @@ mod tests {
         limit_registered(100);
         let first = Share::take(60).unwrap();
         first.count();
-        assert_eq!(Share::take(41).unwrap_err().errno, libc::EDQUOT);
+        assert!(Share::take(41).is_none());
         assert_eq!((registered(), registrations()), ((60, 60), 1), "refused is not counted");
         uncounted(|| Share::take(40).unwrap().count());
         assert_eq!((registered(), registrations()), ((60, 60), 2));

@@ -3,7 +3,6 @@
 
 use crate::address::{from_c, to_c};
 use crate::descriptor::set_nonblocking;
-use crate::device::Device;
 use crate::library::call;
 use crate::{Error, error, fork};
 use rdma_sys::*;
@@ -313,13 +312,6 @@ impl Id {
     pub fn disconnect(&self) {
         // SAFETY: a live id. A failure means that it is disconnected already.
         unsafe { call!(rdma_disconnect(self.raw)) };
-    }
-
-    /// The device that serves the id, once there is one.
-    pub fn device(self: &Arc<Self>) -> Option<Device> {
-        // SAFETY: a live id.
-        let context = unsafe { (*self.raw).verbs };
-        (!context.is_null()).then(|| Device::of_id(context, self))
     }
 
     /// Whether both ids are served by the same opened device.

@@ -24,6 +24,16 @@ enum Holder {
     List { _list: Arc<List> },
 }
 
+impl Id {
+    /// The device that serves the id, once there is one.
+    pub fn device(self: &Arc<Self>) -> Option<Device> {
+        // SAFETY: a live id.
+        let context = unsafe { (*self.raw()).verbs };
+        let held_by = Holder::Id { _id: Arc::clone(self) };
+        (!context.is_null()).then_some(Device { context, _held_by: held_by })
+    }
+}
+
 /// All devices that there were when it was made.
 #[derive(Debug)]
 struct List(*mut *mut ibv_context);
@@ -45,10 +55,6 @@ pub struct Limits {
 }
 
 impl Device {
-    pub(crate) fn of_id(context: *mut ibv_context, id: &Arc<Id>) -> Self {
-        Self { context, _held_by: Holder::Id { _id: Arc::clone(id) } }
-    }
-
     pub(crate) fn context(&self) -> *mut ibv_context {
         self.context
     }

@@ -136,6 +136,9 @@ fn map_and_register(
     Ok((start, raw))
 }
 
+/// What can't be done where our own limit is reached.
+const LIMITED: &str = "register memory within the configured total (max-registered-memory)";
+
 /// Page size in bytes.
 fn page_size() -> usize {
     // SAFETY: a query without arguments; it does not fail for this name.
@@ -146,14 +149,16 @@ impl Region {
     /// Maps and registers `length` bytes of zeroes, rounded up to whole pages.
     ///
     /// # Errors
-    /// `ENOMEM` if the limit on locked memory or [`limit_registered`](crate::account::limit_registered) forbids it.
+    /// `ENOMEM` beyond the limit on locked memory, `EDQUOT` beyond
+    /// [`limit_registered`](crate::account::limit_registered).
     pub fn new(
         domain: &Arc<ProtectionDomain>,
         length: usize,
         access: Access,
     ) -> Result<Self, Error> {
         let length = length.next_multiple_of(page_size());
-        let share = Share::take(length as u64)?;
+        let share =
+            Share::take(length as u64).ok_or(Error { action: LIMITED, errno: libc::EDQUOT })?;
         let (start, raw) = map_and_register(domain, length, access)?;
         share.count();
         Ok(Self { start, length, raw, _share: share, _domain: Arc::clone(domain) })
