@@ -420,7 +420,7 @@ impl Listening {
     pub unsafe fn listen(&self, listener: *mut Listener81) -> bool {
         let was_by_own = self.listeners.open().by_own;
         // SAFETY: by the caller's promise.
-        let result = unsafe { self.attempt(listener) };
+        let result = unsafe { self.close_on_error(listener) };
         if let Err(why) = &result {
             log::error!("{why}");
             // After a setting that did not work the server goes back to the one before. Until
@@ -443,7 +443,7 @@ impl Listening {
     ///
     /// # Safety
     /// As [`listen`].
-    unsafe fn attempt(&self, listener: *mut Listener81) -> Result<(), String> {
+    unsafe fn close_on_error(&self, listener: *mut Listener81) -> Result<(), String> {
         // SAFETY: by the caller's promise; the fields are those of all lines.
         let (port, server_binds) = unsafe { ((*listener).port, self.server_binds(listener)) };
         // SAFETY: as above.

@@ -366,7 +366,7 @@ pub fn sync_read(
                 ReadOutcome::Bytes(count) => {
                     done += count;
                     if is_main_thread() {
-                        poller.attempt(endpoint, endpoint.announce_if_full());
+                        poller.close_on_error(endpoint, endpoint.announce_if_full());
                     }
                 }
                 ReadOutcome::Again => return None,

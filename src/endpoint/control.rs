@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! The control region of an endpoint: slots for the messages of both sides, and a little
-//! staging memory behind them.
+//! staging memory behind them; and what the session posts from it.
 
 use super::Endpoint;
 use crate::endpoint::key::Work;
-use proto::wire::{MESSAGE_LEN, Message};
+use crate::metrics::METRICS;
+use proto::send_queue::PostError;
+use proto::session::Port;
+use proto::wire::{MESSAGE_LEN, Memory, Message};
 use verbs::Error;
+use verbs::mr::{Access, Region};
 
 /// Receives that a peer finds posted: each of its writes and messages uses one
 /// until the next pass. A peer that is ahead waits, by RNR, for 0.64 ms.
@@ -15,103 +19,92 @@ pub(super) const CONTROL_SLOTS: u16 = 8;
 
 /// The control region: four pages.
 pub(super) const CONTROL_BYTES: usize = 16 * 1024;
-pub(super) const CONTROL_SLOTS_AT: usize = RECEIVE_SLOTS as usize * MESSAGE_LEN;
+const CONTROL_SLOTS_AT: usize = RECEIVE_SLOTS as usize * MESSAGE_LEN;
 pub(super) const STAGING_AT: usize = CONTROL_SLOTS_AT + CONTROL_SLOTS as usize * MESSAGE_LEN;
 /// Staging memory that every endpoint has.
 pub(super) const SMALL_STAGING: usize = CONTROL_BYTES - STAGING_AT;
 
-impl Endpoint {
-    /// Sends the answers that are due, as far as there are slots. Main thread.
-    ///
-    /// # Errors
-    /// If a message can't be posted.
-    pub fn send_answers(&self) -> Result<(), Error> {
-        loop {
-            let Some((answer, slot)) = self.own().session.next_answer() else { return Ok(()) };
-            if !self.send_control(answer)? {
-                self.own().session.answer_not_sent(answer, slot);
-                return Ok(());
-            }
-            self.post_receive_again(slot)?;
-        }
+/// What the session of an endpoint posts and registers through.
+pub(super) struct Ports<'a>(pub(super) &'a Endpoint);
+
+impl Port for Ports<'_> {
+    type Buffer = Region;
+    type Error = Error;
+
+    fn post_receive(&mut self, slot: u16) -> Result<(), PostError<Error>> {
+        let into = self.0.control.sge(offset(0, slot), MESSAGE_LEN as u32);
+        let wr_id = self.0.key.work_request(Work::Receive(slot));
+        self.0.qp.post_receive(wr_id, into).map_err(post_error)
     }
 
-    /// Posts a control message; `false` if no slot is free, or no room in the queue.
-    pub(super) fn send_control(&self, message: Message) -> Result<bool, Error> {
-        let Some(slot) = self.own().free_control_slots.pop() else { return Ok(false) };
-        let offset = CONTROL_SLOTS_AT + usize::from(slot) * MESSAGE_LEN;
-        // SAFETY: a free slot of the control region, which is ours alone.
+    fn post_message(&mut self, slot: u16, message: Message) -> Result<(), PostError<Error>> {
+        let offset = offset(CONTROL_SLOTS_AT, slot);
+        // SAFETY: a slot of the control region, which is free and so ours alone.
         unsafe {
-            let place = self.control.start().add(offset);
+            let place = self.0.control.start().add(offset);
             place.cast::<[u8; MESSAGE_LEN]>().write(message.encode());
         }
-        let bytes = self.control.sge(offset, MESSAGE_LEN as u32);
-        match self.qp.post_send(self.key.work_request(Work::Control(slot)), bytes) {
-            Ok(()) => Ok(true),
-            Err(error) => {
-                self.own().free_control_slots.push(slot);
-                if error.is_queue_full() { Ok(false) } else { Err(error) }
-            }
+        let bytes = self.0.control.sge(offset, MESSAGE_LEN as u32);
+        let wr_id = self.0.key.work_request(Work::Control(slot));
+        self.0.qp.post_send(wr_id, bytes).map_err(post_error)?;
+        if matches!(message, Message::RegisterXferMemory(_)) {
+            METRICS.announcements_sent.add(1);
+        }
+        Ok(())
+    }
+
+    fn post_probe(&mut self, next: u32) -> Result<(), PostError<Error>> {
+        self.0.qp.post_probe(self.0.key.work_request(Work::Probe(next))).map_err(post_error)?;
+        METRICS.keepalive_probes.add(1);
+        Ok(())
+    }
+
+    fn register(&mut self, length: u32) -> Option<Region> {
+        self.0.register(length as usize, Access::RemoteWrite)
+    }
+
+    fn memory(&self, buffer: &Region) -> Memory {
+        Memory {
+            address: buffer.start().expose_provenance() as u64,
+            length: buffer.length() as u32,
+            rkey: buffer.rkey(),
         }
     }
 
-    /// A control message of ours has arrived. Main thread.
-    pub fn control_completed(&self, slot: u16) {
-        self.own().free_control_slots.push(slot);
+    fn announced_early(&mut self) {
+        METRICS.announcements_sent_early.add(1);
+    }
+}
+
+impl Endpoint {
+    /// The bytes of the SEND that arrived in a receive slot, and how many they are.
+    pub(super) fn received(&self, slot: u16, length: u32) -> ([u8; MESSAGE_LEN], usize) {
+        let offset = offset(0, slot.min(RECEIVE_SLOTS - 1));
+        // SAFETY: inside the control region; the receive completed and is not posted, so the
+        // device does not write there.
+        let copy = unsafe {
+            let place = self.control.start().add(offset);
+            place.cast::<[u8; MESSAGE_LEN]>().read()
+        };
+        (copy, (length as usize).min(MESSAGE_LEN))
     }
 
-    /// Whether a message of ours waits for a slot. Main thread.
-    pub fn awaits_control_slot(&self) -> bool {
-        let own = self.own();
-        own.announcement_due || own.session.owes_answers() || own.free_control_slots.is_empty()
+    /// Memory of this endpoint, if it can be had: without it a connection is slower, and right.
+    pub(super) fn register(&self, length: usize, access: Access) -> Option<Region> {
+        Region::new(&self.domain, length, access)
+            .inspect_err(|error| log::debug!("connection of {}: {error}", self.peer_text()))
+            .ok()
     }
+}
 
-    /// Posts the receive of a slot again, which has to wait if there is no room now. Main
-    /// thread.
-    ///
-    /// # Errors
-    /// If the queue pair refuses it.
-    pub fn post_receive_again(&self, slot: u16) -> Result<(), Error> {
-        let result = self.post_receive(slot);
-        if result.is_err_and(|error| error.is_queue_full()) {
-            self.own().unposted.push(slot);
-            return Ok(());
-        }
-        result
-    }
+/// Where a slot of those that begin at `start` is in the control region.
+fn offset(start: usize, slot: u16) -> usize {
+    start + usize::from(slot) * MESSAGE_LEN
+}
 
-    /// Posts the receives that there was no room for. Main thread.
-    ///
-    /// # Errors
-    /// If the queue pair refuses one.
-    pub fn post_waiting_receives(&self) -> Result<(), Error> {
-        let waiting = std::mem::take(&mut self.own().unposted);
-        waiting.into_iter().try_for_each(|slot| self.post_receive_again(slot))
-    }
-
-    /// Posts the receive of a slot. Main thread.
-    ///
-    /// # Errors
-    /// If the queue pair does not take it.
-    pub(super) fn post_receive(&self, slot: u16) -> Result<(), Error> {
-        let offset = usize::from(slot) * MESSAGE_LEN;
-        let into = self.control.sge(offset, MESSAGE_LEN as u32);
-        self.qp.post_receive(self.key.work_request(Work::Receive(slot)), into)
-    }
-
-    /// The bytes of the SEND that arrived in a slot.
-    pub fn received(&self, slot: u16, length: u32) -> Vec<u8> {
-        let length = (length as usize).min(MESSAGE_LEN);
-        let offset = usize::from(slot.min(RECEIVE_SLOTS - 1)) * MESSAGE_LEN;
-        // SAFETY: inside the control region; the receive completed and is not
-        // posted, so the device does not write there.
-        unsafe { std::slice::from_raw_parts(self.control.start().add(offset), length) }.to_vec()
-    }
-
-    /// Receives that are posted for the peer.
-    pub fn receive_slots(&self) -> u16 {
-        RECEIVE_SLOTS
-    }
+/// Whether a queue pair has no room or fails.
+pub(super) fn post_error(error: Error) -> PostError<Error> {
+    if error.is_queue_full() { PostError::Full } else { PostError::Failed(error) }
 }
 
 #[cfg(test)]

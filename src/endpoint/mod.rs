@@ -12,8 +12,10 @@
 //! it, a larger *staging* region. Each endpoint has a protection domain of its own, so
 //! that no peer can use a key of another's.
 //!
-//! Here is what it consists of and what becomes of it. What the peer writes is in
-//! `receiving`, what is written to it in `sending`, messages of either side in `control`.
+//! What happens to it is decided by `proto`: by its [`Stream`], which reader, writer and
+//! poller share, and its [`Session`], the poller's. Here is what they work on: the queue pair
+//! and registered memory. What completed, and the reading, is in `receiving`; the writing in
+//! `sending`; the control region, and what the session posts, in `control`.
 
 pub mod activity;
 mod control;
@@ -40,7 +42,6 @@ use proto::staging::STEPS;
 pub use proto::stream::ReadOutcome;
 use proto::stream::Stream;
 pub use proto::window::PeerState;
-use receiving::Receive;
 pub use sending::WriteOutcome;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -68,8 +69,6 @@ pub struct Endpoint {
     qp: QueuePair,
     /// The windows, and larger staging memory.
     stream: Stream<Region>,
-    /// The receive buffers.
-    receive: MainCell<Receive>,
     control: Region,
     /// The error number with which the send queue refused a write for good, for the log; 0 for
     /// none.
@@ -91,8 +90,8 @@ pub struct Endpoint {
 /// What belongs to the main thread.
 #[derive(Debug)]
 pub struct Own {
-    /// The state of the protocol.
-    pub session: Session,
+    /// The state of the protocol, with the receive buffers.
+    pub session: Session<Region>,
     /// The server's connection, unless it has none yet or none any more.
     connection: MainPtr<Connection>,
     /// Whether the endpoint is in the ready queue.
@@ -113,12 +112,6 @@ pub struct Own {
     pub client: Option<u64>,
     /// What the watchdog remembers.
     pub watch: Watch,
-    free_control_slots: Vec<u16>,
-    /// Slots whose receives there was no room for.
-    unposted: Vec<u16>,
-    announcement_due: bool,
-    /// `total_posted` at the last two ticks of the slow clock.
-    posted_before: [u64; 2],
 }
 
 impl Own {
@@ -229,20 +222,12 @@ impl Endpoint {
         let control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
         let first = buffer_size::FIRST.min(plan.receive_bytes);
         let region = Region::new(&domain, first as usize, Access::RemoteWrite)?;
-        let receive = MainCell::new(Receive {
-            region,
-            other: None,
-            since: None,
-            writes_before: 0,
-            most: plan.receive_bytes,
-        });
         let (reservation, qp) = hub.reserve(ENTRIES, |queue| {
             QueuePair::new(&id, &domain, queue, SEND_DEPTH, u32::from(RECEIVE_SLOTS))
         })?;
         let endpoint = Self {
             qp,
             stream: Stream::new(PAYLOAD_DEPTH, SMALL_STAGING, STEPS),
-            receive,
             control,
             refusal: AtomicI32::new(0),
             activity: Activity::new(plan.now),
@@ -250,7 +235,13 @@ impl Endpoint {
             peer: id.peer_address(),
             local: id.local_address(),
             own: MainCell::new(Own {
-                session: Session::new(plan.timing, plan.now),
+                session: Session::new(
+                    plan.timing,
+                    region,
+                    plan.receive_bytes,
+                    CONTROL_SLOTS,
+                    plan.now,
+                ),
                 connection: MainPtr::null(),
                 queued: false,
                 parked: false,
@@ -261,10 +252,6 @@ impl Endpoint {
                 stage: None,
                 client: None,
                 watch: Watch::new(plan.now),
-                free_control_slots: (0..CONTROL_SLOTS).collect(),
-                unposted: Vec::new(),
-                announcement_due: false,
-                posted_before: [0; 2],
             }),
             domain,
             reservation,
@@ -272,8 +259,7 @@ impl Endpoint {
             hub: MainCell::new(Some(hub)),
             _place: plan.place,
         };
-        endpoint.post_receive(0)?;
-        (1..RECEIVE_SLOTS).try_for_each(|slot| endpoint.post_receive_again(slot))?;
+        endpoint.post_receives()?;
         Ok(endpoint)
     }
 
@@ -362,12 +348,5 @@ impl Endpoint {
     /// The hub's number of its completion queue.
     pub fn queue(&self) -> usize {
         self.reservation.queue()
-    }
-
-    /// The connection is established: makes an early peer's retries quick.
-    pub fn established(&self) {
-        if let Err(error) = self.qp.shorten_rnr_timer() {
-            log::debug!("connection of {}: {error}", self.peer_text());
-        }
     }
 }

@@ -1,33 +1,142 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! What the peer writes: the receive buffers, their announcements, and the copy out of them.
+//! What completed on the endpoint's queue pair, and the copy out of the receive buffers.
 
-use super::{Endpoint, PeerState, ReadOutcome};
+use super::control::{Ports, RECEIVE_SLOTS};
+use super::{Endpoint, ReadOutcome};
+use crate::endpoint::key::Work;
 use crate::host::main_cell::is_main_thread;
 use crate::metrics::METRICS;
 use crate::time;
-use proto::buffer_size;
-use proto::session::Millis;
-use proto::wire::{Memory, Message};
+use proto::send_queue::PostError;
+use proto::session::{Lost, MessageAction, Millis, Session, TimeoutAction};
+use proto::stream::Stream;
 use std::ptr;
 use verbs::Error;
-use verbs::mr::{Access, Region};
-
-/// The receive buffers.
-#[derive(Debug)]
-pub(super) struct Receive {
-    /// The one that was announced last.
-    pub(super) region: Region,
-    /// The one before, if there are two. Perhaps it is read still.
-    pub(super) other: Option<Region>,
-    /// When it was announced, unless it was not yet.
-    pub(super) since: Option<Millis>,
-    /// The peer's writes until then, since the connection began.
-    pub(super) writes_before: u64,
-    /// The largest that one may be, in bytes.
-    pub(super) most: u32,
-}
+use verbs::mr::Region;
 
 impl Endpoint {
+    /// Hands what the session works on to `work`. Main thread.
+    fn with_session<T>(
+        &self,
+        work: impl FnOnce(&mut Session<Region>, &Stream<Region>, &mut Ports<'_>) -> T,
+    ) -> T {
+        work(&mut self.own().session, &self.stream, &mut Ports(self))
+    }
+
+    /// Posts the first receives. Main thread.
+    ///
+    /// # Errors
+    /// If the queue pair does not take one.
+    pub(super) fn post_receives(&self) -> Result<(), Error> {
+        self.with_session(|session, _, ports| session.post_receives(ports, RECEIVE_SLOTS)).map_err(
+            |error| match error {
+                PostError::Full => Error { action: "post a receive", errno: libc::ENOMEM },
+                PostError::Failed(error) => error,
+            },
+        )
+    }
+
+    /// A write of the peer's, whose immediate says how many bytes arrived. Main thread.
+    ///
+    /// # Errors
+    /// Why the connection has to end.
+    pub fn on_immediate(&self, slot: u16, count: u32, now: Millis) -> Result<(), Lost<Error>> {
+        self.with_session(|session, stream, ports| {
+            session.on_immediate(stream, ports, slot, count, now)
+        })
+    }
+
+    /// A message of the peer's, of so many bytes. Main thread.
+    ///
+    /// # Errors
+    /// Why the connection has to end.
+    pub fn on_message(
+        &self,
+        slot: u16,
+        length: u32,
+        now: Millis,
+    ) -> Result<MessageAction, Lost<Error>> {
+        let (bytes, length) = self.received(slot, length);
+        self.with_session(|session, stream, ports| {
+            session.on_message(stream, ports, slot, &bytes[..length], now)
+        })
+    }
+
+    /// A work request of ours is over. Main thread.
+    ///
+    /// # Errors
+    /// If something that is due can't be posted.
+    pub fn on_sent(&self, work: Work, now: Millis) -> Result<TimeoutAction, Error> {
+        self.with_session(|session, stream, ports| match work {
+            Work::Payload(sequence) => session.on_payload_sent(stream, ports, sequence, now),
+            Work::Probe(next) => session.on_probe_sent(stream, ports, next, now),
+            Work::Control(slot) => {
+                session.on_message_sent(stream, ports, slot, now).map(|()| TimeoutAction::Wait)
+            }
+            Work::Receive(_) => Ok(TimeoutAction::Wait),
+        })
+    }
+
+    /// The connection manager has established the connection. Returns whether the handshake
+    /// is complete by that. Main thread.
+    ///
+    /// # Errors
+    /// If the first announcement can't be posted.
+    pub fn establish(&self) -> Result<bool, Error> {
+        if let Err(error) = self.qp.shorten_rnr_timer() {
+            log::debug!("connection of {}: {error}", self.peer_text());
+        }
+        self.with_session(|session, stream, ports| session.establish(stream, ports, time::now()))
+    }
+
+    /// Does what the time asks for. Main thread.
+    ///
+    /// # Errors
+    /// If a probe can't be posted.
+    pub fn handle_timeout(&self, caught_up: bool, now: Millis) -> Result<TimeoutAction, Error> {
+        self.with_session(|session, stream, ports| {
+            session.handle_timeout(stream, ports, caught_up, now)
+        })
+    }
+
+    /// What the endpoint needs once in a housekeeping interval. Main thread.
+    ///
+    /// # Errors
+    /// If the queue pair refuses something.
+    pub fn on_housekeeping_tick(&self, now: Millis) -> Result<(), Error> {
+        self.with_session(|session, stream, ports| session.on_housekeeping_tick(stream, ports, now))
+    }
+
+    /// Opens the receive window again if it is full, and consumed or there is another
+    /// buffer. Main thread.
+    ///
+    /// # Errors
+    /// If the message can't be posted.
+    pub fn announce_if_full(&self) -> Result<(), Error> {
+        self.with_session(|session, stream, ports| {
+            // Asked more often than there is something to do, so the time is asked last.
+            if session.may_announce(stream) {
+                session.announce_if_full(stream, ports, time::now())?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Whether the receive window is consumed and nobody has tried to announce it. Main thread.
+    pub fn is_announcement_missed(&self) -> bool {
+        self.own().session.is_announcement_missed(&self.stream)
+    }
+
+    /// Bytes of the receive buffers. Main thread.
+    pub fn receive_bytes(&self) -> usize {
+        self.own().session.receive_buffers().map(Region::length).sum()
+    }
+
+    /// Receives that are posted for the peer.
+    pub fn receive_slots(&self) -> u16 {
+        RECEIVE_SLOTS
+    }
+
     /// Whether the read handler has something to do.
     pub fn is_readable(&self) -> bool {
         self.stream.is_readable()
@@ -54,97 +163,5 @@ impl Endpoint {
             reads.add(1);
         }
         outcome
-    }
-
-    /// Bytes of the receive buffers.
-    pub fn receive_bytes(&self) -> usize {
-        let receive = self.receive.open();
-        receive.region.length() + receive.other.as_ref().map_or(0, Region::length)
-    }
-
-    /// Whether the receive window is consumed and nobody has tried to announce it. Main thread.
-    pub fn is_announcement_missed(&self) -> bool {
-        let own = self.own();
-        self.stream.inbound().is_consumed()
-            && !own.announcement_due
-            && own.session.is_established()
-            && self.stream.peer_state() == PeerState::Connected
-    }
-
-    /// Opens the receive window again if it is full, and consumed or there is another
-    /// buffer. Main thread.
-    ///
-    /// # Errors
-    /// If the message can't be posted.
-    pub fn announce_if_full(&self) -> Result<(), Error> {
-        let own = self.own();
-        let due = own.announcement_due;
-        let wanted = own.session.is_established()
-            && (due || self.stream.inbound().is_full())
-            && self.stream.peer_state() == PeerState::Connected;
-        drop(own);
-        if !wanted || (!due && !self.turn_receive_buffer()) {
-            return Ok(());
-        }
-        let receive = self.receive.open();
-        let memory = Memory {
-            address: receive.region.start().expose_provenance() as u64,
-            length: receive.region.length() as u32,
-            rkey: receive.region.rkey(),
-        };
-        drop(receive);
-        if !due {
-            self.stream.inbound().announce(memory.address, memory.length);
-        }
-        let message = Message::RegisterXferMemory(memory);
-        let sent = self.send_control(message)?;
-        self.own().announcement_due = !sent;
-        if sent {
-            METRICS.announcements_sent.add(1);
-        }
-        Ok(())
-    }
-
-    /// Has the next receive buffer ready, of a size that fits the traffic, the present one
-    /// being full. `false` if the peer has to wait until that was read.
-    fn turn_receive_buffer(&self) -> bool {
-        let now = time::now();
-        let writes = self.own().session.writes();
-        let mut receive = self.receive.open();
-        let receive = &mut *receive;
-        let took = receive.since.map(|since| now - since);
-        let present = receive.region.length() as u32;
-        let by = writes - receive.writes_before;
-        let wanted =
-            took.map_or(present, |took| buffer_size::next(present, receive.most, took, by));
-        let fits = |region: &Region| region.length() == wanted as usize;
-        let has_two = receive.other.as_ref().is_some_and(fits);
-        let two = took.is_some_and(|took| buffer_size::wants_two(took, has_two));
-        // Slower but right with what there is, where there is no memory for more.
-        let new = || {
-            Region::new(&self.domain, wanted as usize, Access::RemoteWrite)
-                .inspect_err(|error| log::debug!("connection of {}: {error}", self.peer_text()))
-                .ok()
-        };
-        if self.stream.inbound().is_consumed() {
-            if !two {
-                receive.other = None;
-            }
-            if wanted != present
-                && let Some(region) = new()
-            {
-                receive.region = region;
-            }
-        } else {
-            if !two || !self.stream.inbound().is_other_free() {
-                return false;
-            }
-            let Some(next) = receive.other.take().filter(fits).or_else(new) else { return false };
-            receive.other = Some(std::mem::replace(&mut receive.region, next));
-            METRICS.announcements_sent_early.add(1);
-        }
-        receive.since = Some(now);
-        receive.writes_before = writes;
-        true
     }
 }

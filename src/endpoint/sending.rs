@@ -2,7 +2,7 @@
 //! What is written to the peer: the memory that the send loop copies into, and the work
 //! requests that it posts.
 
-use super::control::{SMALL_STAGING, STAGING_AT};
+use super::control::{SMALL_STAGING, STAGING_AT, post_error};
 use super::{Endpoint, activity};
 use crate::endpoint::key::Work;
 use crate::host::main_cell::is_main_thread;
@@ -79,49 +79,9 @@ impl Endpoint {
         self.stream.outbound().staging_bytes(Region::length)
     }
 
-    /// Gives larger staging memory back, and the second receive buffer, if nothing was
-    /// written for two ticks of the slow clock and nothing is in flight. Returns whether a
-    /// probe would show that: the last work requests may not be signalled, and its completion
-    /// stands for theirs. Main thread.
-    pub fn shrink_if_idle(&self) -> bool {
-        let queue = self.stream.outbound();
-        let quiet = self.is_quiet();
-        if quiet && self.stream.inbound().is_other_free() {
-            self.receive.open().other = None;
-        }
-        let posted = queue.total_posted();
-        let mut own = self.own();
-        let paused = posted == own.posted_before[0];
-        own.posted_before = [posted, own.posted_before[0]];
-        drop(own);
-        if !quiet || !queue.is_idle() {
-            return paused && !queue.is_idle() && queue.has_larger_staging();
-        }
-        queue.release_staging();
-        false
-    }
-
-    /// Whether nothing was written for at least one tick of the slow clock.
-    pub fn is_quiet(&self) -> bool {
-        let posted = self.stream.outbound().total_posted();
-        self.own().posted_before == [posted; 2]
-    }
-
     /// The error number with which the device refused a write for good, once. Main thread.
     pub fn take_refusal(&self) -> Option<i32> {
         Some(self.refusal.swap(0, Ordering::Relaxed)).filter(|errno| *errno != 0)
-    }
-
-    /// Posts a probe; `false` if somebody is writing at this moment. Main thread.
-    ///
-    /// # Errors
-    /// If the queue pair does not take it.
-    pub fn post_probe(&self) -> Result<bool, Error> {
-        let post = |next| self.qp.post_probe(self.key.work_request(Work::Probe(next)));
-        let Some(posted) = self.stream.outbound().probe(post) else { return Ok(false) };
-        posted?;
-        METRICS.keepalive_probes.add(1);
-        Ok(true)
     }
 }
 
@@ -136,12 +96,7 @@ impl Transmit<Region> for Sender<'_> {
     type Error = Error;
 
     fn register(&mut self, length: usize) -> Option<Region> {
-        let Endpoint { domain, .. } = self.endpoint;
-        // Slower but right with what there is.
-        let log = |error: &Error| {
-            log::debug!("connection of {}: {error}", self.endpoint.peer_text());
-        };
-        Region::new(domain, length, Access::Local).inspect_err(log).ok()
+        self.endpoint.register(length, Access::Local)
     }
 
     fn copy(&mut self, region: Option<&Region>, chunk: Chunk) -> Sge<'static> {
@@ -167,11 +122,6 @@ impl Transmit<Region> for Sender<'_> {
         let to = RemoteBuf { address: write.address, rkey: write.rkey };
         qp.post_write(wr_id, staged, to, write.signalled).map_err(post_error)
     }
-}
-
-/// Whether a queue pair has no room or fails.
-fn post_error(error: Error) -> PostError<Error> {
-    if error.is_queue_full() { PostError::Full } else { PostError::Failed(error) }
 }
 
 /// How many bytes of these pieces one call takes at most.

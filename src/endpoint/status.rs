@@ -57,6 +57,7 @@ pub fn wait(endpoint: &Endpoint) -> (Wait, Millis) {
     let (stage, heard) = (own.stage, own.session.last_heard());
     let (established, probing) = (own.session.is_established(), own.session.is_probing());
     let (parked, quiet_since) = (own.parked, own.watch.since);
+    let awaits_slot = own.session.awaits_control_slot();
     drop(own);
     match stage {
         Some(Stage::Handshaking) | None if !established => {
@@ -85,7 +86,7 @@ pub fn wait(endpoint: &Endpoint) -> (Wait, Millis) {
     {
         return (Wait::Server, quiet_since);
     }
-    if probing || endpoint.awaits_control_slot() {
+    if probing || awaits_slot {
         return (Wait::Completion, quiet_since);
     }
     (Wait::Nothing, heard)

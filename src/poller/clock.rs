@@ -14,7 +14,7 @@ use crate::host::api;
 use crate::panic::guard;
 use crate::poller::Poller;
 use crate::time;
-use proto::session::{Duty, Millis};
+use proto::session::{Millis, TimeoutAction};
 use redis_module::raw::RedisModuleCtx;
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -64,31 +64,24 @@ impl Poller {
     /// Does what an endpoint's session asks for now. `caught_up` says that whatever waited at
     /// that time was looked at: nobody is given up for what may be the server's own delay.
     pub(super) fn step(&self, endpoint: &Arc<Endpoint>, now: Millis, caught_up: bool) {
-        let delivered = endpoint.stream().outbound().is_idle();
-        let duty = endpoint.own().session.duty(now, delivered);
-        match duty {
-            Duty::Probe => self.probe(endpoint),
-            Duty::End => self.doom(endpoint),
-            Duty::TimedOut if caught_up => {
-                self.time_out(endpoint, "handshake not completed within handshake-timeout")
-            }
-            Duty::Unanswered if caught_up => {
-                self.time_out(endpoint, "no reply to a keepalive probe (keepalive-probes)")
-            }
-            Duty::TimedOut | Duty::Unanswered | Duty::Wait => {}
+        match endpoint.handle_timeout(caught_up, now) {
+            Ok(action) => self.act(endpoint, action),
+            Err(error) => self.close_on_error(endpoint, Err(error)),
         }
     }
 
-    /// Posts the probe that the session counts on.
-    fn probe(&self, endpoint: &Arc<Endpoint>) {
-        let sent = match endpoint.post_probe() {
-            Err(error) if error.is_queue_full() => Ok(false),
-            result => result,
-        };
-        if !matches!(sent, Ok(true)) {
-            endpoint.own().session.probe_not_sent();
+    /// Does what is left to do of what the time asks for.
+    pub(super) fn act(&self, endpoint: &Arc<Endpoint>, action: TimeoutAction) {
+        match action {
+            TimeoutAction::Wait => {}
+            TimeoutAction::End => self.doom(endpoint),
+            TimeoutAction::HandshakeTimedOut => {
+                self.time_out(endpoint, "handshake not completed within handshake-timeout");
+            }
+            TimeoutAction::NoReply => {
+                self.time_out(endpoint, "no reply to a keepalive probe (keepalive-probes)");
+            }
         }
-        self.attempt(endpoint, sent.map(drop));
     }
 
     fn time_out(&self, endpoint: &Arc<Endpoint>, why: &str) {
@@ -130,17 +123,8 @@ impl Poller {
     /// What an endpoint needs once a second.
     fn look_after(&self, endpoint: &Arc<Endpoint>, now: Millis, caught_up: bool) {
         self.step(endpoint, now, caught_up);
+        self.close_on_error(endpoint, endpoint.on_housekeeping_tick(now));
         // What a full send queue refused, and no completion will bring back.
-        if endpoint.stream().peer_state() == PeerState::Connected {
-            self.attempt(endpoint, endpoint.post_waiting_receives());
-            if endpoint.awaits_control_slot() {
-                self.attempt(endpoint, endpoint.send_answers());
-                self.attempt(endpoint, endpoint.announce_if_full());
-            }
-        }
-        if endpoint.shrink_if_idle() && endpoint.own().session.begin_probe(now) {
-            self.probe(endpoint);
-        }
         if endpoint.stream().outbound().take_refused() {
             self.mark_if_ready(endpoint);
         }

@@ -8,10 +8,11 @@ use crate::endpoint::{Endpoint, PeerState, Reason};
 use crate::metrics::METRICS;
 use crate::time;
 use proto::busy_poll::Nanos;
-use proto::session::{Reaction, Violation};
+use proto::session::{Lost, MessageAction, Violation};
 use std::cell::Cell;
 use std::sync::Arc;
-use verbs::cq::{Completion, Outcome};
+use verbs::Error;
+use verbs::cq::{Completion, Outcome, Status};
 
 impl Poller {
     /// Takes what completed on a hub, and looks until `deadline` if that is nothing. Returns
@@ -62,104 +63,73 @@ impl Poller {
     }
 
     fn complete_work(&self, endpoint: &Arc<Endpoint>, work: Work, outcome: Outcome) {
-        match outcome {
-            Outcome::Failed(status) if matches!(work, Work::Receive(_)) && status.is_too_long() => {
-                self.violate(endpoint, Violation::TooLong);
-            }
-            Outcome::Failed(status) => {
-                if !status.is_flush() {
-                    METRICS.failed(status.failure());
+        match (outcome, work) {
+            (Outcome::Immediate(count), Work::Receive(slot)) => {
+                if let Err(lost) = endpoint.on_immediate(slot, count, time::now()) {
+                    self.end_by(endpoint, lost);
                 }
-                // Of a peer that has left nothing else is to be expected.
-                let left = endpoint.own().reason == Some(Reason::Client);
-                if endpoint.stream().peer_state() == PeerState::Connected && !left {
-                    let why = if status.is_flush() {
-                        // Nothing of ours failed: the device refused what the peer tried.
-                        String::from(
-                            "queue pair flushed without a local error: remote access violation \
-                             by the peer, or device failure",
-                        )
-                    } else {
-                        format!("{} ({work:?})", status.text())
-                    };
-                    self.say_lost(endpoint, &why);
-                }
-                self.lose(endpoint, PeerState::Disconnected, Reason::Error);
+                self.mark_if_ready(endpoint);
             }
-            Outcome::Unexpected(code) => self.violate(endpoint, Violation::Operation(code)),
-            Outcome::Received(length) => {
-                let Work::Receive(slot) = work else { return };
-                self.receive_message(endpoint, slot, length);
-            }
-            Outcome::Immediate(count) => {
-                let Work::Receive(slot) = work else { return };
-                let now = time::now();
-                let result =
-                    endpoint.own().session.immediate(count, endpoint.stream().inbound(), now);
-                match result {
-                    Ok(()) => {
-                        self.post_again(endpoint, slot);
-                        // The sooner the better: the peer has nowhere to write to.
-                        self.attempt(endpoint, endpoint.announce_if_full());
+            (Outcome::Received(length), Work::Receive(slot)) => {
+                match endpoint.on_message(slot, length, time::now()) {
+                    Ok(MessageAction::Nothing) => {}
+                    Ok(action) => {
+                        METRICS.announcements_received.add(1);
+                        endpoint.activity().window_opened();
+                        if action == MessageAction::HandshakeCompleted {
+                            self.mark_ready(endpoint);
+                        }
+                        self.mark_if_ready(endpoint);
                     }
-                    Err(violation) => self.violate(endpoint, violation),
+                    Err(lost) => self.end_by(endpoint, lost),
                 }
-                self.mark_if_ready(endpoint);
             }
-            Outcome::Sent => match work {
-                Work::Payload(sequence) => {
-                    endpoint.stream().outbound().retire((sequence + 1) & 0x00ff_ffff);
-                    endpoint.own().session.payload_completed(time::now());
-                    self.delivered(endpoint);
+            (Outcome::Sent, work) => {
+                match endpoint.on_sent(work, time::now()) {
+                    Ok(action) => self.act(endpoint, action),
+                    Err(error) => self.close_on_error(endpoint, Err(error)),
                 }
-                Work::Probe(sequence) => {
-                    endpoint.stream().outbound().retire(sequence);
-                    endpoint.own().session.probe_completed(time::now());
-                    self.delivered(endpoint);
+                if matches!(work, Work::Payload(_) | Work::Probe(_)) {
+                    self.mark_if_ready(endpoint);
                 }
-                Work::Control(slot) => {
-                    endpoint.control_completed(slot);
-                    self.attempt(endpoint, endpoint.send_answers());
-                    self.attempt(endpoint, endpoint.announce_if_full());
-                }
-                Work::Receive(_) => {}
-            },
-        }
-    }
-
-    /// Something that was written is known to have arrived.
-    fn delivered(&self, endpoint: &Arc<Endpoint>) {
-        if endpoint.own().session.is_lingering() {
-            // Perhaps that was all that it lingered for.
-            self.step(endpoint, time::now(), false);
-        } else {
-            self.mark_if_ready(endpoint);
-        }
-    }
-
-    fn receive_message(&self, endpoint: &Arc<Endpoint>, slot: u16, length: u32) {
-        let bytes = endpoint.received(slot, length);
-        let reaction =
-            endpoint.own().session.message(&bytes, slot, endpoint.stream().outbound(), time::now());
-        match reaction {
-            Ok(Reaction::Nothing) => self.post_again(endpoint, slot),
-            Ok(Reaction::WindowOpened) => {
-                METRICS.announcements_received.add(1);
-                endpoint.activity().window_opened();
-                self.post_again(endpoint, slot);
-                if endpoint.own().session.handshake_completed_by_window() {
-                    self.mark_ready(endpoint);
-                }
-                self.mark_if_ready(endpoint);
             }
-            Ok(Reaction::AnswerDue) => self.attempt(endpoint, endpoint.send_answers()),
-            Err(violation) => self.violate(endpoint, violation),
+            (Outcome::Failed(status), _) => self.failed(endpoint, work, status),
+            (Outcome::Unexpected(code), _) => self.violate(endpoint, Violation::Operation(code)),
+            // A number of ours that says what it is not.
+            (Outcome::Immediate(_) | Outcome::Received(_), _) => {}
         }
     }
 
-    fn post_again(&self, endpoint: &Arc<Endpoint>, slot: u16) {
-        if endpoint.stream().peer_state() == PeerState::Connected {
-            self.attempt(endpoint, endpoint.post_receive_again(slot));
+    /// A work request failed, and with it the queue pair.
+    fn failed(&self, endpoint: &Arc<Endpoint>, work: Work, status: Status) {
+        if matches!(work, Work::Receive(_)) && status.is_too_long() {
+            self.violate(endpoint, Violation::TooLong);
+            return;
+        }
+        if !status.is_flush() {
+            METRICS.failed(status.failure());
+        }
+        // Of a peer that has left nothing else is to be expected.
+        let left = endpoint.own().reason == Some(Reason::Client);
+        if endpoint.stream().peer_state() == PeerState::Connected && !left {
+            let why = if status.is_flush() {
+                // Nothing of ours failed: the device refused what the peer tried.
+                String::from(
+                    "queue pair flushed without a local error: remote access violation \
+                     by the peer, or device failure",
+                )
+            } else {
+                format!("{} ({work:?})", status.text())
+            };
+            self.say_lost(endpoint, &why);
+        }
+        self.lose(endpoint, PeerState::Disconnected, Reason::Error);
+    }
+
+    fn end_by(&self, endpoint: &Arc<Endpoint>, lost: Lost<Error>) {
+        match lost {
+            Lost::Violation(violation) => self.violate(endpoint, violation),
+            Lost::Refused(error) => self.close_on_error(endpoint, Err(error)),
         }
     }
 }

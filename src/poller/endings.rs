@@ -38,14 +38,11 @@ impl Poller {
             return;
         };
         match event.kind {
-            EventKind::Established => {
-                endpoint.established();
-                let complete = endpoint.own().session.establish();
-                self.attempt(&endpoint, endpoint.announce_if_full());
-                if complete {
-                    self.mark_ready(&endpoint);
-                }
-            }
+            EventKind::Established => match endpoint.establish() {
+                Ok(true) => self.mark_ready(&endpoint),
+                Ok(false) => {}
+                Err(error) => self.close_on_error(&endpoint, Err(error)),
+            },
             EventKind::Disconnected | EventKind::TimewaitExit => {
                 endpoint.own().reason.get_or_insert(Reason::Client);
                 let horizon = endpoint.hub().horizon(endpoint.queue());
@@ -158,7 +155,7 @@ impl Poller {
     }
 
     /// Ends the connection if something that it needs could not be posted.
-    pub fn attempt(&self, endpoint: &Arc<Endpoint>, result: Result<(), Error>) {
+    pub fn close_on_error(&self, endpoint: &Arc<Endpoint>, result: Result<(), Error>) {
         if let Err(error) = result {
             METRICS.posts_refused.add(1);
             if endpoint.stream().peer_state() == PeerState::Connected {

@@ -96,7 +96,7 @@ impl Poller {
                 return;
             }
         }
-        self.attempt(endpoint, endpoint.announce_if_full());
+        self.close_on_error(endpoint, endpoint.announce_if_full());
         if endpoint.has_work() {
             if self.waits_for_sync(endpoint) {
                 self.mark_ready(endpoint);

@@ -5,8 +5,9 @@
 //! * `read`: what `read` of the table does: look, copy out, consume; and the announcement once
 //!   the window is used up.
 //! * `write`: what `write` does: right to write, staging, copy, entry; and the completions.
-//! * `pass`: what a pass adds for a connection that received: the immediate, or the peer's
-//!   announcement as it came over the wire.
+//! * `pass`: what a pass adds for a connection that received: the immediate and the read that
+//!   follows, or one byte written, its completion, and the peer's next announcement as it came
+//!   over the wire.
 //!
 //! Work requests, the polling of completions and the server's handlers need a device and a
 //! server: `scripts/bench.sh` measures them, with all around them.
@@ -17,7 +18,7 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use valkey_rdma_proto::send_queue::{PayloadWrite, PostError, Transmit};
-use valkey_rdma_proto::session::{Reaction, Session, Timing};
+use valkey_rdma_proto::session::{MessageAction, Port, Session, Timing};
 use valkey_rdma_proto::staging::STEPS;
 use valkey_rdma_proto::stream::{ReadOutcome, Stream, Written};
 use valkey_rdma_proto::window::{Announcement, Chunk};
@@ -112,39 +113,72 @@ fn write(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// Takes everything that a session posts.
+struct Queue;
+
+impl Port for Queue {
+    type Buffer = u32;
+    type Error = ();
+
+    fn post_receive(&mut self, slot: u16) -> Result<(), PostError<()>> {
+        black_box(slot);
+        Ok(())
+    }
+
+    fn post_message(&mut self, _slot: u16, message: Message) -> Result<(), PostError<()>> {
+        black_box(message.encode());
+        Ok(())
+    }
+
+    fn post_probe(&mut self, _next: u32) -> Result<(), PostError<()>> {
+        Ok(())
+    }
+
+    fn register(&mut self, length: u32) -> Option<u32> {
+        Some(length)
+    }
+
+    fn memory(&self, buffer: &u32) -> Memory {
+        Memory { address: 0, length: *buffer, rkey: 1 }
+    }
+}
+
 fn pass(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("pass");
     let stream = stream();
-    let (inbound, outbound) = (stream.inbound(), stream.outbound());
     let mut staging = vec![0_u8; WINDOW];
-    let mut session = Session::new(TIMING, 0);
+    let mut session = Session::new(TIMING, WINDOW as u32, WINDOW as u32, 8, 0);
     let announcement =
         Message::RegisterXferMemory(Memory { address: 4096, length: 1, rkey: 1 }).encode();
-    session.establish();
-    session.message(&announcement, 0, outbound, 0).expect("the first announcement");
-    session.handshake_completed_by_window();
+    session.establish(&stream, &mut Queue, 0).expect("nothing is refused");
+    session.on_message(&stream, &mut Queue, 0, &announcement, 0).expect("the first announcement");
     assert!(session.is_open());
 
     let mut now = 0;
     group.bench_function("immediate", |bencher| {
         bencher.iter(|| {
             now += 1;
-            if inbound.is_consumed() {
-                inbound.announce(0, WINDOW as u32);
+            session
+                .on_immediate(&stream, &mut Queue, 0, black_box(64), now)
+                .expect("64 divides the window");
+            let outcome = stream.read(64, |address, _| {
+                black_box(address);
+            });
+            black_box(outcome);
+            if session.messages_in_flight() > 0 {
+                session.on_message_sent(&stream, &mut Queue, 0, now).expect("nothing is refused");
             }
-            session.immediate(64, inbound, now).expect("64 divides the window");
-            inbound.consume(64);
-            black_box(inbound.unread())
         });
     });
     group.bench_function("announcement", |bencher| {
         bencher.iter(|| {
             now += 1;
             let mut sender = Sender { reply: &[0], staging: &mut staging, posted: None };
-            outbound.write(1, &mut sender).expect("nobody else writes");
-            outbound.retire(now as u32 & 0x00ff_ffff);
-            let reaction = session.message(black_box(&announcement), 0, outbound, now);
-            assert_eq!(reaction, Ok(Reaction::WindowOpened));
+            stream.write(1, &mut sender);
+            let number = sender.posted.expect("it was posted").sequence;
+            session.on_payload_sent(&stream, &mut Queue, number, now).expect("nothing is refused");
+            let action = session.on_message(&stream, &mut Queue, 0, black_box(&announcement), now);
+            assert_eq!(action, Ok(MessageAction::WindowOpened));
         });
     });
     group.finish();

@@ -11,7 +11,8 @@
 //! * [`staging`]: which staging memory there is.
 //! * [`send_queue`]: the send loop.
 //! * [`stream`]: the bytes of one connection, both ways.
-//! * [`session`]: the state of one connection.
+//! * [`session`]: the poller's half of one connection: each completion and the time go in,
+//!   what has to be posted goes out.
 //! * [`buffer_size`], [`busy_poll`]: policies, each a pure function of what was measured.
 //!
 //! `docs/protocol.md` of the repository describes the wire, `docs/architecture.md` how the
@@ -22,8 +23,10 @@
 
 pub mod buffer_size;
 pub mod busy_poll;
+mod lifecycle;
 #[cfg(all(test, loom))]
 mod model;
+mod receive_buffers;
 pub mod send_queue;
 pub mod session;
 pub mod staging;

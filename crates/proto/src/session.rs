@@ -1,24 +1,20 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! One connection's protocol state, as the poller keeps it: no I/O, no clock, no FFI.
+//! The poller's half of one connection: no I/O, no clock, no FFI.
 //!
-//! Completions and the time go in; what to do comes out. The payload does not
-//! pass through here: it goes through the types of [`crate::window`], which other
-//! threads share. The life of a session:
-//!
-//! 1. *Handshake*: until the connection manager says "established" and the peer's
-//!    first announcement is here, in either order. Only then does the server hear
-//!    of the connection, so that whatever it says first, an error included, has a
-//!    window to go to.
-//! 2. *Open*: messages and immediates.
-//! 3. *Lingering*: the server closed. What it had written is delivered and the peer
-//!    gets time to read it, since a peer may look for the disconnect before it
-//!    looks for the data; then the connection ends.
+//! A completion goes in by one call ([`Session::on_immediate`], [`Session::on_message`] and
+//! their siblings), and so does the time. What has to be posted in turn is posted through a
+//! [`Port`], behind which the caller has queue pair and memory; what remains for the caller to
+//! do comes back. The payload does not pass through here: reader and writer share it with the
+//! poller in a [`Stream`].
 //!
 //! Whatever the peer sends is checked before it is used; a [`Violation`] ends the
 //! session.
 
-use crate::send_queue::SendQueue;
-use crate::window::{Announcement, Overrun, ReceiveWindow, Refused};
+use crate::lifecycle::{Duty, Lifecycle};
+use crate::receive_buffers::ReceiveBuffers;
+use crate::send_queue::PostError;
+use crate::stream::Stream;
+use crate::window::{Announcement, Overrun, PeerState, Refused};
 use crate::wire::{DecodeError, MESSAGE_LEN, Memory, Message};
 use std::collections::VecDeque;
 use std::fmt;
@@ -26,7 +22,7 @@ use std::fmt;
 /// Milliseconds on a clock that never goes back.
 pub type Millis = u64;
 
-/// Durations that a session goes by, in milliseconds.
+/// Durations that a connection goes by, in milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {
     /// A handshake that takes longer is given up.
@@ -81,283 +77,549 @@ impl fmt::Display for Violation {
     }
 }
 
-/// What a control message asks of the transport.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reaction {
-    /// Nothing; the receive may be posted again.
-    Nothing,
-    /// The peer's buffer is open to us; the receive may be posted again.
-    WindowOpened,
-    /// An answer is due. Its receive stays unposted until the answer is sent, so
-    /// that a peer that asks without end is held back by its own questions.
-    AnswerDue,
+/// What a session needs of the owner of queue pair, control region and receive memory.
+pub trait Port {
+    /// A receive buffer.
+    type Buffer;
+    /// Why something could not be posted.
+    type Error;
+
+    /// Posts the receive of a slot.
+    ///
+    /// # Errors
+    /// [`PostError`] if the queue pair does not take it.
+    fn post_receive(&mut self, slot: u16) -> Result<(), PostError<Self::Error>>;
+
+    /// Posts a control message, which goes into a slot that is free.
+    ///
+    /// # Errors
+    /// [`PostError`] if the queue pair does not take it.
+    fn post_message(&mut self, slot: u16, message: Message) -> Result<(), PostError<Self::Error>>;
+
+    /// Posts a probe, which bears the number of the next payload.
+    ///
+    /// # Errors
+    /// [`PostError`] if the queue pair does not take it.
+    fn post_probe(&mut self, next: u32) -> Result<(), PostError<Self::Error>>;
+
+    /// A receive buffer of `length` bytes, if it can be had.
+    fn register(&mut self, length: u32) -> Option<Self::Buffer>;
+
+    /// A receive buffer as the peer is told of it.
+    fn memory(&self, buffer: &Self::Buffer) -> Memory;
+
+    /// A receive buffer is announced before the one before was read. To be counted.
+    fn announced_early(&mut self) {}
 }
 
-/// What is to be done at a given time.
+/// Why a connection has to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Duty {
-    /// Nothing yet.
+pub enum Lost<E> {
+    /// The peer broke the protocol.
+    Violation(Violation),
+    /// The queue pair refused what the connection needs.
+    Refused(E),
+}
+
+impl<E> From<Violation> for Lost<E> {
+    fn from(violation: Violation) -> Self {
+        Self::Violation(violation)
+    }
+}
+
+/// What a control message did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MessageAction {
+    /// Nothing that anybody else has to know of.
+    Nothing,
+    /// A window of the peer's is open to the writer.
+    WindowOpened,
+    /// The same, and the handshake is complete by it.
+    HandshakeCompleted,
+}
+
+/// What remains to be done at a given time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TimeoutAction {
+    /// Nothing.
     Wait,
-    /// Post a probe.
-    Probe,
     /// Disconnect and free.
     End,
     /// Disconnect and free; the handshake took too long.
-    TimedOut,
-    /// Disconnect and free; the peer does not answer.
-    Unanswered,
+    HandshakeTimedOut,
+    /// Disconnect and free; the peer does not answer a probe.
+    NoReply,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    Handshake { deadline: Millis },
-    Open,
-    Lingering { deadline: Millis, since: Millis },
-}
-
-/// A probe that took no longer found nothing in its way: what was posted before it had
-/// arrived already, or arrived with it.
-const PROMPT: Millis = 100;
-
-/// Least time for delivering a refusal, whatever the time to read it is.
-const REFUSAL: Millis = 500;
-
-/// See the module's text.
+/// The poller's half of a connection. `B` is a receive buffer.
+///
+/// Every method that is given a [`Stream`] and a [`Port`] has to be given those of its own
+/// connection.
 #[derive(Debug)]
-pub struct Session {
-    timing: Timing,
-    phase: Phase,
-    established: bool,
-    announced: bool,
-    /// `select` and receive slot of the questions that wait for an answer.
-    questions: VecDeque<(u16, u16)>,
-    /// When the probe that is out was asked for.
-    probed: Option<Millis>,
-    last_heard: Millis,
-    /// When something that was written is known to have arrived last.
-    arrived: Millis,
+pub struct Session<B> {
+    lifecycle: Lifecycle,
+    buffers: ReceiveBuffers<B>,
+    /// `select` and receive slot of the feature requests that wait for a reply. The receive
+    /// stays unposted until that is sent, so that a peer that asks without end is held back
+    /// by its own requests.
+    pending_feature_requests: VecDeque<(u16, u16)>,
+    control_slots: u16,
+    free_control_slots: Vec<u16>,
+    /// Slots whose receives there was no room for.
+    unposted: Vec<u16>,
+    /// A receive buffer that is open, and that the peer could not be told of yet.
+    unannounced: Option<Memory>,
+    /// Payload writes posted at the last two ticks of the housekeeping interval.
+    posted_before: [u64; 2],
+    /// RDMA WRITEs of the peer so far.
     writes: u64,
 }
 
-impl Session {
-    /// A session whose handshake begins now.
-    pub fn new(timing: Timing, now: Millis) -> Self {
+impl<B> Session<B> {
+    /// A session whose handshake begins now. `first` is its receive buffer, `largest` the most
+    /// bytes that one may have; `control_slots` of its messages may be in flight.
+    pub fn new(timing: Timing, first: B, largest: u32, control_slots: u16, now: Millis) -> Self {
         Self {
-            timing,
-            phase: Phase::Handshake { deadline: now + timing.handshake },
-            established: false,
-            announced: false,
-            questions: VecDeque::new(),
-            probed: None,
-            last_heard: now,
-            arrived: 0,
+            lifecycle: Lifecycle::new(timing, now),
+            buffers: ReceiveBuffers::new(first, largest),
+            pending_feature_requests: VecDeque::new(),
+            control_slots,
+            free_control_slots: (0..control_slots).collect(),
+            unposted: Vec::new(),
+            unannounced: None,
+            posted_before: [0; 2],
             writes: 0,
         }
     }
 
-    /// The connection manager has established the connection. Returns whether the
-    /// handshake is complete by that.
-    pub fn establish(&mut self) -> bool {
-        self.established = true;
-        self.complete_handshake()
-    }
-
-    /// Whether the connection manager has established the connection.
-    pub fn is_established(&self) -> bool {
-        self.established
-    }
-
-    fn complete_handshake(&mut self) -> bool {
-        let complete =
-            matches!(self.phase, Phase::Handshake { .. }) && self.established && self.announced;
-        if complete {
-            self.phase = Phase::Open;
-        }
-        complete
-    }
-
-    /// Whether the handshake is complete and the server has not closed.
-    pub fn is_open(&self) -> bool {
-        self.phase == Phase::Open
-    }
-
-    /// The peer's SEND of `bytes` arrived in receive `slot`.
+    /// Posts the first receives, of the slots below `count`: one at least, the others as soon
+    /// as there is room.
     ///
     /// # Errors
-    /// [`Violation`]: the connection must end.
-    pub fn message<R>(
+    /// [`PostError`] if the queue pair does not take one.
+    pub fn post_receives<P: Port<Buffer = B>>(
         &mut self,
-        bytes: &[u8],
+        port: &mut P,
+        count: u16,
+    ) -> Result<(), PostError<P::Error>> {
+        port.post_receive(0)?;
+        (1..count).try_for_each(|slot| self.post_receive(port, slot)).map_err(PostError::Failed)
+    }
+
+    // --- Completions ----------------------------------------------------------------
+
+    /// The peer's RDMA WRITE with this immediate used the receive of `slot`.
+    ///
+    /// # Errors
+    /// [`Lost`]: the connection must end.
+    #[inline]
+    pub fn on_immediate<R, P: Port<Buffer = B>>(
+        &mut self,
+        stream: &Stream<R>,
+        port: &mut P,
         slot: u16,
-        outbound: &SendQueue<R>,
+        count: u32,
         now: Millis,
-    ) -> Result<Reaction, Violation> {
-        self.last_heard = now;
-        match Message::decode(bytes).map_err(Violation::Message)? {
-            Message::Keepalive => Ok(Reaction::Nothing),
-            Message::SetClientFeature { features: 0, .. } => Ok(Reaction::Nothing),
-            Message::SetClientFeature { features, .. } => Err(Violation::Feature(features)),
+    ) -> Result<(), Lost<P::Error>> {
+        self.lifecycle.heard(now);
+        self.writes += 1;
+        stream.inbound().arrived(count).map_err(Violation::Overrun)?;
+        self.give_back(stream, port, slot).map_err(Lost::Refused)?;
+        // The sooner the better: the peer has nowhere to write to.
+        self.announce_if_full(stream, port, now).map_err(Lost::Refused)
+    }
+
+    /// The peer's SEND of `bytes` arrived in the receive of `slot`.
+    ///
+    /// # Errors
+    /// [`Lost`]: the connection must end.
+    pub fn on_message<R, P: Port<Buffer = B>>(
+        &mut self,
+        stream: &Stream<R>,
+        port: &mut P,
+        slot: u16,
+        bytes: &[u8],
+        now: Millis,
+    ) -> Result<MessageAction, Lost<P::Error>> {
+        self.lifecycle.heard(now);
+        let action = match Message::decode(bytes).map_err(Violation::Message)? {
+            Message::Keepalive | Message::SetClientFeature { features: 0, .. } => {
+                MessageAction::Nothing
+            }
+            Message::SetClientFeature { features, .. } => {
+                return Err(Violation::Feature(features).into());
+            }
             Message::GetServerFeature { select, .. } => {
-                self.questions.push_back((select, slot));
-                Ok(Reaction::AnswerDue)
+                self.pending_feature_requests.push_back((select, slot));
+                self.send_replies(port).map_err(Lost::Refused)?;
+                return Ok(MessageAction::Nothing);
             }
             Message::RegisterXferMemory(Memory { address, length, rkey }) => {
                 if address.checked_add(u64::from(length)).is_none() {
-                    return Err(Violation::Wraps { address, length });
+                    return Err(Violation::Wraps { address, length }.into());
                 }
-                outbound
-                    .announce(Announcement { address, length, rkey })
-                    .map_err(Violation::Early)?;
-                self.announced = true;
-                Ok(Reaction::WindowOpened)
+                let window = Announcement { address, length, rkey };
+                stream.outbound().announce(window).map_err(Violation::Early)?;
+                if self.lifecycle.announced() {
+                    MessageAction::HandshakeCompleted
+                } else {
+                    MessageAction::WindowOpened
+                }
             }
-        }
+        };
+        self.give_back(stream, port, slot).map_err(Lost::Refused)?;
+        Ok(action)
     }
 
-    /// To be asked after a [`Reaction::WindowOpened`]: whether it completed the handshake.
-    pub fn handshake_completed_by_window(&mut self) -> bool {
-        self.complete_handshake()
-    }
-
-    /// The peer's RDMA WRITE with this immediate arrived.
+    /// The payload of number `sequence` has arrived, and all before it.
     ///
     /// # Errors
-    /// [`Violation`]: the connection must end.
-    pub fn immediate(
+    /// If a message can't be posted: the connection must end.
+    pub fn on_payload_sent<R, P: Port<Buffer = B>>(
         &mut self,
-        count: u32,
-        inbound: &ReceiveWindow,
+        stream: &Stream<R>,
+        port: &mut P,
+        sequence: u32,
         now: Millis,
-    ) -> Result<(), Violation> {
-        self.last_heard = now;
-        self.writes += 1;
-        inbound.arrived(count).map_err(Violation::Overrun)
+    ) -> Result<TimeoutAction, P::Error> {
+        stream.outbound().retire(sequence.wrapping_add(1));
+        self.lifecycle.payload_completed(now);
+        self.delivered(stream, port, now)
     }
 
-    /// RDMA WRITEs of the peer so far.
-    pub fn writes(&self) -> u64 {
-        self.writes
+    /// A probe that bore the number `next` has arrived, and all payload before that.
+    ///
+    /// # Errors
+    /// If a message can't be posted: the connection must end.
+    pub fn on_probe_sent<R, P: Port<Buffer = B>>(
+        &mut self,
+        stream: &Stream<R>,
+        port: &mut P,
+        next: u32,
+        now: Millis,
+    ) -> Result<TimeoutAction, P::Error> {
+        stream.outbound().retire(next);
+        self.lifecycle.probe_completed(now);
+        self.delivered(stream, port, now)
     }
 
-    /// The next answer to send, if one is due, and the receive slot that its
-    /// question occupies: post both.
-    pub fn next_answer(&mut self) -> Option<(Message, u16)> {
-        let (select, slot) = self.questions.pop_front()?;
-        // No feature is defined yet, so none is offered.
-        Some((Message::GetServerFeature { select, features: 0 }, slot))
+    /// The control message in `slot` has arrived.
+    ///
+    /// # Errors
+    /// If a message can't be posted: the connection must end.
+    pub fn on_message_sent<R, P: Port<Buffer = B>>(
+        &mut self,
+        stream: &Stream<R>,
+        port: &mut P,
+        slot: u16,
+        now: Millis,
+    ) -> Result<(), P::Error> {
+        self.free_control_slots.push(slot);
+        self.send_replies(port)?;
+        self.announce_if_full(stream, port, now)
     }
 
-    /// Puts an answer back that could not be sent yet.
-    pub fn answer_not_sent(&mut self, answer: Message, slot: u16) {
-        if let Message::GetServerFeature { select, .. } = answer {
-            self.questions.push_front((select, slot));
+    /// Something that was written is known to have arrived.
+    fn delivered<R, P: Port<Buffer = B>>(
+        &mut self,
+        stream: &Stream<R>,
+        port: &mut P,
+        now: Millis,
+    ) -> Result<TimeoutAction, P::Error> {
+        if !self.lifecycle.is_lingering() {
+            return Ok(TimeoutAction::Wait);
         }
+        // Perhaps that was all that it lingered for.
+        self.handle_timeout(stream, port, false, now)
+    }
+
+    // --- Events and the time --------------------------------------------------------
+
+    /// The connection manager has established the connection. Returns whether the
+    /// handshake is complete by that.
+    ///
+    /// # Errors
+    /// If the first announcement can't be posted: the connection must end.
+    pub fn establish<R, P: Port<Buffer = B>>(
+        &mut self,
+        stream: &Stream<R>,
+        port: &mut P,
+        now: Millis,
+    ) -> Result<bool, P::Error> {
+        let complete = self.lifecycle.establish();
+        self.announce_if_full(stream, port, now)?;
+        Ok(complete)
     }
 
     /// The server closed the connection, to which it had written at the time `written` last.
     /// `served` says whether it had read anything from it: a peer that it only refused is
     /// waited for no longer than it takes to read why.
     pub fn close(&mut self, written: Millis, served: bool, now: Millis) {
-        let Timing { delivery, linger, .. } = self.timing;
-        let patience = if served { delivery } else { linger.max(REFUSAL).min(delivery) };
-        self.phase = Phase::Lingering { deadline: now + patience, since: written };
+        self.lifecycle.close(written, served, now);
     }
 
-    /// Something that was written has arrived, so the peer lives.
-    pub fn payload_completed(&mut self, now: Millis) {
-        self.last_heard = now;
-        self.arrived = now;
-    }
-
-    /// A probe completed: everything posted before it has arrived, and the peer lives.
-    pub fn probe_completed(&mut self, now: Millis) {
-        let late = self.probed.take().is_some_and(|since| now > since + PROMPT);
-        self.last_heard = now;
-        if late {
-            self.arrived = now;
+    /// Does what the time asks for. `caught_up` says that whatever waited at that time was
+    /// looked at: nobody is given up for what may be the server's own delay.
+    ///
+    /// # Errors
+    /// If a probe can't be posted: the connection must end.
+    pub fn handle_timeout<R, P: Port<Buffer = B>>(
+        &mut self,
+        stream: &Stream<R>,
+        port: &mut P,
+        caught_up: bool,
+        now: Millis,
+    ) -> Result<TimeoutAction, P::Error> {
+        match self.lifecycle.duty(now, stream.outbound().is_idle()) {
+            Duty::Probe => self.probe(stream, port).map(|()| TimeoutAction::Wait),
+            Duty::End => Ok(TimeoutAction::End),
+            Duty::HandshakeTimedOut if caught_up => Ok(TimeoutAction::HandshakeTimedOut),
+            Duty::NoReply if caught_up => Ok(TimeoutAction::NoReply),
+            Duty::HandshakeTimedOut | Duty::NoReply | Duty::Wait => Ok(TimeoutAction::Wait),
         }
     }
 
-    /// What the time asks for. `delivered` says that no work request is in flight.
-    pub fn duty(&mut self, now: Millis, delivered: bool) -> Duty {
-        match &mut self.phase {
-            Phase::Handshake { deadline } if now >= *deadline => Duty::TimedOut,
-            Phase::Handshake { .. } => Duty::Wait,
-            Phase::Open => {
-                let silent_since = self.last_heard + self.timing.keepalive;
-                if self.probed.is_some() {
-                    // The device gives up at some time, but not Soft-RoCE: it takes the seven
-                    // tries that clients choose for tries without end.
-                    let over = now >= silent_since.saturating_add(self.timing.answer);
-                    return if over { Duty::Unanswered } else { Duty::Wait };
-                }
-                if now < silent_since {
-                    return Duty::Wait;
-                }
-                self.probed = Some(now);
-                Duty::Probe
+    /// What a connection needs once in a housekeeping interval: posts what found no room,
+    /// which no completion will bring back, and gives back the memory of who is idle.
+    ///
+    /// # Errors
+    /// If the queue pair refuses something: the connection must end.
+    pub fn on_housekeeping_tick<R, P: Port<Buffer = B>>(
+        &mut self,
+        stream: &Stream<R>,
+        port: &mut P,
+        now: Millis,
+    ) -> Result<(), P::Error> {
+        if stream.peer_state() == PeerState::Connected {
+            let waiting = std::mem::take(&mut self.unposted);
+            waiting.into_iter().try_for_each(|slot| self.post_receive(port, slot))?;
+            if self.awaits_control_slot() {
+                self.send_replies(port)?;
+                self.announce_if_full(stream, port, now)?;
             }
-            Phase::Lingering { deadline, since } => {
-                if now >= *deadline {
-                    return Duty::End;
-                }
-                if !delivered {
-                    if self.probed.is_some() {
-                        return Duty::Wait;
-                    }
-                    // The last work requests may not be signalled: the probe's
-                    // completion stands for theirs.
-                    self.probed = Some(now);
-                    return Duty::Probe;
-                }
-                // From the last write on the peer has had its time, unless that arrived late.
-                let since = self.arrived.max(*since);
-                if now >= since + self.timing.linger { Duty::End } else { Duty::Wait }
+        }
+        if self.shrink_if_idle(stream) && self.lifecycle.begin_probe(now) {
+            self.probe(stream, port)?;
+        }
+        Ok(())
+    }
+
+    /// Gives larger staging memory back, and the second receive buffer, if nothing was
+    /// written for two ticks and nothing is in flight. Returns whether a probe would show
+    /// that: the last work requests may not be signalled, and its completion stands for theirs.
+    fn shrink_if_idle<R>(&mut self, stream: &Stream<R>) -> bool {
+        let queue = stream.outbound();
+        let posted = queue.total_posted();
+        let paused = posted == self.posted_before[0];
+        let quiet = self.posted_before == [posted; 2];
+        self.posted_before = [posted, self.posted_before[0]];
+        if quiet && stream.inbound().is_other_free() {
+            self.buffers.shrink();
+        }
+        if !quiet || !queue.is_idle() {
+            return paused && !queue.is_idle() && queue.has_larger_staging();
+        }
+        queue.release_staging();
+        false
+    }
+
+    /// Posts the probe that the lifecycle counts on.
+    fn probe<R, P: Port<Buffer = B>>(
+        &mut self,
+        stream: &Stream<R>,
+        port: &mut P,
+    ) -> Result<(), P::Error> {
+        match stream.outbound().probe(|next| port.post_probe(next)) {
+            Some(Ok(())) => Ok(()),
+            // Somebody writes at this moment, or there is no room.
+            None | Some(Err(PostError::Full)) => {
+                self.lifecycle.probe_not_sent();
+                Ok(())
+            }
+            Some(Err(PostError::Failed(error))) => {
+                self.lifecycle.probe_not_sent();
+                Err(error)
             }
         }
     }
 
-    /// Whether a question of the peer's was not answered yet.
-    pub fn owes_answers(&self) -> bool {
-        !self.questions.is_empty()
+    // --- Receives and messages ------------------------------------------------------
+
+    /// Opens the receive window again if it is full, and consumed or there is another
+    /// buffer.
+    ///
+    /// # Errors
+    /// If the message can't be posted: the connection must end.
+    #[inline]
+    pub fn announce_if_full<R, P: Port<Buffer = B>>(
+        &mut self,
+        stream: &Stream<R>,
+        port: &mut P,
+        now: Millis,
+    ) -> Result<(), P::Error> {
+        if self.may_announce(stream) {
+            self.announce(stream, port, now)?;
+        }
+        Ok(())
     }
 
-    /// Whether a probe is out that was not answered yet.
-    pub fn is_probing(&self) -> bool {
-        self.probed.is_some()
+    /// Whether [`announce_if_full`](Self::announce_if_full) has something to look at.
+    #[inline]
+    pub fn may_announce<R>(&self, stream: &Stream<R>) -> bool {
+        (self.unannounced.is_some() || stream.inbound().is_full())
+            && self.lifecycle.is_established()
+            && stream.peer_state() == PeerState::Connected
     }
 
-    /// When the peer last gave a sign of life.
-    pub fn last_heard(&self) -> Millis {
-        self.last_heard
+    fn announce<R, P: Port<Buffer = B>>(
+        &mut self,
+        stream: &Stream<R>,
+        port: &mut P,
+        now: Millis,
+    ) -> Result<(), P::Error> {
+        let memory = match self.unannounced.take() {
+            Some(memory) => memory,
+            None => {
+                if !self.buffers.turn(stream.inbound(), port, self.writes, now) {
+                    return Ok(());
+                }
+                let memory = port.memory(self.buffers.present());
+                stream.inbound().announce(memory.address, memory.length);
+                memory
+            }
+        };
+        // Still open, and to be announced, if that fails.
+        self.unannounced = Some(memory);
+        if self.send(port, Message::RegisterXferMemory(memory))? {
+            self.unannounced = None;
+        }
+        Ok(())
     }
 
-    /// A probe is to be posted for a reason of the transport's. `false` if one is out: its
-    /// completion says as much.
-    pub fn begin_probe(&mut self, now: Millis) -> bool {
-        let none = self.probed.is_none();
-        self.probed.get_or_insert(now);
-        none
+    /// Sends the replies that are due, as far as there are slots.
+    fn send_replies<P: Port<Buffer = B>>(&mut self, port: &mut P) -> Result<(), P::Error> {
+        while let Some((select, slot)) = self.pending_feature_requests.front().copied() {
+            // No feature is defined yet, so none is offered.
+            if !self.send(port, Message::GetServerFeature { select, features: 0 })? {
+                break;
+            }
+            self.pending_feature_requests.pop_front();
+            self.post_receive(port, slot)?;
+        }
+        Ok(())
     }
 
-    /// A probe could not be posted: it is tried again at the next [`duty`](Self::duty).
-    pub fn probe_not_sent(&mut self) {
-        self.probed = None;
+    /// Posts a control message; `false` if no slot is free, or no room in the queue.
+    ///
+    /// # Errors
+    /// If the queue pair refuses it: the connection must end.
+    pub fn send<P: Port<Buffer = B>>(
+        &mut self,
+        port: &mut P,
+        message: Message,
+    ) -> Result<bool, P::Error> {
+        let Some(slot) = self.free_control_slots.pop() else { return Ok(false) };
+        port.post_message(slot, message).map(|()| true).or_else(|error| {
+            self.free_control_slots.push(slot);
+            match error {
+                PostError::Full => Ok(false),
+                PostError::Failed(error) => Err(error),
+            }
+        })
+    }
+
+    /// Posts a receive again whose completion was seen.
+    #[inline]
+    fn give_back<R, P: Port<Buffer = B>>(
+        &mut self,
+        stream: &Stream<R>,
+        port: &mut P,
+        slot: u16,
+    ) -> Result<(), P::Error> {
+        if stream.peer_state() == PeerState::Connected {
+            self.post_receive(port, slot)?;
+        }
+        Ok(())
+    }
+
+    /// Posts the receive of a slot, which has to wait if there is no room now.
+    #[inline]
+    fn post_receive<P: Port<Buffer = B>>(
+        &mut self,
+        port: &mut P,
+        slot: u16,
+    ) -> Result<(), P::Error> {
+        match port.post_receive(slot) {
+            Ok(()) => Ok(()),
+            Err(PostError::Full) => {
+                self.unposted.push(slot);
+                Ok(())
+            }
+            Err(PostError::Failed(error)) => Err(error),
+        }
+    }
+
+    // --- For those who ask ----------------------------------------------------------
+
+    /// Whether the connection manager has established the connection.
+    pub fn is_established(&self) -> bool {
+        self.lifecycle.is_established()
+    }
+
+    /// Whether the handshake is complete and the server has not closed.
+    pub fn is_open(&self) -> bool {
+        self.lifecycle.is_open()
     }
 
     /// Whether the server has closed the connection.
     pub fn is_lingering(&self) -> bool {
-        matches!(self.phase, Phase::Lingering { .. })
+        self.lifecycle.is_lingering()
     }
 
     /// Whether its handshake has taken too long, as far as is known.
     pub fn is_overdue(&self, now: Millis) -> bool {
-        matches!(self.phase, Phase::Handshake { deadline } if now >= deadline)
+        self.lifecycle.is_overdue(now)
     }
 
-    /// Whether the session needs the fast clock: it is short-lived now.
+    /// Whether it is in handshake or lingers, so that the time is to be asked often.
     pub fn is_transient(&self) -> bool {
-        self.phase != Phase::Open
+        self.lifecycle.is_transient()
+    }
+
+    /// Whether a probe is out that was not answered yet.
+    pub fn is_probing(&self) -> bool {
+        self.lifecycle.is_probing()
+    }
+
+    /// When the peer last gave a sign of life.
+    pub fn last_heard(&self) -> Millis {
+        self.lifecycle.last_heard()
+    }
+
+    /// Control messages of ours that are not known to have arrived.
+    pub fn messages_in_flight(&self) -> usize {
+        usize::from(self.control_slots) - self.free_control_slots.len()
+    }
+
+    /// Whether a message of ours waits for a slot.
+    pub fn awaits_control_slot(&self) -> bool {
+        self.unannounced.is_some()
+            || !self.pending_feature_requests.is_empty()
+            || self.free_control_slots.is_empty()
+    }
+
+    /// Whether the receive window is consumed and nobody has tried to announce it.
+    pub fn is_announcement_missed<R>(&self, stream: &Stream<R>) -> bool {
+        stream.inbound().is_consumed()
+            && self.unannounced.is_none()
+            && self.is_established()
+            && stream.peer_state() == PeerState::Connected
+    }
+
+    /// The receive buffers: the one that was announced last, and the one before, if there are
+    /// two.
+    pub fn receive_buffers(&self) -> impl Iterator<Item = &B> {
+        self.buffers.all()
     }
 }
 
@@ -366,196 +628,183 @@ mod tests {
     use super::*;
     use crate::staging::STEPS;
 
-    fn queue() -> SendQueue<()> {
-        SendQueue::new(8, 1024, STEPS)
-    }
-
     const TIMING: Timing =
         Timing { handshake: 100, keepalive: 50, answer: 500, linger: 20, delivery: 200 };
+
+    /// A queue pair with room for so many messages, and what was posted to it.
+    #[derive(Default)]
+    struct Queue {
+        room: usize,
+        refuses_receives: bool,
+        receives: Vec<u16>,
+        messages: Vec<Message>,
+    }
+
+    /// A receive buffer's length.
+    impl Port for Queue {
+        type Buffer = u32;
+        type Error = &'static str;
+
+        fn post_receive(&mut self, slot: u16) -> Result<(), PostError<&'static str>> {
+            if self.refuses_receives {
+                return Err(PostError::Full);
+            }
+            self.receives.push(slot);
+            Ok(())
+        }
+
+        fn post_message(
+            &mut self,
+            _slot: u16,
+            message: Message,
+        ) -> Result<(), PostError<&'static str>> {
+            self.room = self.room.checked_sub(1).ok_or(PostError::Full)?;
+            self.messages.push(message);
+            Ok(())
+        }
+
+        fn post_probe(&mut self, _next: u32) -> Result<(), PostError<&'static str>> {
+            Err(PostError::Failed("no probes here"))
+        }
+
+        fn register(&mut self, length: u32) -> Option<u32> {
+            Some(length)
+        }
+
+        fn memory(&self, buffer: &u32) -> Memory {
+            Memory { address: 0x2000, length: *buffer, rkey: 5 }
+        }
+    }
 
     fn announcement(length: u32) -> [u8; 32] {
         Message::RegisterXferMemory(Memory { address: 0x1000, length, rkey: 1 }).encode()
     }
 
-    fn open() -> (Session, SendQueue<()>, ReceiveWindow) {
-        let (mut session, send) = (Session::new(TIMING, 0), queue());
-        session.message(&announcement(64), 0, &send, 0).unwrap();
-        assert!(!session.handshake_completed_by_window());
-        assert!(session.establish());
-        (session, send, ReceiveWindow::new())
+    fn new() -> (Session<u32>, Stream<()>, Queue) {
+        let session = Session::new(TIMING, 64, 64, 8, 0);
+        (session, Stream::new(8, 1024, STEPS), Queue { room: 100, ..Queue::default() })
+    }
+
+    fn open() -> (Session<u32>, Stream<()>, Queue) {
+        let (mut session, stream, mut queue) = new();
+        let action = session.on_message(&stream, &mut queue, 0, &announcement(64), 0);
+        assert_eq!(action, Ok(MessageAction::WindowOpened));
+        assert_eq!(session.establish(&stream, &mut queue, 0), Ok(true));
+        let [Message::RegisterXferMemory(memory)] = queue.messages[..] else { panic!() };
+        assert_eq!(memory.length, 64);
+        queue.receives.clear();
+        queue.messages.clear();
+        (session, stream, queue)
     }
 
     #[test]
-    fn the_handshake_needs_both_halves_in_either_order() {
-        let (session, ..) = open();
-        assert!(session.is_open());
-
-        let (mut session, send) = (Session::new(TIMING, 0), queue());
-        assert!(!session.establish());
-        assert_eq!(
-            session.message(&announcement(0), 0, &send, 0),
-            Ok(Reaction::WindowOpened),
-            "no room is an announcement too"
-        );
-        assert!(session.handshake_completed_by_window());
-        assert!(!session.handshake_completed_by_window(), "only once");
+    fn a_window_of_no_bytes_completes_the_handshake_too() {
+        let (mut session, stream, mut queue) = new();
+        assert_eq!(session.establish(&stream, &mut queue, 0), Ok(false));
+        let mut action = || session.on_message(&stream, &mut queue, 0, &announcement(0), 0);
+        assert_eq!(action(), Ok(MessageAction::HandshakeCompleted));
+        assert_eq!(action(), Ok(MessageAction::WindowOpened), "only once");
     }
 
     #[test]
-    fn a_handshake_that_takes_too_long_ends() {
-        let mut session = Session::new(TIMING, 1000);
-        session.establish();
-        assert_eq!(session.duty(1099, true), Duty::Wait);
-        assert_eq!(session.duty(1100, true), Duty::TimedOut);
-    }
-
-    #[test]
-    fn writes_are_counted_and_messages_are_not() {
-        let (mut session, _, receive) = open();
-        receive.announce(0x2000, 64);
-        for count in [1, 0, 63] {
-            session.immediate(count, &receive, 0).unwrap();
+    fn a_write_of_the_peer_s_posts_its_receive_again_and_the_last_byte_announces() {
+        let (mut session, stream, mut queue) = open();
+        for (slot, count) in [(3, 1), (4, 0), (5, 63)] {
+            session.on_immediate(&stream, &mut queue, slot, count, 0).unwrap();
         }
-        assert_eq!(session.writes(), 3);
+        assert_eq!((&queue.receives[..], session.writes), (&[3, 4, 5][..], 3));
+        assert_eq!(queue.messages.len(), 1, "into the other buffer, since it was quick");
+        assert_eq!(stream.inbound().unread(), 64);
+    }
+
+    #[test]
+    fn an_announcement_that_found_no_room_is_repeated_as_it_was() {
+        let (mut session, stream, mut queue) = open();
+        queue.room = 0;
+        session.on_immediate(&stream, &mut queue, 0, 64, 0).unwrap();
+        assert!(session.awaits_control_slot() && queue.messages.is_empty());
+        queue.room = 1;
+        session.on_housekeeping_tick(&stream, &mut queue, 900).unwrap();
+        assert_eq!(queue.messages.len(), 1);
+        assert!(!session.awaits_control_slot());
+    }
+
+    #[test]
+    fn a_receive_that_found_no_room_is_posted_at_the_next_tick() {
+        let (mut session, stream, mut queue) = open();
+        queue.refuses_receives = true;
+        session.on_immediate(&stream, &mut queue, 9, 1, 0).unwrap();
+        queue.refuses_receives = false;
+        session.on_housekeeping_tick(&stream, &mut queue, 900).unwrap();
+        assert_eq!(queue.receives, [9]);
+    }
+
+    #[test]
+    fn nothing_is_posted_for_a_peer_that_has_left() {
+        let (mut session, stream, mut queue) = open();
+        stream.escalate(PeerState::Disconnected);
+        session.on_immediate(&stream, &mut queue, 0, 64, 0).unwrap();
+        assert_eq!(stream.inbound().unread(), 64, "what it sent is read");
+        assert!(queue.receives.is_empty() && queue.messages.is_empty());
     }
 
     #[test]
     fn violations_are_told_apart() {
-        let (mut session, send, receive) = open();
-        let mut violation = |bytes: &[u8]| session.message(bytes, 0, &send, 0).unwrap_err();
-        assert_eq!(violation(&[0; 3]), Violation::Message(DecodeError::Length(3)));
-        assert_eq!(violation(&announcement(9)), Violation::Early(Refused { left: 64 }));
+        let (mut session, stream, mut queue) = open();
+        let mut lost = |bytes: &[u8]| match session
+            .on_message(&stream, &mut queue, 0, bytes, 0)
+            .unwrap_err()
+        {
+            Lost::Violation(violation) => violation,
+            Lost::Refused(why) => panic!("{why}"),
+        };
+        assert_eq!(lost(&[0; 3]), Violation::Message(DecodeError::Length(3)));
+        assert_eq!(lost(&announcement(9)), Violation::Early(Refused { left: 64 }));
         let wraps = Message::RegisterXferMemory(Memory { address: u64::MAX, length: 2, rkey: 0 });
-        assert!(matches!(violation(&wraps.encode()), Violation::Wraps { length: 2, .. }));
+        assert!(matches!(lost(&wraps.encode()), Violation::Wraps { length: 2, .. }));
         let feature = Message::SetClientFeature { select: 0, features: 4 };
-        assert_eq!(violation(&feature.encode()), Violation::Feature(4));
+        assert_eq!(lost(&feature.encode()), Violation::Feature(4));
         assert_eq!(
-            session.immediate(1, &receive, 0),
-            Err(Violation::Overrun(Overrun { claimed: 1, room: 0 }))
+            session.on_immediate(&stream, &mut queue, 0, 65, 0),
+            Err(Lost::Violation(Violation::Overrun(Overrun { claimed: 65, room: 64 })))
         );
+        assert_eq!(queue.receives, [0; 0], "a receive of who broke the protocol stays unposted");
     }
 
     #[test]
-    fn questions_hold_their_receives_until_they_are_answered() {
-        let (mut session, send, _) = open();
+    fn feature_requests_hold_their_receives_until_they_are_replied_to() {
+        let (mut session, stream, mut queue) = open();
+        queue.room = 1;
         for slot in 0..3 {
-            let question = Message::GetServerFeature { select: 40 + slot, features: 0 };
-            assert_eq!(
-                session.message(&question.encode(), slot, &send, 0),
-                Ok(Reaction::AnswerDue)
-            );
+            let request = Message::GetServerFeature { select: 40 + slot, features: 0 }.encode();
+            let action = session.on_message(&stream, &mut queue, slot, &request, 0);
+            assert_eq!(action, Ok(MessageAction::Nothing));
         }
-        let (answer, slot) = session.next_answer().unwrap();
-        assert_eq!((answer, slot), (Message::GetServerFeature { select: 40, features: 0 }, 0));
-        session.answer_not_sent(answer, slot);
-        assert_eq!(session.next_answer().unwrap().1, 0);
-        assert_eq!(session.next_answer().unwrap().1, 1);
-        assert_eq!(session.next_answer().unwrap().1, 2);
-        assert_eq!(session.next_answer(), None);
+        assert_eq!(queue.receives, [0]);
+        queue.room = 2;
+        session.on_message_sent(&stream, &mut queue, 7, 0).unwrap();
+        assert_eq!(queue.receives, [0, 1, 2]);
+        let replies = [40, 41, 42].map(|select| Message::GetServerFeature { select, features: 0 });
+        assert_eq!(queue.messages, replies);
     }
 
     #[test]
-    fn a_silent_peer_is_probed_once_at_a_time() {
-        let (mut session, send, _) = open();
-        assert_eq!(session.duty(49, true), Duty::Wait);
-        assert_eq!(session.duty(50, true), Duty::Probe);
-        assert_eq!(session.duty(500, true), Duty::Wait, "one is out");
-        session.probe_completed(501);
-        assert_eq!(session.duty(550, true), Duty::Wait);
-        session.message(&Message::Keepalive.encode(), 0, &send, 540).unwrap();
-        assert_eq!(session.duty(589, true), Duty::Wait, "heard of it since");
-        assert_eq!(session.duty(590, true), Duty::Probe);
-    }
-
-    #[test]
-    fn a_peer_that_does_not_answer_is_given_up() {
-        let (mut session, send, _) = open();
-        assert_eq!(session.duty(50, true), Duty::Probe);
-        assert_eq!(session.duty(549, true), Duty::Wait);
-        assert_eq!(session.duty(550, true), Duty::Unanswered);
-        session.message(&Message::Keepalive.encode(), 0, &send, 551).unwrap();
-        assert_eq!(session.duty(1100, true), Duty::Wait, "it spoke, whatever became of the probe");
-        assert_eq!(session.duty(1101, true), Duty::Unanswered);
-        let mut patient = Session { timing: Timing { answer: Millis::MAX, ..TIMING }, ..session };
-        assert_eq!(patient.duty(Millis::MAX - 1, true), Duty::Wait);
-    }
-
-    #[test]
-    fn a_probe_of_the_transport_s_is_one_like_the_others() {
-        let (mut session, ..) = open();
-        assert!(session.begin_probe(20));
-        assert!(!session.begin_probe(30), "one is out");
-        assert_eq!(session.duty(50, true), Duty::Wait);
-        assert_eq!(session.duty(550, true), Duty::Unanswered, "no sooner and no later");
-        session.probe_completed(560);
-        assert!(session.begin_probe(570));
-        session.probe_not_sent();
-        assert_eq!(session.duty(610, true), Duty::Probe);
-    }
-
-    #[test]
-    fn closing_waits_for_delivery_and_then_for_the_reader() {
-        let (mut session, ..) = open();
-        session.close(1000, true, 1000);
-        assert!(!session.is_open());
-        assert_eq!(session.duty(1000, false), Duty::Probe);
-        assert_eq!(session.duty(1050, false), Duty::Wait);
-        session.probe_completed(1060);
-        assert_eq!(session.duty(1000 + 19, true), Duty::Wait, "prompt: counted from the write");
-        assert_eq!(session.duty(1000 + 20, true), Duty::End);
-    }
-
-    #[test]
-    fn what_arrived_late_is_read_later() {
-        let (mut session, ..) = open();
-        session.close(1000, true, 1000);
-        assert_eq!(session.duty(1000, false), Duty::Probe);
-        let late = 1000 + PROMPT + 1;
-        session.probe_completed(late);
-        assert_eq!(session.duty(late + 19, true), Duty::Wait);
-        assert_eq!(session.duty(late + 20, true), Duty::End);
-
-        // The same of a probe that was out already, and of bytes that were signalled.
-        let (mut session, ..) = open();
-        assert_eq!(session.duty(50, false), Duty::Probe);
-        session.close(40, true, 990);
-        assert_eq!(session.duty(990, false), Duty::Wait);
-        session.probe_completed(1000);
-        assert_eq!(session.duty(1019, true), Duty::Wait);
-        let (mut session, ..) = open();
-        session.payload_completed(1000);
-        session.close(40, true, 1001);
-        assert_eq!(session.duty(1019, true), Duty::Wait);
-        assert_eq!(session.duty(1020, true), Duty::End);
-    }
-
-    #[test]
-    fn closing_is_bounded() {
-        let (mut session, ..) = open();
-        session.close(1000, true, 1000);
-        assert_eq!(session.duty(1000, false), Duty::Probe);
-        assert_eq!(session.duty(1199, false), Duty::Wait);
-        assert_eq!(session.duty(1200, false), Duty::End, "a peer that takes nothing");
-
-        let timing = Timing { delivery: 10_000, ..TIMING };
-        let mut refused = Session::new(timing, 0);
-        refused.close(1000, false, 1000);
-        assert_eq!(refused.duty(1000, false), Duty::Probe);
-        assert_eq!(refused.duty(1000 + REFUSAL - 1, false), Duty::Wait);
-        assert_eq!(refused.duty(1000 + REFUSAL, false), Duty::End, "a refused one, sooner");
-    }
-
-    #[test]
-    fn closing_is_immediate_when_the_peer_has_had_its_time() {
-        let (mut session, ..) = open();
+    fn who_lingers_ends_with_the_last_delivery() {
+        let (mut session, stream, mut queue) = open();
         session.close(0, true, 1000);
-        assert_eq!(session.duty(1000, true), Duty::End, "nothing was ever written");
+        assert_eq!(session.on_payload_sent(&stream, &mut queue, 0, 1000), Ok(TimeoutAction::Wait));
+        let ends = session.on_probe_sent(&stream, &mut queue, 0, 1021);
+        assert_eq!(ends, Ok(TimeoutAction::End));
+    }
 
-        // Written long ago, and not known to have arrived: a round trip tells.
-        let (mut session, ..) = open();
-        session.close(900, true, 1000);
-        assert_eq!(session.duty(1000, false), Duty::Probe);
-        session.probe_completed(1001);
-        assert_eq!(session.duty(1001, true), Duty::End);
+    #[test]
+    fn nobody_is_given_up_before_what_waits_was_looked_at() {
+        let (mut session, stream, mut queue) = new();
+        let mut at = |caught_up| session.handle_timeout(&stream, &mut queue, caught_up, 100);
+        assert_eq!(at(false), Ok(TimeoutAction::Wait));
+        assert_eq!(at(true), Ok(TimeoutAction::HandshakeTimedOut));
+        let (mut session, stream, mut queue) = open();
+        assert_eq!(session.handle_timeout(&stream, &mut queue, true, 50), Err("no probes here"));
+        assert!(!session.is_probing(), "it is tried again");
     }
 }

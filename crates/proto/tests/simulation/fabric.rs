@@ -200,6 +200,11 @@ impl Fabric {
         u64::from(key) << 32
     }
 
+    /// The memory at an address.
+    pub fn slice(address: u64, length: usize) -> Slice {
+        Slice { key: (address >> 32) as Key, offset: address as u32 as usize, length }
+    }
+
     pub fn read(&self, slice: Slice) -> &[u8] {
         &self.memory[&slice.key].bytes[slice.offset..slice.offset + slice.length]
     }

@@ -111,7 +111,7 @@ impl World {
             }
         });
         let mut fabric = Fabric::new(setups);
-        let sides = plans.map(|plan| Side::new(plan, &mut fabric));
+        let sides = plans.map(|plan| Side::new(plan, &mut fabric, &mut rng));
         let needs_clock = plans.iter().any(|plan| plan.refusals > 0);
         let (port, step) = (rng.usize(0..2), size(&mut rng, 11) as u32);
         let own = match rng.u32(0..8) {

@@ -5,8 +5,11 @@
 
 use crate::fabric::{Completion, Event, Fabric, Key, Outcome, Port, Registered, Slice, Work};
 use fastrand::Rng;
+use std::convert::Infallible;
 use valkey_rdma_proto::send_queue::{PayloadWrite, PostError, Transmit};
-use valkey_rdma_proto::session::{Duty, Millis, Reaction, Session, Timing};
+use valkey_rdma_proto::session::{
+    MessageAction, Millis, Port as SessionPort, Session, TimeoutAction, Timing,
+};
 use valkey_rdma_proto::staging::Steps;
 use valkey_rdma_proto::stream::{ReadOutcome, Stream, Written};
 use valkey_rdma_proto::window::{Chunk, PeerState};
@@ -47,26 +50,12 @@ struct Jobs {
     write: bool,
 }
 
-/// Memory that a side always has.
-#[derive(Debug)]
-struct SideMemory {
-    control: Registered,
-    receive: Registered,
-}
-
 #[derive(Debug)]
 pub struct Side {
     plan: Plan,
-    session: Session,
+    session: Session<Registered>,
     stream: Stream<Registered>,
-    /// Gone when the connection is over.
-    memory: Option<SideMemory>,
-    /// Where the present window begins in that: at its start or in its middle.
-    receives_at: u32,
-    free_control_slots: Vec<u16>,
-    /// An announcement of this length could not be sent yet.
-    announcement_due: Option<u32>,
-    posted_before: u64,
+    control: Registered,
     /// The server has the connection.
     connected: bool,
     /// It had it once: there was somebody to read.
@@ -101,23 +90,14 @@ pub fn size(rng: &mut Rng, bits: u32) -> usize {
 }
 
 impl Side {
-    pub fn new(plan: Plan, fabric: &mut Fabric) -> Self {
+    pub fn new(plan: Plan, fabric: &mut Fabric, rng: &mut Rng) -> Self {
         let slots = usize::from(plan.receive_slots) + usize::from(plan.control_slots);
-        let side = Self {
-            session: Session::new(TIMING, 0),
+        let first = fabric.register(plan.port, rng.usize(1..=plan.receive_bytes), true);
+        let largest = plan.receive_bytes as u32;
+        let mut side = Self {
+            session: Session::new(TIMING, first, largest, plan.control_slots, 0),
             stream: Stream::new(plan.payload_depth, plan.small_staging, plan.larger_staging),
-            memory: Some(SideMemory {
-                control: fabric.register(
-                    plan.port,
-                    slots * MESSAGE_LEN + plan.small_staging,
-                    false,
-                ),
-                receive: fabric.register(plan.port, 2 * plan.receive_bytes, true),
-            }),
-            receives_at: 0,
-            free_control_slots: (0..plan.control_slots).collect(),
-            announcement_due: None,
-            posted_before: 0,
+            control: fabric.register(plan.port, slots * MESSAGE_LEN + plan.small_staging, false),
             connected: false,
             handed_over: false,
             ready: false,
@@ -134,7 +114,9 @@ impl Side {
             ended: false,
             plan,
         };
-        (0..plan.receive_slots).for_each(|slot| side.post_receive(slot, fabric));
+        let plan = &Plan { refusals: 0, ..plan };
+        let mut ports = Ports { plan, control: side.control.key, at: 0, fabric, rng };
+        side.session.post_receives(&mut ports, plan.receive_slots).expect("nothing is refused");
         side
     }
 
@@ -165,14 +147,19 @@ impl Side {
 
     pub fn ask(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
         let question = Message::GetServerFeature { select: 7, features: 0 };
-        if self.send_control(question, fabric, rng) {
+        let sent = self.with_session(fabric, rng, |session, _, ports| {
+            session.send(ports, question).expect("no failure")
+        });
+        if sent {
             self.asked += 1;
         }
     }
 
     pub fn keep_alive(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
         if self.session.is_established() && self.is_peer_connected() {
-            self.send_control(Message::Keepalive, fabric, rng);
+            self.with_session(fabric, rng, |session, _, ports| {
+                session.send(ports, Message::Keepalive).expect("no failure");
+            });
         }
     }
 
@@ -202,9 +189,9 @@ impl Side {
 
     fn do_write(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
         let length = (self.wanted - self.accepted) as usize;
-        let (plan, control, at) = (&self.plan, self.control(), self.accepted);
-        let mut sender = Sender { plan, control, at, fabric, rng };
-        match self.stream.write(length, &mut sender) {
+        let (plan, control, at) = (&self.plan, self.control.key, self.accepted);
+        let mut ports = Ports { plan, control, at, fabric, rng };
+        match self.stream.write(length, &mut ports) {
             Written::Posted(count, _) => {
                 self.accepted += count as u64;
                 if count > 0 {
@@ -220,10 +207,9 @@ impl Side {
     }
 
     fn do_read(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
-        let (port, received, key) = (self.plan.port, self.received, self.receive());
+        let (port, received) = (self.plan.port, self.received);
         let outcome = self.stream.read(size(rng, 14), |address, length| {
-            let offset = (address - Fabric::address(key)) as usize;
-            let read = fabric.read(Slice { key, offset, length });
+            let read = fabric.read(Fabric::slice(address, length));
             for (byte_read, at) in read.iter().zip(received..) {
                 assert_eq!(*byte_read, byte(1 - port, at), "wrong byte at {at}");
             }
@@ -257,8 +243,10 @@ impl Side {
     pub fn event(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
         match fabric.next_event(self.plan.port) {
             Some(Event::Established) => {
-                let complete = self.session.establish();
-                self.announce_if_full(fabric, rng);
+                let now = self.now();
+                let complete = self.with_session(fabric, rng, |session, stream, ports| {
+                    session.establish(stream, ports, now).expect("no failure")
+                });
                 self.ready |= complete;
             }
             Some(Event::Disconnected) => {
@@ -275,38 +263,33 @@ impl Side {
     pub fn poll(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
         let Some(completion) = fabric.poll(self.plan.port) else { return };
         let Completion { work, outcome, .. } = completion;
+        let now = self.now();
         match (outcome, work) {
             (Outcome::Failed, _) => {
                 self.failed = true;
                 self.lose(PeerState::Disconnected, fabric);
             }
             (Outcome::Received(length), Work::Receive(slot)) => {
-                let bytes = fabric.read(self.slot(slot, length)).to_vec();
+                let bytes = fabric.read(slot_of(self.control.key, slot, length)).to_vec();
                 self.message(&bytes, slot, fabric, rng);
             }
             (Outcome::Immediate(count), Work::Receive(slot)) => {
-                let now = self.now();
-                self.session.immediate(count, self.stream.inbound(), now).expect("an honest peer");
-                self.post_receive(slot, fabric);
-                self.announce_if_full(fabric, rng);
+                self.with_session(fabric, rng, |session, stream, ports| {
+                    session.on_immediate(stream, ports, slot, count, now).expect("an honest peer");
+                });
                 self.mark_if_ready();
             }
-            (Outcome::Sent, Work::Payload(sequence)) => {
-                self.stream.outbound().retire((sequence + 1) & 0x00ff_ffff);
-                let now = self.now();
-                self.session.payload_completed(now);
+            (Outcome::Sent, work) => {
+                let action = self.with_session(fabric, rng, |session, stream, ports| match work {
+                    Work::Payload(number) => session.on_payload_sent(stream, ports, number, now),
+                    Work::Probe(next) => session.on_probe_sent(stream, ports, next, now),
+                    Work::Control(slot) => session
+                        .on_message_sent(stream, ports, slot, now)
+                        .map(|()| TimeoutAction::Wait),
+                    Work::Receive(_) => panic!("sent, by a receive"),
+                });
+                self.act(action.expect("no failure"), fabric);
                 self.mark_if_ready();
-            }
-            (Outcome::Sent, Work::Probe(sequence)) => {
-                self.stream.outbound().retire(sequence);
-                let now = self.now();
-                self.session.probe_completed(now);
-                self.mark_if_ready();
-            }
-            (Outcome::Sent, Work::Control(slot)) => {
-                self.free_control_slots.push(slot);
-                self.send_answers(fabric, rng);
-                self.announce_if_full(fabric, rng);
             }
             (outcome, work) => panic!("{outcome:?} of {work:?}"),
         }
@@ -316,19 +299,18 @@ impl Side {
         if self.answered < self.asked && bytes[..2] == [0, 0] {
             // An answer: the application's, not the session's.
             self.answered += 1;
-            return self.post_receive(slot, fabric);
+            return fabric.post_receive(
+                self.plan.port,
+                slot,
+                slot_of(self.control.key, slot, MESSAGE_LEN),
+            );
         }
         let now = self.now();
-        let reaction = self.session.message(bytes, slot, self.stream.outbound(), now);
-        match reaction.expect("an honest peer") {
-            Reaction::Nothing => self.post_receive(slot, fabric),
-            Reaction::WindowOpened => {
-                self.post_receive(slot, fabric);
-                self.ready |= self.session.handshake_completed_by_window();
-                self.mark_if_ready();
-            }
-            Reaction::AnswerDue => self.send_answers(fabric, rng),
-        }
+        let action = self.with_session(fabric, rng, |session, stream, ports| {
+            session.on_message(stream, ports, slot, bytes, now).expect("an honest peer")
+        });
+        self.ready |= action == MessageAction::HandshakeCompleted;
+        self.mark_if_ready();
     }
 
     pub fn serve(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
@@ -375,44 +357,52 @@ impl Side {
         self.ended = true;
         fabric.disconnect(self.plan.port);
         fabric.destroy(self.plan.port);
+        // What is over keeps no memory.
+        let mut nothing = || fabric.register(self.plan.port, 0, false);
         self.stream = Stream::new(1, 1, self.plan.larger_staging);
-        self.memory = None;
+        self.session = Session::new(TIMING, nothing(), 0, 0, 0);
+        self.control = nothing();
     }
 
-    /// The slow clock.
+    /// The housekeeping interval is over.
     pub fn tick(&mut self, now: Millis, fabric: &mut Fabric, rng: &mut Rng) {
-        let written_before =
-            std::mem::replace(&mut self.posted_before, self.stream.outbound().total_posted());
         NOW.set(now);
         self.step(now, fabric, rng);
         if self.ended {
             return;
         }
-        if written_before == self.posted_before {
-            self.stream.outbound().release_staging();
-        }
-        self.send_answers(fabric, rng);
-        self.announce_if_full(fabric, rng);
+        self.with_session(fabric, rng, |session, stream, ports| {
+            session.on_housekeeping_tick(stream, ports, now).expect("no failure");
+        });
         if self.stream.outbound().take_refused() {
             self.mark_if_ready();
         }
     }
 
     fn step(&mut self, now: Millis, fabric: &mut Fabric, rng: &mut Rng) {
-        match self.session.duty(now, self.stream.outbound().is_idle()) {
-            Duty::Wait => {}
-            Duty::Probe => {
-                let refused = self.refuses(rng);
-                let port = self.plan.port;
-                let post = |next| refused || fabric.post_probe(port, Work::Probe(next)).is_err();
-                if self.stream.outbound().probe(post).expect("nobody else writes") {
-                    self.session.probe_not_sent();
-                }
-            }
-            Duty::End => self.end(fabric),
-            Duty::TimedOut => panic!("no handshake, although nothing stood in its way"),
-            Duty::Unanswered => panic!("no answer, although nothing stood in its way"),
+        let action = self.with_session(fabric, rng, |session, stream, ports| {
+            session.handle_timeout(stream, ports, true, now).expect("no failure")
+        });
+        self.act(action, fabric);
+    }
+
+    fn act(&mut self, action: TimeoutAction, fabric: &mut Fabric) {
+        match action {
+            TimeoutAction::Wait => {}
+            TimeoutAction::End => self.end(fabric),
+            TimeoutAction::HandshakeTimedOut => panic!("although nothing stood in its way"),
+            TimeoutAction::NoReply => panic!("although nothing kept the peer from it"),
         }
+    }
+
+    fn with_session<T>(
+        &mut self,
+        fabric: &mut Fabric,
+        rng: &mut Rng,
+        work: impl FnOnce(&mut Session<Registered>, &Stream<Registered>, &mut Ports<'_>) -> T,
+    ) -> T {
+        let ports = &mut Ports { plan: &self.plan, control: self.control.key, at: 0, fabric, rng };
+        work(&mut self.session, &self.stream, ports)
     }
 
     fn now(&self) -> Millis {
@@ -442,78 +432,14 @@ impl Side {
         self.stream.progress()
     }
 
-    fn refuses(&self, rng: &mut Rng) -> bool {
-        refuses(&self.plan, rng)
-    }
-
-    /// Opens the next window, of whatever length, once the one before is full: where it
-    /// was, if that was read, or in the other half of the memory.
     fn announce_if_full(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
-        if !self.session.is_established() || !self.is_peer_connected() || self.ended {
+        if self.ended {
             return;
         }
-        let most = self.plan.receive_bytes as u32;
-        let length = match self.announcement_due.take() {
-            Some(length) => length,
-            None if self.stream.inbound().is_full() && self.stream.inbound().is_other_free() => {
-                let stays = self.stream.inbound().is_consumed() && rng.bool();
-                if !stays && (!self.stream.inbound().is_consumed() && rng.bool()) {
-                    // The reader may come first.
-                    return;
-                }
-                self.receives_at = if stays { self.receives_at } else { most - self.receives_at };
-                let length = if rng.u32(0..3) == 0 { rng.u32(1..=most) } else { most };
-                self.stream.inbound().announce(self.receive_address(), length);
-                length
-            }
-            None => return,
-        };
-        let memory = Memory { address: self.receive_address(), length, rkey: self.receive() };
-        if !self.send_control(Message::RegisterXferMemory(memory), fabric, rng) {
-            self.announcement_due = Some(length);
-        }
-    }
-
-    fn control(&self) -> Key {
-        self.memory.as_ref().expect("not over").control.key
-    }
-
-    fn receive(&self) -> Key {
-        self.memory.as_ref().expect("not over").receive.key
-    }
-
-    fn receive_address(&self) -> u64 {
-        Fabric::address(self.receive()) + u64::from(self.receives_at)
-    }
-
-    fn send_answers(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
-        while let Some((answer, slot)) = self.session.next_answer() {
-            if !self.send_control(answer, fabric, rng) {
-                return self.session.answer_not_sent(answer, slot);
-            }
-            self.post_receive(slot, fabric);
-        }
-    }
-
-    fn send_control(&mut self, message: Message, fabric: &mut Fabric, rng: &mut Rng) -> bool {
-        let Some(slot) = self.free_control_slots.pop() else { return false };
-        let bytes = self.slot(self.plan.receive_slots + slot, MESSAGE_LEN);
-        fabric.write(bytes.key, bytes.offset, &message.encode());
-        let sent = !self.refuses(rng)
-            && fabric.post_send(self.plan.port, Work::Control(slot), bytes).is_ok();
-        if !sent {
-            self.free_control_slots.push(slot);
-        }
-        sent
-    }
-
-    fn post_receive(&self, slot: u16, fabric: &mut Fabric) {
-        fabric.post_receive(self.plan.port, slot, self.slot(slot, MESSAGE_LEN));
-    }
-
-    /// A slot of the control region.
-    fn slot(&self, slot: u16, length: usize) -> Slice {
-        Slice { key: self.control(), offset: usize::from(slot) * MESSAGE_LEN, length }
+        let now = self.now();
+        self.with_session(fabric, rng, |session, stream, ports| {
+            session.announce_if_full(stream, ports, now).expect("no failure");
+        });
     }
 
     /// Panics unless everything that was borrowed for a transfer is back.
@@ -521,7 +447,8 @@ impl Side {
         let (receives, entries) = fabric.in_use(self.plan.port);
         assert_eq!(receives, usize::from(self.plan.receive_slots), "receives not posted again");
         assert_eq!(entries, 0, "entries of the send queue in use");
-        assert_eq!(self.free_control_slots.len(), usize::from(self.plan.control_slots));
+        assert_eq!(self.session.messages_in_flight(), 0, "messages not given back");
+        assert_eq!(self.session.receive_buffers().count(), 1, "the second one of an idle peer");
         let queue = self.stream.outbound();
         assert!(queue.is_idle(), "work requests not given back");
         let staging = queue.staging_bytes(|region| region.length);
@@ -533,22 +460,39 @@ fn refuses(plan: &Plan, rng: &mut Rng) -> bool {
     plan.refusals > 0 && rng.u32(0..plan.refusals) == 0
 }
 
-/// One write of the application.
-struct Sender<'a> {
+/// A slot of a control region.
+fn slot_of(control: Key, slot: u16, length: usize) -> Slice {
+    Slice { key: control, offset: usize::from(slot) * MESSAGE_LEN, length }
+}
+
+/// What a side posts and registers through.
+struct Ports<'a> {
     plan: &'a Plan,
     control: Key,
-    /// How many bytes were written before.
+    /// How many bytes of the application were written before.
     at: u64,
     fabric: &'a mut Fabric,
     rng: &'a mut Rng,
 }
 
-impl Transmit<Registered> for Sender<'_> {
+impl Ports<'_> {
+    fn posted<T>(&self, result: Result<(), T>) -> Result<(), PostError<Infallible>> {
+        result.map_err(|_| PostError::Full)
+    }
+
+    /// Whether the device is to take no work request now.
+    fn refuse(&mut self) -> Result<(), PostError<Infallible>> {
+        if refuses(self.plan, self.rng) { Err(PostError::Full) } else { Ok(()) }
+    }
+}
+
+impl Transmit<Registered> for Ports<'_> {
     type Staged = Slice;
-    type Error = ();
+    type Error = Infallible;
 
     fn register(&mut self, length: usize) -> Option<Registered> {
-        (!refuses(self.plan, self.rng)).then(|| self.fabric.register(self.plan.port, length, false))
+        self.refuse().ok()?;
+        Some(self.fabric.register(self.plan.port, length, false))
     }
 
     fn copy(&mut self, region: Option<&Registered>, chunk: Chunk) -> Slice {
@@ -562,18 +506,53 @@ impl Transmit<Registered> for Sender<'_> {
         Slice { key, offset, length: chunk.length }
     }
 
-    fn post(&mut self, staged: Slice, write: PayloadWrite) -> Result<(), PostError<()>> {
+    fn post(&mut self, staged: Slice, write: PayloadWrite) -> Result<(), PostError<Infallible>> {
         assert_eq!(write.length as usize, staged.length);
+        self.refuse()?;
         let work = Work::Payload(write.sequence);
         let to = (write.address, write.rkey);
-        let Self { plan, fabric, .. } = self;
-        if refuses(plan, self.rng)
-            || fabric.post_write(plan.port, work, staged, to, write.signalled).is_err()
-        {
-            return Err(PostError::Full);
-        }
+        let result = self.fabric.post_write(self.plan.port, work, staged, to, write.signalled);
+        self.posted(result)?;
         self.at += u64::from(write.length);
         Ok(())
+    }
+}
+
+impl SessionPort for Ports<'_> {
+    type Buffer = Registered;
+    type Error = Infallible;
+
+    fn post_receive(&mut self, slot: u16) -> Result<(), PostError<Infallible>> {
+        self.refuse()?;
+        let into = slot_of(self.control, slot, MESSAGE_LEN);
+        self.fabric.post_receive(self.plan.port, slot, into);
+        Ok(())
+    }
+
+    fn post_message(&mut self, slot: u16, message: Message) -> Result<(), PostError<Infallible>> {
+        self.refuse()?;
+        let bytes = slot_of(self.control, self.plan.receive_slots + slot, MESSAGE_LEN);
+        self.fabric.write(bytes.key, bytes.offset, &message.encode());
+        let result = self.fabric.post_send(self.plan.port, Work::Control(slot), bytes);
+        self.posted(result)
+    }
+
+    fn post_probe(&mut self, next: u32) -> Result<(), PostError<Infallible>> {
+        self.refuse()?;
+        let result = self.fabric.post_probe(self.plan.port, Work::Probe(next));
+        self.posted(result)
+    }
+
+    /// Of any length: peers announce what they like.
+    fn register(&mut self, length: u32) -> Option<Registered> {
+        self.refuse().ok()?;
+        let length = self.rng.usize(1..=length as usize);
+        Some(self.fabric.register(self.plan.port, length, true))
+    }
+
+    fn memory(&self, buffer: &Registered) -> Memory {
+        let address = Fabric::address(buffer.key);
+        Memory { address, length: buffer.length as u32, rkey: buffer.key }
     }
 }
 
