@@ -40,6 +40,9 @@ pub struct Settings {
     /// For how long completions may be waited for before the event loop sleeps, in
     /// microseconds; 0 means not at all.
     pub busy_poll: u64,
+    /// Whether a release that is newer than any known one of its line is refused, though all
+    /// probes agree.
+    pub refuse_unknown: bool,
     /// Keepalive intervals in which a probe may stay without an answer; 0 means any number.
     pub keepalive_probes: u64,
     /// Durations of sessions.
@@ -57,6 +60,7 @@ impl Default for Settings {
             max_registered_memory: u64::MAX,
             watchdog_timeout: 5_000,
             busy_poll: 5,
+            refuse_unknown: false,
             keepalive_probes: 12,
             timing: Timing {
                 handshake: 10_000,
@@ -86,7 +90,8 @@ impl std::error::Error for ArgumentError {}
 
 const NAMES: &str = "one of bind=ADDRESS, port=NUMBER, rx-size=BYTES, completion-vector=NUMBER, \
      max-handshakes=NUMBER, max-registered-memory=BYTES, handshake-timeout=MS, keepalive-interval=MS, \
-     keepalive-probes=NUMBER, linger-time=MS, watchdog-timeout=MS, busy-poll=US";
+     keepalive-probes=NUMBER, linger-time=MS, watchdog-timeout=MS, busy-poll=US, \
+     unknown-release=accept|refuse";
 
 /// Arguments of builds before 0.1.0, and the names that they have now.
 pub const RENAMED: [(&str, &str); 4] = [
@@ -162,6 +167,13 @@ impl Settings {
                         .ok_or_else(|| error("0, or a number from 1000 to 86400000"))?;
                 }
                 "busy-poll" => settings.busy_poll = number(0, 1000)?,
+                "unknown-release" => {
+                    settings.refuse_unknown = match value {
+                        "accept" => false,
+                        "refuse" => true,
+                        _ => return Err(error("accept or refuse")),
+                    };
+                }
                 "linger-time" => settings.timing.linger = number(0, 60_000)?,
                 name => {
                     let renamed = RENAMED.iter().find(|(old, _)| *old == name);
@@ -215,6 +227,7 @@ mod tests {
             "watchdog-timeout=0",
             "keepalive-probes=3",
             "keepalive-interval=200",
+            "unknown-release=refuse",
         ])
         .unwrap();
         assert_eq!(settings.bind, ["10.0.0.1", "-::1", "*"]);
@@ -222,6 +235,7 @@ mod tests {
         assert_eq!((settings.completion_vector, settings.max_registered_memory), (3, 1 << 30));
         assert_eq!((settings.timing.linger, settings.watchdog_timeout), (0, 0));
         assert_eq!((settings.timing.keepalive, settings.timing.answer), (200, 600));
+        assert!(settings.refuse_unknown);
         assert_eq!(parse(&["keepalive-probes=0"]).unwrap().timing.answer, Millis::MAX);
         assert_eq!(parse(&[]).unwrap(), Settings::default());
     }
@@ -259,6 +273,7 @@ mod tests {
             ("rx-size=1x", "64k to 16m bytes"),
             ("completion-vector=-2", "a number from -1 to 1024"),
             ("bind=", "an address"),
+            ("unknown-release=yes", "accept or refuse"),
             ("busy-poll=1001", "a number from 0 to 1000"),
             ("watchdog-timeout=999", "0, or a number from 1000"),
             ("max-registered-memory=99999999999g", "a number of bytes"),

@@ -7,12 +7,13 @@ use crate::conntype;
 use crate::conntype::listener::Listening;
 use crate::conntype::rebind;
 use crate::conntype::table;
-use crate::host::line::{Line, Version};
+use crate::host::line::{Layout, Line, Version};
 use crate::host::main_cell::{declare_main_thread, is_main_thread};
 use crate::host::symbols::{self, Symbols, server_has_own_rdma};
-use crate::host::{api, fingerprint};
+use crate::host::{api, fingerprint, probe};
 use crate::namesake;
 use crate::panic::{guard, log_panics};
+use crate::poller::Poller;
 use redis_module::raw;
 use std::ffi::{CString, c_char, c_int};
 use verbs::{account, fork, library};
@@ -135,7 +136,11 @@ unsafe fn load(
         ));
     }
     let line = Line::of(version).ok_or_else(|| {
-        format!("the server is {version}; this module knows the lines {}", Line::SUPPORTED)
+        format!(
+            "the server is {version}; this module supports the lines {}: run it in a server of \
+             one of these, or get a version of the module that supports this one",
+            Line::SUPPORTED
+        )
     })?;
     if server_has_own_rdma() {
         return Err(String::from(
@@ -145,30 +150,44 @@ unsafe fn load(
     }
     let settings = Settings::from_arguments(arguments.iter().map(String::as_str))
         .map_err(|error| error.to_string())?;
-    let foreign = |what: String| {
+    let known = Layout::of(version);
+    if known.is_none() && settings.refuse_unknown {
+        return Err(format!(
+            "the server is {version}, and {} is the last release of its line that this module \
+             knows: without unknown-release=refuse it is accepted if it is like that one",
+            line.last_known()
+        ));
+    }
+    // SAFETY: the server's, whose release is of this line.
+    let symbols = unsafe { probed(line, known) }.map_err(|what| {
         format!(
             "the server says it is {version}, but {what}; it is no build that this module knows"
         )
-    };
-    let symbols =
-        Symbols::find(line).map_err(|name| foreign(format!("it exports no function {name}")))?;
-    // SAFETY: the server's own table.
-    unsafe { fingerprint::check_live(line, symbols.tcp_table()) }
-        .map_err(|mismatch| foreign(mismatch.to_string()))?;
+    })?;
+    if known.is_none() {
+        log::info!(
+            "valkey-server {version} is newer than {}, the last release of its line that this \
+             module knows; whatever can be probed is as it has to be, so it is served",
+            line.last_known()
+        );
+    }
     library::load().map_err(|error| error.to_string())?;
     fork::prepare().map_err(|error| error.to_string())?;
     account::limit_registered(settings.max_registered_memory);
 
-    // SAFETY: by the caller's promise.
-    let io_threads = unsafe { io_threads(ctx) };
     let (poller, listening) =
         conntype::start(line, symbols, settings).map_err(|error| error.to_string())?;
-    let wakeup_fds = if line.wakes_threads_by_descriptors() && io_threads > 1 {
-        (2 * io_threads).min(MOST_ECHOES)
-    } else {
-        0
-    };
-    if !poller.watch(wakeup_fds) {
+    if line.wakes_threads_by_descriptors() {
+        // 9.0 can change the number while it runs.
+        // SAFETY: by the caller's promise.
+        unsafe {
+            allow_wakeup_fds(ctx);
+            api::on_setting(ctx, c"io-threads", |ctx| {
+                guard("io-threads", || allow_wakeup_fds(ctx));
+            })?;
+        }
+    }
+    if !poller.watch() {
         return Err(String::from("the server's event loop takes no more descriptors (maxclients)"));
     }
     if !line.has_directives() {
@@ -200,6 +219,29 @@ unsafe fn load(
     Ok(())
 }
 
+/// The server's functions, after all that can be found out about it was found to be as the
+/// line has it. Nothing is registered yet.
+///
+/// # Safety
+/// Main thread, at load.
+unsafe fn probed(line: Line, known: Option<Layout>) -> Result<Symbols, String> {
+    let symbols = Symbols::find(line).map_err(|name| format!("it exports no function {name}"))?;
+    let tcp = symbols.tcp_table();
+    // SAFETY: the server's own tables.
+    unsafe {
+        fingerprint::check_live(line, tcp).map_err(|mismatch| mismatch.to_string())?;
+        probe::tcp(line, tcp)?;
+        if let Some(tls) = symbols::tls_table(line) {
+            let layouts = known.map_or_else(|| line.layouts(), |layout| vec![layout]);
+            fingerprint::tail_live(line, &layouts, tls).ok_or_else(|| {
+                let names: Vec<_> = layouts.iter().map(|layout| layout.name()).collect();
+                format!("its TLS connection type does not end as that of {}", names.join(" or "))
+            })?;
+        }
+    }
+    Ok(symbols)
+}
+
 /// # Safety
 /// As [`ValkeyModule_OnLoad`].
 unsafe fn arguments(argv: *mut *mut raw::RedisModuleString, argc: c_int) -> Vec<String> {
@@ -217,6 +259,17 @@ unsafe fn arguments(argv: *mut *mut raw::RedisModuleString, argc: c_int) -> Vec<
             }
         })
         .collect()
+}
+
+/// Has as many descriptors fire with a device's as the server's I/O threads are worth.
+///
+/// # Safety
+/// As [`ValkeyModule_OnLoad`], with the API in place.
+unsafe fn allow_wakeup_fds(ctx: *mut raw::RedisModuleCtx) {
+    // SAFETY: by the caller's promise.
+    let io_threads = unsafe { io_threads(ctx) };
+    let most = if io_threads > 1 { (2 * io_threads).min(MOST_ECHOES) } else { 0 };
+    Poller::get().allow_wakeup_fds(most);
 }
 
 /// The server's `io-threads`, or 1 if it does not say.

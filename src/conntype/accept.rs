@@ -9,7 +9,6 @@ use crate::metrics::METRICS;
 use crate::poller::Poller;
 use crate::poller::connection::RdmaConnection;
 use crate::time;
-use std::ffi::CString;
 use std::sync::Arc;
 use verbs::cm::Id;
 
@@ -73,11 +72,9 @@ impl Listening {
         endpoint.own().set_connection(connection.cast());
         endpoint.enter_stage(Stage::Established);
         METRICS.connections_accepted.add(1);
-        let ip = endpoint.peer().map_or_else(String::new, |peer| peer.ip().to_string());
-        let ip = CString::new(ip).expect("an address has no NUL");
         *self.accepting.open() = Some(Arc::clone(endpoint));
-        // SAFETY: of our type and accepting; the server only reads the text.
-        unsafe { self.symbols.accept_common(connection.cast(), ip.as_ptr().cast_mut()) };
+        // SAFETY: of our type and accepting.
+        unsafe { self.symbols.accept_common(connection.cast()) };
         *self.accepting.open() = None;
         poller.mark_if_ready(endpoint);
     }

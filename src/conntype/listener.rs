@@ -12,7 +12,7 @@ use crate::config::Settings;
 use crate::conntype::address::resolve;
 use crate::conntype::relisten;
 use crate::endpoint::Endpoint;
-use crate::host::layout::{ConnectionType91, Listener81, MAX_BINDS, RdmaSettings};
+use crate::host::layout::{ConnectionType90, Listener81, MAX_BINDS, RdmaSettings};
 use crate::host::main_cell::MainPtr;
 use crate::host::symbols::Symbols;
 use crate::host::{Line, MainCell};
@@ -549,10 +549,10 @@ impl Listening {
     /// # Safety
     /// `listener` is the server's own, of our type.
     pub unsafe fn close(&self, listener: *mut Listener81) {
-        // SAFETY: 8.1's table and 9.1's agree up to this member, which only wants the
+        // SAFETY: 8.1's table and 9.0's agree up to this member, which only wants the
         // listener's descriptors: it deregisters and closes them.
         unsafe {
-            let tcp: *const ConnectionType91 = self.symbols.tcp_table().cast();
+            let tcp: *const ConnectionType90 = self.symbols.tcp_table().cast();
             if let Some(close_listener) = (*tcp).close_listener {
                 close_listener(listener);
             }

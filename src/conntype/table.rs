@@ -16,7 +16,7 @@ use crate::host::connection::{
     Connection, FLAG_CLOSE_SCHEDULED, FLAG_WRITE_BARRIER, Handler, State,
 };
 use crate::host::layout::{
-    ConnectionType80, ConnectionType81, ConnectionType91, EventLoop, Listener80, Listener81,
+    ConnectionType80, ConnectionType81, ConnectionType90, EventLoop, Listener80, Listener81, TAIL,
 };
 use crate::host::main_cell::is_main_thread;
 use crate::host::symbols::{TYPE_NAME, TYPE_NUMBER};
@@ -632,7 +632,7 @@ macro_rules! table {
             process_pending_data: Some(process_pending_data),
             postpone_update_state: Some(postpone_update_state),
             update_state: Some(update_state),
-            get_peer_cert: None,
+            tail: [0; TAIL],
             $($field: $value,)*
         }))
         .cast()
@@ -652,16 +652,12 @@ pub fn of(line: Line) -> *mut c_void {
             listen: Some(listen),
             close_listener: Some(close_listener),
             connect: Some(connect),
-            integrity_checked: None,
         }),
-        Line::V9_1 => table!(ConnectionType91 {
+        Line::V9_0 | Line::V9_1 => table!(ConnectionType90 {
             get_type: Some(type_number),
             listen: Some(listen),
             close_listener: Some(close_listener),
             connect: Some(connect_multipath),
-            sync_handlers_in_update_state: 0,
-            get_peer_user: None,
-            integrity_checked: None,
         }),
     }
 }

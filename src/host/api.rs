@@ -4,7 +4,7 @@
 use super::MainCell;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use redis_module::raw;
-use std::ffi::{CString, c_int, c_void};
+use std::ffi::{CStr, CString, c_int, c_void};
 use std::os::fd::RawFd;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
@@ -194,6 +194,52 @@ pub unsafe fn on_client(
         Ok(())
     } else {
         Err(String::from("the server does not tell of its clients"))
+    }
+}
+
+/// What [`on_setting`] calls, with a context.
+pub type OnSetting = fn(*mut raw::RedisModuleCtx);
+
+/// Calls `callback` on the main thread after the server's setting `name` was set.
+///
+/// # Errors
+/// If the server does not tell.
+///
+/// # Safety
+/// `ctx` is the context that the server passed while loading.
+pub unsafe fn on_setting(
+    ctx: *mut raw::RedisModuleCtx,
+    name: &'static CStr,
+    callback: OnSetting,
+) -> Result<(), String> {
+    static CALLBACK: OnceLock<(&CStr, OnSetting)> = OnceLock::new();
+    unsafe extern "C" fn set(
+        ctx: *mut raw::RedisModuleCtx,
+        _event: raw::RedisModuleEvent,
+        _what: u64,
+        changes: *mut c_void,
+    ) {
+        let Some((name, callback)) = CALLBACK.get() else { return };
+        // SAFETY: this event comes with such a structure, and it with as many names.
+        let named = unsafe {
+            let changes = &*changes.cast::<raw::RedisModuleConfigChange>();
+            (0..changes.num_changes as usize)
+                .any(|at| CStr::from_ptr(*changes.config_names.add(at)) == *name)
+        };
+        if named {
+            callback(ctx);
+        }
+    }
+    let event = raw::RedisModuleEvent { id: raw::REDISMODULE_EVENT_CONFIG, dataver: 1 };
+    let _ = CALLBACK.set((name, callback));
+    // SAFETY: by the caller's promise.
+    let subscribed = unsafe {
+        raw::RedisModule_SubscribeToServerEvent.expect("server API")(ctx, event, Some(set))
+    };
+    if subscribed == raw::REDISMODULE_OK as c_int {
+        Ok(())
+    } else {
+        Err(String::from("the server does not tell of its settings"))
     }
 }
 

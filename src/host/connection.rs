@@ -42,8 +42,8 @@ pub const FLAG_WRITE_BARRIER: c_short = 2;
 pub struct Connection {
     /// The table of its type.
     pub kind: *const c_void,
-    state: AtomicI32,
-    last_errno: AtomicI32,
+    pub(super) state: AtomicI32,
+    pub(super) last_errno: AtomicI32,
     /// The descriptor that the server prints.
     pub fd: c_int,
     /// The flags above.

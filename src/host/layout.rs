@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! `ConnectionType` and `connListener` of each line, as their headers declare
-//! them. Sizes and offsets are asserted at compile time here, and a test holds
-//! them against `tests/abi/*.txt`, which `scripts/abi-check.sh` takes from the
-//! server's own headers.
+//! `ConnectionType` and `connListener`, as the servers' headers declare them. Sizes
+//! and offsets are asserted at compile time here, and a test holds them against
+//! `tests/abi/*.txt`, which `scripts/abi-check.sh` takes from those headers.
+//!
+//! A table's *head* is what this module fills in: up to `update_state`. There are three
+//! heads. What follows, the *tail*, differs from layout to layout, and every member of it
+//! may be null. So our own tables end in zeros, more of them than any server looks at,
+//! and one table serves all layouts with the same head.
 
 use super::connection::{Connection, Handler};
+use super::line::{Layout, Line};
 use libc::{iovec, ssize_t};
 use std::ffi::{c_char, c_int, c_longlong, c_void};
 use std::mem::{offset_of, size_of};
@@ -47,7 +52,7 @@ pub type Connect = unsafe extern "C" fn(
     *const c_char,
     Option<Handler>,
 ) -> c_int;
-/// 9.1 puts `int multipath` before the handler.
+/// 9.0 puts `int multipath` before the handler.
 pub type ConnectMultipath = unsafe extern "C" fn(
     *mut Connection,
     *const c_char,
@@ -78,12 +83,11 @@ pub type SyncIo =
     unsafe extern "C" fn(*mut Connection, *mut c_char, ssize_t, c_longlong) -> ssize_t;
 /// An entry that answers with a number about the type as a whole.
 pub type Query = unsafe extern "C" fn() -> c_int;
-/// A boolean in 8.x, a mask (read 1, write 2) in 9.1.
+/// A boolean, and from 9.1.2 on a mask (read 1, write 2).
 pub type Postpone = unsafe extern "C" fn(*mut Connection, c_int);
-/// `get_peer_cert`.
-pub type PeerCert = unsafe extern "C" fn(*mut Connection) -> *mut c_char;
-/// `get_peer_user`.
-pub type PeerUser = unsafe extern "C" fn(*mut Connection, *mut *mut c_char) -> *mut c_void;
+
+/// Zeros at the end of our own tables: four times as many as the longest tail has members.
+pub const TAIL: usize = 16;
 
 /// Declares a C structure with its size and offsets, asserts them, and lists them
 /// for the test that compares them with the headers.
@@ -115,7 +119,7 @@ macro_rules! c_struct {
 
 c_struct! {
     /// `ConnectionType` of 8.0: the type tells its name.
-    ConnectionType80 = "ConnectionType", 240 bytes {
+    ConnectionType80 = "ConnectionType", 360 bytes {
         0 get_type ("get_type"): Option<Text>,
         8 init ("init"): Option<Nothing>,
         16 cleanup ("cleanup"): Option<Nothing>,
@@ -145,13 +149,13 @@ c_struct! {
         208 process_pending_data ("process_pending_data"): Option<Query>,
         216 postpone_update_state ("postpone_update_state"): Option<Postpone>,
         224 update_state ("update_state"): Option<Action>,
-        232 get_peer_cert ("get_peer_cert"): Option<PeerCert>,
+        232 tail (""): [usize; TAIL],
     }
 }
 
 c_struct! {
-    /// `ConnectionType` of 8.1: `closeListener` and `connIntegrityChecked` are new.
-    ConnectionType81 = "ConnectionType", 256 bytes {
+    /// `ConnectionType` of 8.1: `closeListener` is new.
+    ConnectionType81 = "ConnectionType", 368 bytes {
         0 get_type ("get_type"): Option<Text>,
         8 init ("init"): Option<Nothing>,
         16 cleanup ("cleanup"): Option<Nothing>,
@@ -182,15 +186,14 @@ c_struct! {
         216 process_pending_data ("process_pending_data"): Option<Query>,
         224 postpone_update_state ("postpone_update_state"): Option<Postpone>,
         232 update_state ("update_state"): Option<Action>,
-        240 get_peer_cert ("get_peer_cert"): Option<PeerCert>,
-        248 integrity_checked ("connIntegrityChecked"): Option<Query>,
+        240 tail (""): [usize; TAIL],
     }
 }
 
 c_struct! {
-    /// `ConnectionType` of 9.1: the type tells its number, connections may be
-    /// multipath, and two members about who the peer is joined at the end.
-    ConnectionType91 = "ConnectionType", 272 bytes {
+    /// `ConnectionType` of 9.0 and 9.1: the type tells its number, and connections may be
+    /// multipath.
+    ConnectionType90 = "ConnectionType", 368 bytes {
         0 get_type ("get_type"): Option<Query>,
         8 init ("init"): Option<Nothing>,
         16 cleanup ("cleanup"): Option<Nothing>,
@@ -221,10 +224,7 @@ c_struct! {
         216 process_pending_data ("process_pending_data"): Option<Query>,
         224 postpone_update_state ("postpone_update_state"): Option<Postpone>,
         232 update_state ("update_state"): Option<Action>,
-        240 sync_handlers_in_update_state ("sync_handlers_in_update_state"): c_int,
-        248 get_peer_cert ("get_peer_cert"): Option<PeerCert>,
-        256 get_peer_user ("get_peer_user"): Option<PeerUser>,
-        264 integrity_checked ("connIntegrityChecked"): Option<Query>,
+        240 tail (""): [usize; TAIL],
     }
 }
 
@@ -243,7 +243,7 @@ c_struct! {
 }
 
 c_struct! {
-    /// `connListener` of 8.1 and 9.1. Up to `ct` it is that of 8.0.
+    /// `connListener` from 8.1 on. Up to `ct` it is that of 8.0.
     Listener81 = "connListener", 104 bytes {
         0 fd ("fd"): [c_int; MAX_BINDS],
         64 count ("count"): c_int,
@@ -256,7 +256,7 @@ c_struct! {
 }
 
 c_struct! {
-    /// The core's RDMA settings (8.1 and 9.1), to which a listener's `priv` points
+    /// The core's RDMA settings (8.1 and on), to which a listener's `priv` points
     /// if `rdma-port` was not 0 when the server started.
     RdmaSettings = "serverRdmaContextConfig", 144 bytes {
         0 bindaddr ("bindaddr"): [*mut c_char; MAX_BINDS],
@@ -267,25 +267,79 @@ c_struct! {
     }
 }
 
-/// `struct ClientFlags` of 8.x, which travels by value: in one register.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub struct ClientFlags8(pub u64);
+impl Line {
+    /// The head of a table of this line: its members with their offsets.
+    pub fn head(self) -> &'static [(&'static str, usize)] {
+        let (_, _, members) = match self {
+            Self::V8_0 => ConnectionType80::ABI,
+            Self::V8_1 => ConnectionType81::ABI,
+            Self::V9_0 | Self::V9_1 => ConnectionType90::ABI,
+        };
+        &members[..members.len() - 1]
+    }
 
-/// `struct ClientFlags` of 9.1: in two registers.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub struct ClientFlags16(pub u64, pub u64);
+    /// The size of the smallest table that a server of this line can have: nobody reads
+    /// more of one.
+    pub fn least_size(self) -> usize {
+        self.layouts().into_iter().map(Layout::size).min().unwrap_or(0)
+    }
+}
 
-const _: () = assert!(size_of::<ClientFlags8>() == 8 && size_of::<ClientFlags16>() == 16);
+/// The member of a tail that is a number and no function.
+pub const SYNC_HANDLERS: &str = "sync_handlers_in_update_state";
+
+impl Layout {
+    /// The first release that has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V8_0_0 => "8.0.0",
+            Self::V8_1_0 => "8.1.0",
+            Self::V9_0_0 => "9.0.0",
+            Self::V9_1_0 => "9.1.0",
+            Self::V9_1_2 => "9.1.2",
+        }
+    }
+
+    /// The size of `ConnectionType`.
+    pub fn size(self) -> usize {
+        match self {
+            Self::V8_0_0 => 240,
+            Self::V8_1_0 => 256,
+            Self::V9_0_0 | Self::V9_1_0 => 264,
+            Self::V9_1_2 => 272,
+        }
+    }
+
+    /// The tail's members with their offsets.
+    pub fn tail(self) -> &'static [(&'static str, usize)] {
+        match self {
+            Self::V8_0_0 => &[("get_peer_cert", 232)],
+            Self::V8_1_0 => &[("get_peer_cert", 240), ("connIntegrityChecked", 248)],
+            Self::V9_0_0 => {
+                &[("get_peer_cert", 240), ("get_peer_username", 248), ("connIntegrityChecked", 256)]
+            }
+            Self::V9_1_0 => {
+                &[("get_peer_cert", 240), ("get_peer_user", 248), ("connIntegrityChecked", 256)]
+            }
+            Self::V9_1_2 => &[
+                (SYNC_HANDLERS, 240),
+                ("get_peer_cert", 248),
+                ("get_peer_user", 256),
+                ("connIntegrityChecked", 264),
+            ],
+        }
+    }
+}
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::collections::HashMap;
 
-    /// The numbers of `tests/abi/LINE.txt`, by "size STRUCT" and "offset STRUCT.FIELD".
-    fn headers(text: &'static str) -> HashMap<String, usize> {
+    type Headers = HashMap<String, usize>;
+
+    /// The numbers of a file of `tests/abi`, by "size STRUCT" and "offset STRUCT.FIELD".
+    fn headers(text: &'static str) -> Headers {
         let rows = text.lines().filter(|line| line.starts_with("size") || line.starts_with("off"));
         rows.map(|row| {
             let mut words = row.split('\t');
@@ -295,32 +349,70 @@ mod tests {
         .collect()
     }
 
+    fn all() -> [(Line, Layout, Headers); 5] {
+        [
+            (Line::V8_0, Layout::V8_0_0, headers(include_str!("../../tests/abi/8.0.0.txt"))),
+            (Line::V8_1, Layout::V8_1_0, headers(include_str!("../../tests/abi/8.1.0.txt"))),
+            (Line::V9_0, Layout::V9_0_0, headers(include_str!("../../tests/abi/9.0.0.txt"))),
+            (Line::V9_1, Layout::V9_1_0, headers(include_str!("../../tests/abi/9.1.0.txt"))),
+            (Line::V9_1, Layout::V9_1_2, headers(include_str!("../../tests/abi/9.1.2.txt"))),
+        ]
+    }
+
+    /// All members of a structure of the headers, and their offsets.
+    fn members(headers: &Headers, name: &str) -> Vec<(String, usize)> {
+        let prefix = format!("offset {name}.");
+        let own = headers
+            .iter()
+            .filter_map(|(key, offset)| Some((key.strip_prefix(&prefix)?.to_owned(), *offset)));
+        let mut own: Vec<_> = own.collect();
+        own.sort_by_key(|(_, offset)| *offset);
+        own
+    }
+
     #[test]
     fn the_tables_are_those_of_the_headers() {
-        let v80 = headers(include_str!("../../tests/abi/8.0.txt"));
-        let v81 = headers(include_str!("../../tests/abi/8.1.txt"));
-        let v91 = headers(include_str!("../../tests/abi/9.1.txt"));
-        for (headers, (name, size, fields)) in [
-            (&v80, ConnectionType80::ABI),
-            (&v80, Listener80::ABI),
-            (&v81, ConnectionType81::ABI),
-            (&v81, Listener81::ABI),
-            (&v81, RdmaSettings::ABI),
-            (&v91, ConnectionType91::ABI),
-            (&v91, Listener81::ABI),
-            (&v91, RdmaSettings::ABI),
-        ] {
-            assert_eq!(headers[&format!("size {name}")], size, "size of {name}");
-            for (field, offset) in fields {
-                assert_eq!(headers[&format!("offset {name}.{field}")], *offset, "{name}.{field}");
-            }
-            let prefix = format!("offset {name}.");
-            let declared = headers.keys().filter(|key| key.starts_with(&prefix)).count();
-            assert_eq!(declared, fields.len(), "fields of {name}");
+        for (line, layout, headers) in all() {
+            let declared = line.head().iter().chain(layout.tail());
+            let declared: Vec<_> =
+                declared.map(|(name, offset)| ((*name).to_owned(), *offset)).collect();
+            assert_eq!(declared, members(&headers, "ConnectionType"), "{}", layout.name());
+            assert_eq!(headers["size ConnectionType"], layout.size(), "{}", layout.name());
         }
-        for (headers, size) in [(&v80, 8), (&v81, 8), (&v91, 16)] {
-            assert_eq!(headers["size ClientFlags"], size);
+    }
+
+    #[test]
+    fn the_other_structures_are_those_of_the_headers() {
+        for (line, layout, headers) in all() {
+            let first = line == Line::V8_0;
+            let listener = if first { Listener80::ABI } else { Listener81::ABI };
+            let settings = (!first).then_some(RdmaSettings::ABI);
+            for (name, size, fields) in [listener].into_iter().chain(settings) {
+                let fields: Vec<_> =
+                    fields.iter().map(|(name, offset)| ((*name).to_owned(), *offset)).collect();
+                assert_eq!(headers[&format!("size {name}")], size, "{name} of {}", layout.name());
+                assert_eq!(fields, members(&headers, name), "{name} of {}", layout.name());
+            }
             assert_eq!(headers["size connection"], size_of::<Connection>());
         }
+    }
+
+    /// Whatever a server looks at behind the head is zero in our own table.
+    #[test]
+    fn our_tables_end_behind_every_known_one() {
+        for (line, _, headers) in all() {
+            let ours = match line {
+                Line::V8_0 => size_of::<ConnectionType80>(),
+                Line::V8_1 => size_of::<ConnectionType81>(),
+                Line::V9_0 | Line::V9_1 => size_of::<ConnectionType90>(),
+            };
+            assert!(ours >= headers["size ConnectionType"] + 64, "{line}");
+        }
+    }
+
+    #[test]
+    fn the_smallest_table_of_a_line_bounds_what_is_read() {
+        let sizes = Line::ALL.map(Line::least_size);
+        assert_eq!(sizes, [240, 256, 264, 264]);
     }
 }

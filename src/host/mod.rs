@@ -4,13 +4,14 @@
 //! The only place that knows `struct connection`, `ConnectionType` and their
 //! kin. Nothing here touches `struct valkeyServer` or `struct client`: their
 //! offsets differ in every build, while what is declared here is the same in
-//! every build of one minor line (`docs/abi.md` says how that was found).
+//! every build of one release (`docs/abi.md` says how that was found).
 //!
-//! * [`mod@line`]: the supported minor lines.
+//! * [`mod@line`]: the supported releases, as data.
 //! * [`connection`]: `struct connection`, with its shared fields as atomics.
-//! * [`layout`]: the three shapes of `ConnectionType`, two of `connListener`.
+//! * [`layout`]: the shapes of `ConnectionType` and `connListener`.
 //! * [`symbols`]: the functions that the executable exports.
-//! * [`fingerprint`]: whether the running server has the shape of its line.
+//! * [`fingerprint`]: whether the running server's tables have the shape of its line.
+//! * [`probe`]: whether it does what its line does.
 //! * [`api`]: the public module API: event loop, timers, log.
 //! * [`filter`]: a look at each command, while somebody needs it.
 //! * [`reply`]: replies of commands, as values.
@@ -22,6 +23,7 @@ pub mod fingerprint;
 pub mod layout;
 pub mod line;
 pub mod main_cell;
+pub mod probe;
 pub mod reply;
 pub mod symbols;
 

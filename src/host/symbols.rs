@@ -1,18 +1,23 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! The functions that the server's executable exports to modules of its own
-//! build, found by name. Their signatures differ by line in three places.
+//! build, found by name.
 
 use super::connection::Connection;
-use super::layout::{ClientFlags8, ClientFlags16, Listener81};
+use super::layout::Listener81;
 use super::line::Line;
 use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
-/// Number of the RDMA type in 9.1 (`CONN_TYPE_RDMA`); 8.x goes by name.
+/// Number of the RDMA type in 9.x (`CONN_TYPE_RDMA`); 8.x goes by name.
 pub const TYPE_NUMBER: c_int = 3;
 /// Name of the RDMA type, in every line.
 pub const TYPE_NAME: &CStr = c"rdma";
+
+/// `acceptCommonHandler(connection, flags, ip)`, where `flags` is a structure that is passed
+/// by value: in one register up to 9.0, in two in 9.1, and if it grows on, on the stack. No
+/// release looks at `ip`. So there is one way to call them all: zeros wherever flags may be.
+type AcceptCommon = unsafe extern "C" fn(*mut Connection, u64, u64, u64, u64, u64, [u64; 8]);
 
 /// The server's functions, of one line.
 #[derive(Clone, Copy, Debug)]
@@ -21,7 +26,7 @@ pub struct Symbols {
     register: unsafe extern "C" fn(*mut c_void) -> c_int,
     connection_type_tcp: unsafe extern "C" fn() -> *const c_void,
     listener_by_type: *mut c_void,
-    accept_common: *mut c_void,
+    accept_common: AcceptCommon,
     change_listener: unsafe extern "C" fn(*mut Listener81) -> c_int,
 }
 
@@ -64,6 +69,29 @@ pub fn stay() -> bool {
     })
 }
 
+/// The live table of the server's TLS type, if TLS is built in. Where it is not, the server
+/// would complain of being asked, and might remember the answer beyond the loading of TLS as a
+/// module.
+pub fn tls_table(line: Line) -> Option<*const c_void> {
+    /// `CONN_TYPE_TLS` of 9.x.
+    const NUMBER: c_int = 2;
+    find(c"SSL_CTX_new")?;
+    let by_type = find(c"connectionByType")?;
+    // SAFETY: the signature is that of the line.
+    let table = unsafe {
+        if line.numbers_types() {
+            std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int) -> *const c_void>(
+                by_type,
+            )(NUMBER)
+        } else {
+            std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const c_char) -> *const c_void>(
+                by_type,
+            )(c"tls".as_ptr())
+        }
+    };
+    (!table.is_null()).then_some(table)
+}
+
 /// Whether the server was built with an RDMA transport of its own: then, and only
 /// then, the executable brings librdmacm along.
 pub fn server_has_own_rdma() -> bool {
@@ -77,6 +105,12 @@ impl Symbols {
     /// The name of the first that is missing.
     pub fn find(line: Line) -> Result<Self, &'static str> {
         let need = |name: &'static CStr| find(name).ok_or(name.to_str().unwrap_or("?"));
+        // Not called: it tells the two kinds of I/O threads from each other.
+        need(if line.wakes_threads_by_descriptors() {
+            c"adjustIOThreadsByEventLoad"
+        } else {
+            c"IOThreadsBeforeSleep"
+        })?;
         // SAFETY: the signatures are those of the line's headers, `docs/abi.md`.
         unsafe {
             Ok(Self {
@@ -90,7 +124,9 @@ impl Symbols {
                     unsafe extern "C" fn() -> *const c_void,
                 >(need(c"connectionTypeTcp")?),
                 listener_by_type: need(c"listenerByType")?,
-                accept_common: need(c"acceptCommonHandler")?,
+                accept_common: std::mem::transmute::<*mut c_void, AcceptCommon>(need(
+                    c"acceptCommonHandler",
+                )?),
                 change_listener: std::mem::transmute::<
                     *mut c_void,
                     unsafe extern "C" fn(*mut Listener81) -> c_int,
@@ -121,15 +157,15 @@ impl Symbols {
     pub fn listener(&self) -> *mut Listener81 {
         // SAFETY: the signature is that of the line.
         unsafe {
-            match self.line {
-                Line::V9_1 => std::mem::transmute::<
-                    *mut c_void,
-                    unsafe extern "C" fn(c_int) -> *mut Listener81,
-                >(self.listener_by_type)(TYPE_NUMBER),
-                _ => std::mem::transmute::<
+            if self.line.numbers_types() {
+                std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int) -> *mut Listener81>(
+                    self.listener_by_type,
+                )(TYPE_NUMBER)
+            } else {
+                std::mem::transmute::<
                     *mut c_void,
                     unsafe extern "C" fn(*const c_char) -> *mut Listener81,
-                >(self.listener_by_type)(TYPE_NAME.as_ptr()),
+                >(self.listener_by_type)(TYPE_NAME.as_ptr())
             }
         }
     }
@@ -147,28 +183,57 @@ impl Symbols {
     /// closes it. Afterwards the connection may be gone. Main thread.
     ///
     /// # Safety
-    /// `connection` is of our type and in state accepting; `ip` is NUL-terminated.
-    pub unsafe fn accept_common(&self, connection: *mut Connection, ip: *mut c_char) {
-        // SAFETY: by the caller's promise, and the signature is that of the line.
-        unsafe {
-            match self.line {
-                Line::V9_1 => std::mem::transmute::<
-                    *mut c_void,
-                    unsafe extern "C" fn(*mut Connection, ClientFlags16, *mut c_char),
-                >(self.accept_common)(
-                    connection, ClientFlags16::default(), ip
-                ),
-                _ => std::mem::transmute::<
-                    *mut c_void,
-                    unsafe extern "C" fn(*mut Connection, ClientFlags8, *mut c_char),
-                >(self.accept_common)(connection, ClientFlags8::default(), ip),
-            }
-        }
+    /// `connection` is of our type and in state accepting.
+    pub unsafe fn accept_common(&self, connection: *mut Connection) {
+        // SAFETY: by the caller's promise; whatever the flags' size, they are zeros.
+        unsafe { (self.accept_common)(connection, 0, 0, 0, 0, 0, [0; 8]) }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    /// What a server's function was called with: the connection, and all bits of the flags.
+    static CALL: Mutex<(usize, u64)> = Mutex::new((0, !0));
+
+    macro_rules! servers {
+        ($($name:ident: $words:literal,)*) => {
+            $(unsafe extern "C" fn $name(
+                connection: *mut Connection,
+                flags: Flags<$words>,
+                ip: *mut c_char,
+            ) {
+                let flags = flags.0.iter().fold(0, |bits, word| bits | word);
+                *CALL.lock().unwrap() = (connection as usize, flags | ip as u64);
+            })*
+            /// Servers whose flags have so many words.
+            const SERVERS: &[unsafe extern "C" fn()] = &[$(
+                // SAFETY: only ever called after it was made a function of the real type.
+                unsafe { std::mem::transmute::<*const (), unsafe extern "C" fn()>($name as *const ()) },
+            )*];
+        };
+    }
+
+    #[repr(C)]
+    struct Flags<const WORDS: usize>([u64; WORDS]);
+
+    servers! { one: 1, two: 2, three: 3, eight: 8, }
+
+    #[test]
+    fn flags_of_any_size_arrive_as_zeros() {
+        for server in SERVERS {
+            *CALL.lock().unwrap() = (0, !0);
+            // SAFETY: what is under test.
+            unsafe {
+                let accept = std::mem::transmute::<unsafe extern "C" fn(), AcceptCommon>(*server);
+                accept(std::ptr::without_provenance_mut(0x40), 0, 0, 0, 0, 0, [0; 8]);
+            }
+            assert_eq!(*CALL.lock().unwrap(), (0x40, 0));
+        }
+    }
+
     #[test]
     fn this_code_has_a_file() {
         assert!(super::own_file().unwrap().exists());

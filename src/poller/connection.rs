@@ -19,6 +19,9 @@ const PIECES: u16 = 1024;
 pub struct RdmaConnection {
     /// The server's part.
     pub base: Connection,
+    /// Room for what a later patch release may have added: the probes of a server can't see so
+    /// little, and the server would take it for its own.
+    _later: [u64; 2],
     /// The RDMA side; gone once the server has closed.
     pub endpoint: Option<Arc<Endpoint>>,
     /// The server prints a descriptor, and calls shutdown(2) and the like on it.
@@ -36,7 +39,7 @@ impl RdmaConnection {
         let descriptor = (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) });
         let mut base = Connection::new(kind, state, PIECES);
         base.fd = descriptor.as_ref().map_or(-1, AsRawFd::as_raw_fd);
-        Box::into_raw(Box::new(Self { base, endpoint: None, descriptor }))
+        Box::into_raw(Box::new(Self { base, _later: [0; 2], endpoint: None, descriptor }))
     }
 
     /// Whether the connection has its descriptor.

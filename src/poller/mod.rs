@@ -204,10 +204,13 @@ impl Poller {
         self.nudges.open().log(now, Level::Warn, message);
     }
 
-    /// Registers with the event loop. `wakeup_fds` is the most descriptors that may fire
-    /// for one device beside its own.
-    pub fn watch(&self, wakeup_fds: usize) -> bool {
-        self.wakeup_fds.open().allow(wakeup_fds);
+    /// The most descriptors that may fire for one device beside its own.
+    pub fn allow_wakeup_fds(&self, most: usize) {
+        self.wakeup_fds.open().allow(most);
+    }
+
+    /// Registers with the event loop.
+    pub fn watch(&self) -> bool {
         api::watch(self.wake.as_raw_fd(), on_wake, 0)
             && api::watch(self.channel.fd(), on_connection_event, 0)
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Descriptors that fire together with a device's.
 //!
-//! 8.0 and 8.1 wake as many I/O threads as *descriptors* fired in one turn of the event
+//! 8.0, 8.1 and 9.0 wake as many I/O threads as *descriptors* fired in one turn of the event
 //! loop, divided by a setting. All connections of a device share one completion
 //! channel, so one descriptor would fire for all of them, and no thread would ever be
 //! woken. So the channel's descriptor is registered several times, by copies of it: as
@@ -22,9 +22,10 @@ pub(super) struct WakeupFds {
 }
 
 impl WakeupFds {
-    /// As many as `most`, from now on.
+    /// No more than `most`, from now on.
     pub(super) fn allow(&mut self, most: usize) {
         self.most = most;
+        self.keep(most);
     }
 
     /// Has as many descriptors fire with `fd` as there are `busy` endpoints.
@@ -47,6 +48,10 @@ impl WakeupFds {
     pub(super) fn shrink(&mut self, all: bool) {
         let busy = std::mem::take(&mut self.busy);
         let wanted = if all { 0 } else { busy.saturating_sub(1) };
+        self.keep(wanted);
+    }
+
+    fn keep(&mut self, wanted: usize) {
         while self.descriptors.len() > wanted {
             if let Some(descriptor) = self.descriptors.pop() {
                 api::unwatch(descriptor.as_raw_fd());

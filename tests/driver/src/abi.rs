@@ -24,13 +24,15 @@ type Ask = unsafe extern "C" fn(*mut Connection) -> c_int;
 type Text = unsafe extern "C" fn(*mut Connection) -> *const c_char;
 type SyncIo = unsafe extern "C" fn(*mut Connection, *mut c_char, ssize_t, c_longlong) -> ssize_t;
 
-const LINES: [(u32, &str); 3] = [
-    (0x0800, include_str!("../../abi/8.0.txt")),
-    (0x0801, include_str!("../../abi/8.1.txt")),
-    (0x0901, include_str!("../../abi/9.1.txt")),
+/// Of each line one of its layouts: in the slots that are called here they agree.
+const LINES: [(u32, &str); 4] = [
+    (0x0800, include_str!("../../abi/8.0.0.txt")),
+    (0x0801, include_str!("../../abi/8.1.0.txt")),
+    (0x0900, include_str!("../../abi/9.0.0.txt")),
+    (0x0901, include_str!("../../abi/9.1.0.txt")),
 ];
 /// The line from which on types go by number and a connect may be multipath.
-const NUMBERED: u32 = 0x0901;
+const NUMBERED: u32 = 0x0900;
 
 /// The registered connection type of a server.
 pub struct ConnectionType {
