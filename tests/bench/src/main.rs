@@ -124,7 +124,7 @@ fn measure(options: &Run) -> Result<bool> {
     let repo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize()?;
     let built = std::env::var_os("CARGO_TARGET_DIR").map_or(repo.join("target"), PathBuf::from);
     let module = built.join("release/libvalkey_rdma.so");
-    let lab = Lab::new(&repo, &module, options.place.fabric(), None)?;
+    let lab = Lab::new(&repo, &module, options.place.fabric(), None, None)?;
     let earlier = Results::read(&options.results)?;
     let same = earlier.filter(|results| results.module == lab.module_sha256);
     let results = match same {

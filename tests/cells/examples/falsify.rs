@@ -4,9 +4,15 @@
 //!
 //! - `version=0x00MMmmpp`: the server claims that version;
 //! - `null=N`: slot N of the TCP connection type is null;
-//! - `shift=N`: the slots from N on have moved on by one.
+//! - `null-tls=N`: the same in the TLS type;
+//! - `shift=N`: the slots from N on have moved on by one;
+//! - `cut=N`: the table ends before slot N, and something else lies there;
+//! - `swap=N`: slots N and N+1 have each other's function;
+//! - `larger=N`: slot N, which makes connections, makes larger ones;
+//! - `moved=N`: it makes some with a member more in front of the descriptor.
 
 use std::ffi::{CStr, c_char, c_int, c_long, c_void};
+use std::sync::OnceLock;
 
 const OK: c_int = 0;
 const ERR: c_int = 1;
@@ -64,8 +70,13 @@ pub unsafe extern "C" fn RedisModule_OnLoad(
             "version" => u32::from_str_radix(value.trim_start_matches("0x"), 16)
                 .ok()
                 .and_then(|version| claim(version)),
-            "null" => value.parse().ok().and_then(|slot| change(slot, false)),
-            "shift" => value.parse().ok().and_then(|slot| change(slot, true)),
+            "null" => value.parse().ok().and_then(|slot| change(c"tcp", slot, Change::Null)),
+            "shift" => value.parse().ok().and_then(|slot| change(c"tcp", slot, Change::Shift)),
+            "null-tls" => value.parse().ok().and_then(|slot| change(c"tls", slot, Change::Null)),
+            "cut" => value.parse().ok().and_then(|slot| change(c"tcp", slot, Change::Cut)),
+            "swap" => value.parse().ok().and_then(|slot| change(c"tcp", slot, Change::Swap)),
+            "larger" => value.parse().ok().and_then(|slot| make_others(context, slot, 64 + 24, 16)),
+            "moved" => value.parse().ok().and_then(|slot| make_others(context, slot, 64 + 8, 24)),
             _ => None,
         };
         if done.is_some() { OK } else { ERR }
@@ -87,25 +98,109 @@ unsafe fn claim(version: u32) -> Option<()> {
     Some(())
 }
 
-/// Nulls a slot of the TCP connection type, or moves the slots from there on by one.
+/// What becomes of a table from a slot on.
+enum Change {
+    Null,
+    Shift,
+    Cut,
+    Swap,
+}
+
+/// The table of the TCP or the TLS type.
 ///
 /// # Safety
-/// Changes the live table, for a server that will not run.
-unsafe fn change(slot: usize, shift: bool) -> Option<()> {
+/// The server has registered its types.
+unsafe fn table(kind: &CStr) -> Option<*mut *mut c_void> {
     type Table = unsafe extern "C" fn() -> *mut *mut c_void;
-    // SAFETY: the table has more slots than SLOTS in every release.
+    let name = if kind == c"tls" { c"connectionTypeTls" } else { c"connectionTypeTcp" };
+    // SAFETY: functions of this type in every release.
     unsafe {
-        let function = libc::dlsym(libc::RTLD_DEFAULT, c"connectionTypeTcp".as_ptr());
-        if function.is_null() || slot >= SLOTS {
+        let function = libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr());
+        if function.is_null() {
             return None;
         }
         let table = std::mem::transmute::<*mut c_void, Table>(function)();
-        writable(table.cast(), SLOTS * size_of::<*mut c_void>(), 0)?;
+        (!table.is_null()).then_some(table)
+    }
+}
+
+/// Changes the slots of a connection type.
+///
+/// # Safety
+/// Changes the live table, for a server that will not run.
+unsafe fn change(kind: &CStr, slot: usize, change: Change) -> Option<()> {
+    if slot > SLOTS + 1 {
+        return None;
+    }
+    // SAFETY: behind the table's SLOTS there are more in most releases, and else there is other
+    // data of the server, which will not run.
+    unsafe {
+        let table = table(kind)?;
+        let end = SLOTS + 2;
+        writable(table.cast(), end * size_of::<*mut c_void>(), 0)?;
         let at = table.add(slot);
-        if shift {
-            std::ptr::copy(at, at.add(1), SLOTS - slot - 1);
+        match change {
+            Change::Null => *at = std::ptr::null_mut(),
+            // Slot N keeps what it had: only at the end something is where nothing should be.
+            Change::Shift => std::ptr::copy(at, at.add(1), end - slot - 1),
+            Change::Cut => (slot..end).for_each(|slot| {
+                *table.add(slot) = std::ptr::without_provenance_mut(0x4141_4141);
+            }),
+            Change::Swap => std::ptr::swap(at, at.add(1)),
         }
-        *at = std::ptr::null_mut();
+    }
+    Some(())
+}
+
+/// The server's function that allocates zeros: so many items of a size.
+type Zeros = unsafe extern "C" fn(usize, usize) -> *mut c_void;
+
+/// What [`other`] makes.
+struct Other {
+    zeros: Zeros,
+    /// The TCP type, as an address.
+    kind: usize,
+    size: usize,
+    /// Where the descriptor is.
+    descriptor: usize,
+}
+
+static OTHER: OnceLock<Other> = OnceLock::new();
+
+/// Makes a connection as the server does, but for its size and where its descriptor is.
+unsafe extern "C" fn other() -> *mut c_void {
+    let Some(other) = OTHER.get() else { return std::ptr::null_mut() };
+    // SAFETY: the server's own function; all members are within the size.
+    unsafe {
+        let connection = (other.zeros)(1, other.size);
+        connection.cast::<usize>().write(other.kind);
+        connection.byte_add(other.descriptor).cast::<c_int>().write(-1);
+        connection.byte_add(other.descriptor + 8).cast::<u16>().write(1024);
+        connection
+    }
+}
+
+/// Has the function in a slot of the TCP type jump to [`other`].
+///
+/// # Safety
+/// Rewrites code of the process, while nothing else runs it; `context` is the server's.
+unsafe fn make_others(
+    context: *mut c_void,
+    slot: usize,
+    size: usize,
+    descriptor: usize,
+) -> Option<()> {
+    // SAFETY: a function that makes a connection is longer than the twelve bytes of
+    // `mov rax, address; jmp rax`.
+    unsafe {
+        let table = table(c"tcp")?;
+        let zeros = api::<Zeros>(context, c"RedisModule_Calloc")?;
+        OTHER.set(Other { zeros, kind: table as usize, size, descriptor }).ok()?;
+        let function = *table.add(slot);
+        let target = (other as *const () as u64).to_le_bytes();
+        let code = [&[0x48, 0xb8][..], &target, &[0xff, 0xe0]].concat();
+        writable(function, code.len(), libc::PROT_EXEC)?;
+        std::ptr::copy_nonoverlapping(code.as_ptr(), function.cast(), code.len());
     }
     Some(())
 }

@@ -11,7 +11,7 @@ use client::{Client, tcp};
 use crate::info::Info;
 use crate::lab::{Lab, sha256};
 use crate::matrix::CellId;
-use crate::server::{Server, Settings};
+use crate::server::{Server, Settings, wakes_by_descriptors};
 
 /// A case: what a cell does with its server.
 pub struct Case {
@@ -299,7 +299,7 @@ impl<'a> Cell<'a> {
     fn at_rest<T>(&self, measure: impl Fn(&Self) -> Result<T>) -> Result<T> {
         let mut observer = self.tcp()?;
         let mut set = |rest: bool| -> Result<()> {
-            let line = match (self.id.server.starts_with("8."), rest) {
+            let line = match (wakes_by_descriptors(&self.id.server), rest) {
                 (true, true) => "events-per-io-thread 2".to_owned(),
                 (true, false) => "events-per-io-thread 0".to_owned(),
                 (false, true) => "io-threads 1".to_owned(),
@@ -338,7 +338,7 @@ impl<'a> Cell<'a> {
         let stock = self.lab.stock(&self.id.server)?;
         ensure!(
             sha256(Path::new(&executable))? == stock.sha256,
-            "the server is not the stock executable of {}",
+            "the server is not the executable of {}",
             stock.version
         );
         let Some(module) = &server.settings().module else {

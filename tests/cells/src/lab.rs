@@ -20,11 +20,75 @@ use crate::matrix::Fabric;
 /// with, which alone loads upstream's own module.
 pub const BUILT: &str = "built-9.1";
 
+/// A server that was given: any executable.
+#[derive(Clone, Debug)]
+pub struct Given {
+    /// What it says it is.
+    pub release: String,
+    /// How it was built, for people.
+    pub build: String,
+    executable: PathBuf,
+}
+
+impl Given {
+    /// Asks the executable at `path`.
+    ///
+    /// # Errors
+    /// If it is no valkey-server.
+    pub fn new(path: &Path) -> Result<Self> {
+        let executable = path.canonicalize().with_context(|| path.display().to_string())?;
+        let said = |program: &Path, arguments: &[&str]| -> Result<String> {
+            let output = Command::new(program).args(arguments).output();
+            let output = output.with_context(|| program.display().to_string())?;
+            Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        };
+        let version = said(&executable, &["--version"])?;
+        let word = |name: &str| {
+            let mut words = version.split_whitespace();
+            words.find_map(|word| word.strip_prefix(name)).map(str::to_owned)
+        };
+        let release = word("v=").with_context(|| format!("{} is no server", path.display()))?;
+        // Of how it was built a binary keeps the compilers' names, where its code may lie, and
+        // what it needs; a build with debugging information has the flags as well.
+        let file = executable.to_string_lossy().into_owned();
+        let elf = said(Path::new("readelf"), &["-W", "-h", "-d", "-p", ".comment", &file])?;
+        let names = said(Path::new("readelf"), &["-W", "--dyn-syms", &file])?;
+        let compilers = elf.lines().filter(|line| line.trim_start().starts_with('['));
+        let compilers = compilers.filter_map(|line| line.split_once(']')).map(|(_, it)| it.trim());
+        let debug =
+            said(Path::new("readelf"), &["-W", "--debug-dump=info", "--dwarf-depth=1", &file])?;
+        let producer = debug.lines().find_map(|line| line.split_once("DW_AT_producer"));
+        let flags = producer.and_then(|(_, text)| Some(text.rsplit_once("): ")?.1.trim()));
+        let has = |text: &str, word: &str| if text.contains(word) { "" } else { "no " };
+        let build = format!(
+            "malloc {}, {}TLS, {}PIE, {}immediate binding, built by {}, flags {}, SHA-256 {}",
+            word("malloc=").unwrap_or_else(|| "?".to_owned()),
+            has(&names, " SSL_CTX_new"),
+            has(&elf, "DYN ("),
+            has(&elf, "NOW"),
+            compilers
+                .collect::<std::collections::BTreeSet<_>>()
+                .into_iter()
+                .collect::<Vec<_>>()
+                .join(" and "),
+            flags.unwrap_or("not kept"),
+            sha256(&executable)?
+        );
+        Ok(Self { release, build, executable })
+    }
+}
+
 /// A stock server, as the set-up script describes it in `servers/manifest.toml`.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Stock {
     /// What the executable says it is.
     pub version: String,
+    /// The package that it comes in.
+    #[serde(default)]
+    pub package: String,
+    /// That package's version.
+    #[serde(default)]
+    pub package_version: String,
     /// The hash of the executable.
     pub sha256: String,
 }
@@ -51,6 +115,7 @@ pub struct Lab {
     pub address_v6: Option<IpAddr>,
     /// Where cells put their folders.
     pub scratch: PathBuf,
+    given: Option<Given>,
     stock: HashMap<String, Stock>,
 }
 
@@ -61,6 +126,7 @@ impl Lab {
         module: &Path,
         fabric: Fabric,
         address: Option<IpAddr>,
+        given: Option<Given>,
     ) -> Result<Self> {
         let cache = std::env::var_os("XDG_CACHE_HOME")
             .map(PathBuf::from)
@@ -68,12 +134,21 @@ impl Lab {
             .context("neither XDG_CACHE_HOME nor HOME is set")?
             .join("valkey-rdma");
         let manifest = cache.join("servers/manifest.toml");
-        let stock = match std::fs::read_to_string(&manifest) {
+        let mut stock: HashMap<String, Stock> = match std::fs::read_to_string(&manifest) {
             Ok(text) => toml::from_str(&text).with_context(|| manifest.display().to_string())?,
             // Whoever asks for a stock server is told how to get one.
             Err(error) if error.kind() == ErrorKind::NotFound => HashMap::new(),
             Err(error) => return Err(error).with_context(|| manifest.display().to_string()),
         };
+        if let Some(given) = &given {
+            let entry = Stock {
+                version: given.release.clone(),
+                package: "given".to_owned(),
+                package_version: given.build.clone(),
+                sha256: sha256(&given.executable)?,
+            };
+            stock.insert(given.release.clone(), entry);
+        }
         let module = module
             .canonicalize()
             .with_context(|| format!("{} (build it first)", module.display()))?;
@@ -95,22 +170,33 @@ impl Lab {
             second_address: parse(second),
             address_v6: parse(v6),
             scratch: std::env::temp_dir().join(format!("valkey-rdma-cells.{}", std::process::id())),
+            given,
             stock,
         })
     }
 
-    /// The stock server of a line.
+    /// What a server is, for people: its release and where it comes from.
+    pub fn describe(&self, server: &str) -> String {
+        self.stock.get(server).map_or_else(
+            || server.to_owned(),
+            |it| format!("{}: {} {}", it.version, it.package, it.package_version),
+        )
+    }
+
+    /// The server of a name.
     pub fn stock(&self, line: &str) -> Result<&Stock> {
         self.stock
             .get(line)
             .ok_or_else(|| anyhow!("no server of line {line}: run scripts/setup.sh servers"))
     }
 
-    /// The command that becomes the stock server of a line, wherever that one runs, by way of
+    /// The command that becomes the server of a name, wherever that one runs, by way of
     /// `prefix`.
     pub fn server_command(&self, line: &str, prefix: &[String]) -> Result<Command> {
         let (program, arguments) = if line == BUILT {
             (self.built.join("valkey-server"), vec![])
+        } else if let Some(given) = self.given.as_ref().filter(|given| given.release == line) {
+            (given.executable.clone(), vec![])
         } else {
             self.stock(line)?;
             (self.repo.join("scripts/chroot.sh"), vec![line, "valkey-server"])

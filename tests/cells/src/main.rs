@@ -23,7 +23,7 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use cell::{Case, Cell};
-use lab::Lab;
+use lab::{Given, Lab};
 use matrix::{Expected, Fabric, Level, Selector};
 use report::{Record, State};
 
@@ -43,6 +43,10 @@ struct Options {
     /// The module under test.
     #[arg(long)]
     module: Option<PathBuf>,
+    /// The executable of a server: runs the cells of its line on it, and no others. The cells
+    /// are named for its release.
+    #[arg(long)]
+    server: Option<PathBuf>,
     /// An address of the RDMA device, for hw.
     #[arg(long)]
     address: Option<IpAddr>,
@@ -82,10 +86,15 @@ fn run(options: &Options) -> Result<bool> {
     let text = std::fs::read_to_string(&options.matrix)
         .with_context(|| options.matrix.display().to_string())?;
     let names: Vec<&str> = cases::all().map(|case| case.name).collect();
-    let cells = matrix::read(&text, &names)?;
+    let matrix = matrix::read(&text, &names)?;
+    let given = options.server.as_deref().map(Given::new).transpose()?;
+    let cells = match &given {
+        Some(given) => matrix.given(&given.release)?,
+        None => matrix.cells.clone(),
+    };
     let state = options.state.as_deref().map(State::open).transpose()?;
     if let (Some(path), Some(state)) = (&options.report, &state) {
-        std::fs::write(path, state.table(&cells))?;
+        std::fs::write(path, state.report(&matrix)?)?;
         return Ok(true);
     }
     let fabric = options.fabric.expect("clap asks for it when there is no report to write");
@@ -101,7 +110,10 @@ fn run(options: &Options) -> Result<bool> {
     let repo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize()?;
     let built = std::env::var_os("CARGO_TARGET_DIR").map_or(repo.join("target"), PathBuf::from);
     let module = options.module.clone().unwrap_or(built.join("release/libvalkey_rdma.so"));
-    let lab = Lab::new(&repo, &module, fabric, options.address)?;
+    if let Some(given) = &given {
+        println!("valkey-server {}: {}", given.release, given.build);
+    }
+    let lab = Lab::new(&repo, &module, fabric, options.address, given)?;
 
     let rounds = chosen.len() * options.rounds;
     let progress = ProgressBar::new(rounds as u64).with_style(ProgressStyle::with_template(
@@ -227,6 +239,7 @@ fn run_cell(lab: &Lab, cell: &Expected, commit: &str, date: &str) -> (String, Op
             Some(Record {
                 commit: commit.to_owned(),
                 module: lab.module_sha256.clone(),
+                server: lab.describe(&cell.id.server),
                 date: date.to_owned(),
                 seconds,
                 figures,

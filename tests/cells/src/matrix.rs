@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! The list of expected cells, as `tests/matrix.toml` writes it down.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::str::FromStr;
 
@@ -64,7 +64,18 @@ struct Entry {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
+    /// Lines that no stock server is fetched for, each with the one whose cells are its own.
+    #[serde(default)]
+    like: HashMap<String, String>,
     cell: Vec<Entry>,
+}
+
+/// The whole file, read.
+#[derive(Clone, Debug)]
+pub struct Matrix {
+    /// Every cell on the stock servers.
+    pub cells: Vec<Expected>,
+    like: HashMap<String, String>,
 }
 
 /// What tells one cell from another.
@@ -72,12 +83,26 @@ struct File {
 pub struct CellId {
     /// The test.
     pub case: String,
-    /// The release line of the stock server.
+    /// The stock server, named for its release line or its release, or the release of a server
+    /// that was given.
     pub server: String,
     /// What carries the bytes.
     pub fabric: Fabric,
     /// The server's `io-threads`.
     pub io_threads: u32,
+}
+
+impl CellId {
+    /// The minor line of the server: `8.1` of `8.1`, `8.1-embedded` and `8.1.7`.
+    pub fn line(&self) -> &str {
+        line(&self.server)
+    }
+}
+
+/// The minor line of a server's name.
+pub fn line(server: &str) -> &str {
+    let end = server.match_indices(['.', '-']).nth(1);
+    end.map_or(server, |(at, _)| &server[..at])
 }
 
 impl fmt::Display for CellId {
@@ -141,7 +166,7 @@ impl Selector {
 
 /// Reads the matrix and checks that it lists every case of `known`, none that does not exist,
 /// and no cell twice.
-pub fn read(text: &str, known: &[&str]) -> Result<Vec<Expected>> {
+pub fn read(text: &str, known: &[&str]) -> Result<Matrix> {
     let file: File = toml::from_str(text).context("reading the matrix")?;
     let mut cells = Vec::new();
     let mut seen = HashSet::new();
@@ -175,7 +200,26 @@ pub fn read(text: &str, known: &[&str]) -> Result<Vec<Expected>> {
             bail!("the matrix does not list case '{case}'");
         }
     }
-    Ok(cells)
+    Ok(Matrix { cells, like: file.like })
+}
+
+impl Matrix {
+    /// The cells on a server that was given, of this release: those of its line.
+    ///
+    /// # Errors
+    /// If no cell is meant for that line.
+    pub fn given(&self, release: &str) -> Result<Vec<Expected>> {
+        let own = line(release);
+        let own = self.like.get(own).map_or(own, String::as_str);
+        let cells = self.cells.iter().filter(|cell| cell.id.server == own).cloned();
+        let cells = cells.map(|mut cell| {
+            release.clone_into(&mut cell.id.server);
+            cell
+        });
+        let cells: Vec<_> = cells.collect();
+        ensure!(!cells.is_empty(), "the matrix has no cell for a server {release}");
+        Ok(cells)
+    }
 }
 
 /// The cells of one run, in the matrix's order: those of the level, or those that a selector
@@ -231,6 +275,9 @@ mod tests {
     use super::*;
 
     const TEXT: &str = r#"
+        [like]
+        "9.0" = "9.1"
+
         [[cell]]
         case = ["a", "b"]
         servers = ["8.0", "9.1"]
@@ -249,7 +296,7 @@ mod tests {
 
     fn tried(fabric: Fabric, level: Level, selectors: &[&str]) -> Result<Vec<String>> {
         let selectors: Vec<Selector> = selectors.iter().map(|s| s.parse().unwrap()).collect();
-        let chosen = select(read(TEXT, &["a", "b"])?, fabric, level, &selectors)?;
+        let chosen = select(read(TEXT, &["a", "b"])?.cells, fabric, level, &selectors)?;
         Ok(chosen.iter().map(|cell| cell.id.to_string()).collect())
     }
 
@@ -259,10 +306,30 @@ mod tests {
 
     #[test]
     fn entries_expand_to_every_combination() {
-        assert_eq!(read(TEXT, &["a", "b"]).unwrap().len(), 17);
+        assert_eq!(read(TEXT, &["a", "b"]).unwrap().cells.len(), 17);
         assert_eq!(chosen(Fabric::Soft, Level::Full, &[]).len(), 8);
         assert_eq!(chosen(Fabric::Vm, Level::Quick, &[]).len(), 8);
         assert_eq!(chosen(Fabric::Vm, Level::Full, &[]).len(), 9);
+    }
+
+    #[test]
+    fn a_given_server_has_the_cells_of_its_line() {
+        let matrix = read(TEXT, &["a", "b"]).unwrap();
+        for (release, count) in [("8.0.7", 8), ("8.1.9", 1), ("9.0.4", 8), ("9.1.0", 8)] {
+            let cells = matrix.given(release).unwrap();
+            assert_eq!(cells.len(), count, "{release}");
+            assert!(cells.iter().all(|cell| cell.id.server == release));
+        }
+        assert!(matrix.given("9.2.0").is_err());
+    }
+
+    #[test]
+    fn a_server_is_of_a_line() {
+        for (server, own) in
+            [("8.0", "8.0"), ("8.1-embedded", "8.1"), ("9.1.0-lite", "9.1"), ("9.0.4", "9.0")]
+        {
+            assert_eq!(line(server), own);
+        }
     }
 
     #[test]

@@ -2,14 +2,14 @@
 //! What became of the cells: kept in a state file, so that a long run can be resumed, and
 //! written as a table for people.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::matrix::{CellId, Expected};
+use crate::matrix::{CellId, Expected, Matrix};
 
 /// A cell that passed.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -18,6 +18,9 @@ pub struct Record {
     pub commit: String,
     /// The hash of the module, by which a record is known to be of the same one.
     pub module: String,
+    /// The server's release and build.
+    #[serde(default)]
+    pub server: String,
     /// The day.
     pub date: String,
     /// How long it took.
@@ -69,8 +72,43 @@ impl State {
         Ok(())
     }
 
-    /// The table of all cells of the matrix, those without a record included.
-    pub fn table(&self, cells: &[Expected]) -> String {
+    /// Everything that is known: the releases, and all cells on them.
+    pub fn report(&self, matrix: &Matrix) -> Result<String> {
+        let mut cells = matrix.cells.clone();
+        let stock: BTreeSet<_> = cells.iter().map(|cell| cell.id.server.clone()).collect();
+        let given: BTreeSet<_> =
+            self.records.keys().filter_map(|id| id.split('/').nth(1)).collect();
+        for release in given.into_iter().filter(|server| !stock.contains(*server)) {
+            cells.extend(matrix.given(release)?);
+        }
+        Ok(self.table(&cells))
+    }
+
+    /// For each server how many of its cells have passed, and when the last did.
+    fn releases(&self, cells: &[Expected]) -> String {
+        let mut text = "## Releases\n\n| server | release and build | passed | of | until |\n\
+             | --- | --- | ---: | ---: | --- |\n"
+            .to_owned();
+        let servers: BTreeSet<_> = cells.iter().map(|cell| &cell.id.server).collect();
+        for server in servers {
+            let own = cells.iter().filter(|cell| cell.id.server == *server && cell.skip.is_none());
+            let own: Vec<_> = own.collect();
+            let passed = own.iter().filter_map(|cell| self.records.get(&cell.id.to_string()));
+            let passed: Vec<_> = passed.collect();
+            let last = passed.iter().max_by_key(|record| &record.date);
+            text += &format!(
+                "| {server} | {} | {} | {} | {} |\n",
+                last.map_or("", |record| &record.server),
+                passed.len(),
+                own.len(),
+                last.map_or("", |record| &record.date)
+            );
+        }
+        text + "\n## Cells\n\n"
+    }
+
+    /// The table of all cells, those without a record included.
+    fn table(&self, cells: &[Expected]) -> String {
         let passed =
             cells.iter().filter(|cell| self.records.contains_key(&cell.id.to_string())).count();
         let skipped = cells.iter().filter(|cell| cell.skip.is_some()).count();
@@ -78,10 +116,11 @@ impl State {
             "# Test report\n\nWritten by `scripts/test.sh full`. {passed} of {} cells of the \
              matrix have passed, {skipped} are skipped for the reason given. Figures of the \
              virtual machine are those of an emulated processor: they compare only with each \
-             other.\n\n\
+             other.\n\n{}\
              | cell | result | commit | date | seconds | figures |\n\
              | --- | --- | --- | --- | ---: | --- |\n",
-            cells.len()
+            cells.len(),
+            self.releases(cells)
         );
         for cell in cells {
             let row = match (&cell.skip, self.records.get(&cell.id.to_string())) {

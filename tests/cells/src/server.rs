@@ -12,7 +12,7 @@ use client::{Client, tcp};
 
 use crate::info::Info;
 use crate::lab::{LOOPBACK, Lab};
-use crate::matrix::Fabric;
+use crate::matrix::{self, Fabric};
 pub use crate::ports::free_port;
 use crate::process::{Process, cpu_ticks, kernel_tells, tail, threads};
 
@@ -21,8 +21,13 @@ const START: Duration = Duration::from_secs(60);
 /// How long it may take to shut down.
 const STOP: Duration = Duration::from_secs(30);
 
-/// What makes a server use its I/O threads for everything: on the 8.x lines, and since.
+/// What makes a server use its I/O threads for everything: up to 9.0, and since.
 const IO_THREADS_ALWAYS: [&str; 2] = ["events-per-io-thread 0", "io-threads-always-active yes"];
+
+/// Whether a server of this name starts its I/O threads by descriptors that fired.
+pub fn wakes_by_descriptors(server: &str) -> bool {
+    ["8.0", "8.1", "9.0"].contains(&matrix::line(server))
+}
 
 /// What a server is started with. A case changes what it is about.
 #[derive(Clone, Debug)]
@@ -66,7 +71,7 @@ impl Settings {
             settings.directive(&format!("io-threads {io_threads}"));
             // Left alone, both kinds use I/O threads only when they think it worth it, and
             // a test of what I/O threads do would test nothing.
-            settings.directive(IO_THREADS_ALWAYS[usize::from(!line.starts_with("8."))]);
+            settings.directive(IO_THREADS_ALWAYS[usize::from(!wakes_by_descriptors(line))]);
         }
         Ok(settings)
     }

@@ -29,7 +29,7 @@ pub const CASES: &[Case] = &[
 /// How a server of this line calls the setting `name` in `CONFIG SET`: 8.0's own
 /// configuration knows nothing of RDMA, so the module brings it along there.
 fn setting(cell: &Cell, name: &str) -> String {
-    match cell.id.server.as_str() {
+    match cell.id.line() {
         "8.0" => format!("rdma.{name}"),
         _ => format!("rdma-{name}"),
     }
@@ -217,7 +217,7 @@ fn set_bind(cell: &mut Cell) -> Result<()> {
     let reply = observer.words(&format!("CONFIG SET {name} 192.0.2.77"))?;
     ensure!(reply.is_error(), "CONFIG SET {name} to nobody's address: {reply}");
     at(cell, old).context("after a setting that failed, where the arguments say")?;
-    if cell.id.server != "8.0" {
+    if cell.id.line() != "8.0" {
         // On these lines only a port that the server's own configuration knows goes with
         // its own addresses.
         let command = format!("CONFIG SET {} {}", setting(cell, "port"), old.port());
@@ -357,7 +357,7 @@ fn listens(cell: &Cell, addresses: &[SocketAddr]) -> Result<()> {
     let said = cell.tcp()?.words(&format!("CONFIG GET {name}"))?;
     let said = said.elements().get(1).map(|value| value.text());
     // On 8.1 and 9.1 the directive knows nothing of the arguments' port.
-    let arguments = cell.settings.rdma.port() == port && cell.id.server != "8.0";
+    let arguments = cell.settings.rdma.port() == port && cell.id.line() != "8.0";
     ensure!(
         said == Some(port.to_string()) || arguments && said.as_deref() == Some("0"),
         "CONFIG GET {name} says {said:?}, and it listens on {port}"

@@ -15,6 +15,7 @@ mod devices;
 mod durable;
 mod endings;
 mod hostile;
+mod io_threads;
 mod lifecycle;
 mod operators;
 mod outgoing;
@@ -40,6 +41,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         durable::CASES,
         stalled::CASES,
         hostile::CASES,
+        io_threads::CASES,
         soak::CASES,
         churn::CASES,
         crowd::CASES,

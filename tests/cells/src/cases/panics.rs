@@ -87,6 +87,8 @@ const FUNCTIONS: &[(&str, Act)] = &[
     ("rdma.bind", Asks("CONFIG SET rdma.bind 127.0.0.2")),
     ("the value of rdma.bind", Asks("CONFIG GET rdma.bind")),
     ("the filter of commands", Asks("REPLCONF capa eof")),
+    // Last: there are none after it.
+    ("io-threads", Asks("CONFIG SET io-threads 1")),
 ];
 
 /// Those that are asked for where a listener has lost its device.
@@ -203,9 +205,10 @@ fn panics(cell: &mut Cell) -> Result<()> {
 fn is_called(cell: &Cell, function: &str) -> bool {
     match function {
         "update_state" | "postpone_update_state" | "wake-up" => cell.has_io_threads(),
-        "closeListener" => cell.id.server != "8.0",
-        "rdma.port" | "rdma.bind" => cell.id.server == "8.0",
-        "the value of rdma.port" | "the value of rdma.bind" => cell.id.server == "8.0",
+        "closeListener" => cell.id.line() != "8.0",
+        "rdma.port" | "rdma.bind" => cell.id.line() == "8.0",
+        "the value of rdma.port" | "the value of rdma.bind" => cell.id.line() == "8.0",
+        "io-threads" => cell.id.line() == "9.0",
         _ => true,
     }
 }
@@ -330,7 +333,7 @@ fn protect(client: &mut Client<tcp::Connection>, on: bool) -> Result<()> {
 }
 
 fn move_to(cell: &Cell, client: &mut Client<tcp::Connection>, port: u16) -> Result<()> {
-    let name = match cell.id.server.as_str() {
+    let name = match cell.id.line() {
         "8.0" => "rdma.port",
         _ => "rdma-port",
     };

@@ -19,6 +19,7 @@ pub const CASES: &[Case] = &[
     Case::new("no-rdma-core", no_rdma_core).unstarted(),
     Case::new("low-memlock", low_memlock).unstarted(),
     Case::new("falsified-server", falsified_server).unstarted(),
+    Case::new("unknown-release", unknown_release).unstarted(),
     Case::new("loaded-twice", loaded_twice).unstarted(),
     Case::new("namesake", namesake).unstarted(),
     Case::new("loaded-late", loaded_late).with(|settings| {
@@ -155,26 +156,82 @@ fn low_memlock(cell: &mut Cell) -> Result<()> {
     Ok(())
 }
 
-/// A server that is not what it says: of a line that was never run, or with a connection type
-/// whose slots are not where they should be. `tests/cells/examples/falsify.rs` makes it so.
+/// A server that is not what it says: of a line that is not supported or another than its own,
+/// with a connection type whose slots are not where they should be, or with other connections.
+/// `tests/cells/examples/falsify.rs` makes it so.
 fn falsified_server(cell: &mut Cell) -> Result<()> {
     let falsify = cell.lab.example("libfalsify.so")?;
     let usual = cell.settings.clone();
-    for (change, words) in [
-        ("version=0x00090002", &["9.0.2"][..]),
-        ("version=0x00080200", &["8.2.0"]),
-        ("version=0x000a0000", &["10.0.0"]),
-        ("null=16", &["connection type"]),
-        ("null=12", &["connection type"]),
-        ("shift=9", &["connection type"]),
-        ("shift=20", &["connection type"]),
+    // Where `conn_create` is, and where the tail begins.
+    let (create, tail) = if cell.id.line() == "8.0" { (9, 29) } else { (10, 30) };
+    const SUPPORTS: &str = "supports the lines 8.0, 8.1, 9.0 and 9.1";
+    const TABLE: &str = "of its TCP connection type is";
+    let mut changes = vec![
+        ("version=0x00080200".to_owned(), ["8.2.0", SUPPORTS]),
+        ("version=0x00090200".to_owned(), ["9.2.0", SUPPORTS]),
+        ("version=0x000a0000".to_owned(), ["10.0.0", SUPPORTS]),
+        ("null=16".to_owned(), [TABLE, "instead of a function"]),
+        ("null=12".to_owned(), [TABLE, "instead of a function"]),
+        ("shift=9".to_owned(), [TABLE, "instead of null"]),
+        ("shift=20".to_owned(), [TABLE, "instead of null"]),
+        ("cut=20".to_owned(), [TABLE, "instead of a function"]),
+        (format!("cut={tail}"), [TABLE, "instead of null"]),
+        (format!("swap={create}"), ["`state` of its new TCP connection is 2", "instead of 0"]),
+        (format!("larger={create}"), ["its TCP connections have", "bytes instead of 64"]),
+        (format!("moved={create}"), ["`fd` of its new TCP connection is 0", "instead of -1"]),
+    ];
+    for (line, version, release) in [
+        ("8.0", "0x00080001", "8.0.1"),
+        ("8.1", "0x00080101", "8.1.1"),
+        ("9.0", "0x00090004", "9.0.4"),
+        ("9.1", "0x00090100", "9.1.0"),
+        ("9.1", "0x00090102", "9.1.2"),
     ] {
+        if line != cell.id.line() {
+            changes.push((format!("version={version}"), ["the server says it is", release]));
+        }
+    }
+    // Debian's are built with TLS, which shows the tail.
+    if ["8.0", "8.1", "9.1"].contains(&cell.id.server.as_str()) {
+        const TLS: &str = "its TLS connection type does not end as that of";
+        // The first function of 9.1.2's tail comes second.
+        let certificate = if cell.id.line() == "9.1" { tail + 1 } else { tail };
+        changes.push((format!("null-tls={certificate}"), [TLS, ""]));
+        if cell.id.server == "9.1" {
+            changes.push(("version=0x00090100".to_owned(), [TLS, "9.1.0"]));
+        }
+    }
+    for (change, words) in changes {
         cell.settings = usual.clone();
         cell.settings.directive(&format!("loadmodule {} {change}", falsify.display()));
-        let line = refusal(cell, &[&["rdma"], words].concat())
+        let line = refusal(cell, &[&["rdma", "not loaded"], &words[..]].concat())
             .with_context(|| format!("a server with {change}"))?;
-        cell.figure(change, line);
+        cell.figure(&change, line);
     }
+    Ok(())
+}
+
+/// A release that is newer than any known one of its line: served if it is like the last of
+/// them, with a line that says so, and refused where that is asked for.
+fn unknown_release(cell: &mut Cell) -> Result<()> {
+    let falsify = cell.lab.example("libfalsify.so")?;
+    let digits: String = cell.id.line().split('.').map(|number| format!("{number:0>2}")).collect();
+    let release = format!("{}.127", cell.id.line());
+    cell.settings.directive(&format!("loadmodule {} version=0x00{digits}7f", falsify.display()));
+    cell.start()?;
+    let words = format!("valkey-server {release} is newer than {}.", cell.id.line());
+    let line = cell.server().wait_log(&words, Duration::from_secs(2))?;
+    ensure!(line.contains(" * "), "a line at notice: {line}");
+    cell.figure("newer", line);
+    let mut client = cell.rdma()?;
+    expect(&mut client, "SET key value", "OK")?;
+    expect(&mut client, "GET key", "value")?;
+    drop(client);
+    cell.moved(30, 10);
+    cell.stop()?;
+    cell.settings.arguments.push("unknown-release=refuse".to_owned());
+    let line = refusal(cell, &["not loaded", &release, "unknown-release=refuse"])?;
+    cell.figure("refused", line);
     Ok(())
 }
 

@@ -142,7 +142,7 @@ fn odd_windows(cell: &mut Cell) -> Result<()> {
 fn odd_receive_size(cell: &mut Cell) -> Result<()> {
     const ASKED: u32 = 100_000;
     const WHOLE_PAGES: u32 = 98_304;
-    if cell.id.server == "8.0" {
+    if cell.id.line() == "8.0" {
         cell.settings.arguments.push(format!("rx-size={ASKED}"));
     } else {
         let rdma = cell.settings.rdma;
