@@ -13,7 +13,7 @@
 //! fills a buffer by few writes gets a larger one sooner: each of them bears a larger
 //! part of what an announcement costs.
 
-use crate::session::Millis;
+use crate::lifecycle::Millis;
 
 /// A page of memory in bytes; all memory that is registered is whole ones.
 pub const PAGE: u32 = 4096;

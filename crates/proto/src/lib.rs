@@ -26,6 +26,7 @@ pub mod busy_poll;
 mod lifecycle;
 #[cfg(all(test, loom))]
 mod model;
+mod port;
 mod receive_buffers;
 pub mod send_queue;
 pub mod session;

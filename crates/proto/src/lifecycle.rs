@@ -10,7 +10,23 @@
 //!    gets time to read it, since a peer may look for the disconnect before it
 //!    looks for the data; then the connection ends.
 
-use crate::session::{Millis, Timing};
+/// Milliseconds on a clock that never goes back.
+pub type Millis = u64;
+
+/// Durations that a connection goes by, in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    /// A handshake that takes longer is given up.
+    pub handshake: Millis,
+    /// After so long without anything from the peer it is probed.
+    pub keepalive: Millis,
+    /// A peer that has not answered its probe for so long is given up.
+    pub answer: Millis,
+    /// Time that a peer has to read what was delivered before we disconnect.
+    pub linger: Millis,
+    /// Time for delivering it, after which we disconnect all the same.
+    pub delivery: Millis,
+}
 
 /// What is to be done at a given time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,7 +6,8 @@
 //! written to by the peer, is never given back.
 
 use crate::buffer_size;
-use crate::session::{Millis, Port};
+use crate::lifecycle::Millis;
+use crate::port::Port;
 use crate::window::ReceiveWindow;
 
 #[derive(Debug)]

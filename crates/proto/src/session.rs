@@ -11,6 +11,8 @@
 //! session.
 
 use crate::lifecycle::{Duty, Lifecycle};
+pub use crate::lifecycle::{Millis, Timing};
+pub use crate::port::Port;
 use crate::receive_buffers::ReceiveBuffers;
 use crate::send_queue::PostError;
 use crate::stream::Stream;
@@ -18,24 +20,6 @@ use crate::window::{Announcement, Overrun, PeerState, Refused};
 use crate::wire::{DecodeError, MESSAGE_LEN, Memory, Message};
 use std::collections::VecDeque;
 use std::fmt;
-
-/// Milliseconds on a clock that never goes back.
-pub type Millis = u64;
-
-/// Durations that a connection goes by, in milliseconds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Timing {
-    /// A handshake that takes longer is given up.
-    pub handshake: Millis,
-    /// After so long without anything from the peer it is probed.
-    pub keepalive: Millis,
-    /// A peer that has not answered its probe for so long is given up.
-    pub answer: Millis,
-    /// Time that a peer has to read what was delivered before we disconnect.
-    pub linger: Millis,
-    /// Time for delivering it, after which we disconnect all the same.
-    pub delivery: Millis,
-}
 
 /// What a peer did that the protocol forbids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,41 +59,6 @@ impl fmt::Display for Violation {
             Self::Operation(code) => write!(f, "unexpected operation (completion opcode {code})"),
         }
     }
-}
-
-/// What a session needs of the owner of queue pair, control region and receive memory.
-pub trait Port {
-    /// A receive buffer.
-    type Buffer;
-    /// Why something could not be posted.
-    type Error;
-
-    /// Posts the receive of a slot.
-    ///
-    /// # Errors
-    /// [`PostError`] if the queue pair does not take it.
-    fn post_receive(&mut self, slot: u16) -> Result<(), PostError<Self::Error>>;
-
-    /// Posts a control message, which goes into a slot that is free.
-    ///
-    /// # Errors
-    /// [`PostError`] if the queue pair does not take it.
-    fn post_message(&mut self, slot: u16, message: Message) -> Result<(), PostError<Self::Error>>;
-
-    /// Posts a probe, which bears the number of the next payload.
-    ///
-    /// # Errors
-    /// [`PostError`] if the queue pair does not take it.
-    fn post_probe(&mut self, next: u32) -> Result<(), PostError<Self::Error>>;
-
-    /// A receive buffer of `length` bytes, if it can be had.
-    fn register(&mut self, length: u32) -> Option<Self::Buffer>;
-
-    /// A receive buffer as the peer is told of it.
-    fn memory(&self, buffer: &Self::Buffer) -> Memory;
-
-    /// A receive buffer is announced before the one before was read. To be counted.
-    fn announced_early(&mut self) {}
 }
 
 /// Why a connection has to end.
