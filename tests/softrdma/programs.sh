@@ -23,7 +23,7 @@ passed=0 failed=0
 port=$((10000 + BASHPID % 20000))
 
 main() {
-    local rounds requests more i ip program bytes=(64 40960 1048576)
+    local rounds requests more i ip program words bytes=(64 40960 1048576)
     case ${1:-full} in
     quick) rounds=100 requests=(10000 2000 100) more=() ;;
     full) rounds=1000 requests=(100000 20000 1000) more=("ib_write_bw -R -a") ;;
