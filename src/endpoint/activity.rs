@@ -152,16 +152,21 @@ mod tests {
         let activity = Activity::new(0);
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                while !done.load(Ordering::Relaxed) {
-                    activity.window_opened();
-                    let full = METRICS.connections_window_full.get();
-                    assert!(full < 1000, "{full} connections");
-                }
-            });
+            // The more there are, the sooner one of them comes in between.
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        activity.window_opened();
+                        let full = METRICS.connections_window_full.get();
+                        assert!(full < 1000, "{full} connections");
+                    }
+                });
+            }
             let begun = std::time::Instant::now();
-            while begun.elapsed().as_millis() < 300 {
-                activity.hold_back(Shortage::Window);
+            while begun.elapsed().as_millis() < 1500 {
+                for _ in 0..1000 {
+                    activity.hold_back(Shortage::Window);
+                }
             }
             done.store(true, Ordering::Relaxed);
         });
