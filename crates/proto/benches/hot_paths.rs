@@ -165,6 +165,7 @@ fn pass(criterion: &mut Criterion) {
                 black_box(address);
             });
             black_box(outcome);
+            session.announce_if_full(&stream, &mut Queue, now).expect("nothing is refused");
             if session.messages_in_flight() > 0 {
                 session.on_message_sent(&stream, &mut Queue, 0, now).expect("nothing is refused");
             }
