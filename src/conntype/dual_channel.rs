@@ -79,19 +79,21 @@ unsafe extern "C" fn before_command(shown: *mut RedisModuleCommandFilterCtx) {
 
 /// Takes the second channel out of what a replica over RDMA says of itself.
 fn correct(command: &mut Command) {
-    let is = |command: &Command, at, word: &[u8]| command.argument(at).eq_ignore_ascii_case(word);
-    let pairs = || (1..command.count()).step_by(2);
-    let able = pairs().find(|&at| is(command, at, b"capa") && is(command, at + 1, b"dual-channel"));
-    let wants = pairs().find(|&at| is(command, at, b"rdb-channel") && is(command, at + 1, b"1"));
-    if able.is_none() && wants.is_none() {
+    let is = |at, word: &[u8]| command.argument(at).eq_ignore_ascii_case(word);
+    let found: Vec<_> = (1..command.count())
+        .step_by(2)
+        .filter_map(|at| match () {
+            () if is(at, b"capa") && is(at + 1, b"dual-channel") => Some((at + 1, ONE_CHANNEL)),
+            () if is(at, b"rdb-channel") && is(at + 1, b"1") => Some((at, NO_CHANNEL)),
+            () => None,
+        })
+        .collect();
+    if found.is_empty() {
         return;
     }
     let Some(endpoint) = Poller::get().find_client(command.client()) else { return };
-    if let Some(at) = able {
-        command.replace(at + 1, ONE_CHANNEL);
-    }
-    if let Some(at) = wants {
-        command.replace(at, NO_CHANNEL);
+    for (at, with) in found {
+        command.replace(at, with);
     }
     static LINES: MainCell<LogLimiter> = MainCell::new(LogLimiter::new(1));
     let peer = endpoint.peer().map_or_else(|| String::from("?"), |peer| peer.to_string());
