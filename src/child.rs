@@ -65,7 +65,7 @@ pub fn note_write() {
 pub fn tell() {
     static LINES: MainCell<LogLimiter> = MainCell::new(LogLimiter::new(1));
     if wanted().is_some_and(|wanted| wanted.swap(0, Ordering::Relaxed) > 0) {
-        LINES.open().log(
+        LINES.borrow_mut().log(
             time::now(),
             Level::Warn,
             format_args!(

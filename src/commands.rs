@@ -7,8 +7,8 @@
 //! server's `CLIENT LIST` is, and in *rdma*, to be given away without the others.
 
 use crate::conntype::listener::Listening;
-use crate::endpoint::key::MAX_ENDPOINTS;
 use crate::endpoint::status;
+use crate::endpoint::wr_id::MAX_ENDPOINTS;
 use crate::host::api;
 use crate::host::reply::Reply;
 use crate::metrics::METRICS;
@@ -196,7 +196,7 @@ struct Limit {
 fn limits() -> [Limit; 4] {
     let poller = Poller::get();
     let (max_handshakes, max_registered_memory) = {
-        let settings = poller.settings().open();
+        let settings = poller.settings().borrow_mut();
         (u64::from(settings.max_handshakes), settings.max_registered_memory)
     };
     let (registered, _) = account::registered();

@@ -162,7 +162,7 @@ impl Hub {
 
     /// When the next completions are expected.
     pub fn pace(&self) -> std::cell::RefMut<'_, Pace> {
-        self.pace.open()
+        self.pace.borrow_mut()
     }
 
     /// Whether the id is bound to this hub's device.
@@ -193,7 +193,7 @@ impl Hub {
 
     /// What `INFO rdma` says of the device, whose connections use `ports`.
     pub fn describe(&self, ports: &[u8], connections: u64) -> Reply {
-        let queues = self.queues.open();
+        let queues = self.queues.borrow_mut();
         let sum =
             |field: fn(&Shared) -> u32| queues.iter().map(|q| u64::from(field(q))).sum::<u64>();
         Reply::Map(vec![
@@ -223,7 +223,7 @@ impl Hub {
         entries: u32,
         with: impl FnOnce(&Arc<CompletionQueue>) -> Result<T, Error>,
     ) -> Result<(Reservation, T), Error> {
-        let mut queues = self.queues.open();
+        let mut queues = self.queues.borrow_mut();
         let most = self.limits.completion_entries;
         if most < entries {
             let action = "reserve completion queue entries: the device's queues are too small";
@@ -273,7 +273,7 @@ impl Hub {
 
     /// Gives back queues that were made for more connections than there are, but one.
     pub fn shrink(&self) {
-        let mut queues = self.queues.open();
+        let mut queues = self.queues.borrow_mut();
         while queues.len() > 1 && queues.last().is_some_and(|last| last.reserved == 0) {
             queues.pop();
         }
@@ -281,19 +281,19 @@ impl Hub {
 
     /// Whether there is something to be given back, now or after what waits.
     pub fn is_shrinking(&self) -> bool {
-        let queues = self.queues.open();
+        let queues = self.queues.borrow_mut();
         queues.len() > 1 || queues.iter().any(|shared| shared.reserved > 0)
     }
 
     /// When so many completions of a queue were taken, those that are there now are among them.
     pub fn horizon(&self, index: usize) -> u64 {
-        let shared = &self.queues.open()[index];
+        let shared = &self.queues.borrow_mut()[index];
         shared.taken + u64::from(shared.capacity)
     }
 
     /// Whether a queue's completions were taken up to a [`horizon`](Self::horizon).
     pub fn is_beyond(&self, index: usize, horizon: u64) -> bool {
-        self.queues.open()[index].taken >= horizon
+        self.queues.borrow_mut()[index].taken >= horizon
     }
 
     /// Takes the events off the channel: their queues fired.
@@ -301,7 +301,7 @@ impl Hub {
     /// # Errors
     /// If the device is gone.
     pub fn take_events(&self) -> Result<(), Error> {
-        let mut queues = self.queues.open();
+        let mut queues = self.queues.borrow_mut();
         // One-shot arming: there is at most one event for each queue.
         for _ in 0..queues.len() {
             let Some(number) = self.channel.take_event()? else { break };
@@ -314,7 +314,7 @@ impl Hub {
 
     /// Takes every queue for fired, in case that an event was lost.
     pub fn doubt(&self) {
-        for shared in self.queues.open().iter_mut() {
+        for shared in self.queues.borrow_mut().iter_mut() {
             shared.fired = true;
             shared.armed = false;
         }
@@ -326,7 +326,7 @@ impl Hub {
     /// # Errors
     /// If the device is gone.
     pub fn arm(&self) -> Result<(), Error> {
-        for shared in self.queues.open().iter_mut().filter(|shared| !shared.armed) {
+        for shared in self.queues.borrow_mut().iter_mut().filter(|shared| !shared.armed) {
             shared.queue.completions.arm()?;
             shared.armed = true;
             shared.fired = true;
@@ -336,7 +336,7 @@ impl Hub {
 
     /// Whether completions of each queue will be told.
     pub fn is_armed(&self) -> bool {
-        self.queues.open().iter().all(|shared| shared.armed)
+        self.queues.borrow_mut().iter().all(|shared| shared.armed)
     }
 
     /// Takes all completions that are there, up to the bound of a pass, and hands
@@ -345,9 +345,9 @@ impl Hub {
     /// # Errors
     /// If a queue can't be polled: its connections are lost.
     pub fn poll(&self, which: Which, mut each: impl FnMut(Completion)) -> Result<Progress, Error> {
-        let mut batch = self.batch.open().take().unwrap_or_default();
+        let mut batch = self.batch.borrow_mut().take().unwrap_or_default();
         let progress = self.poll_into(&mut batch, which, &mut each);
-        *self.batch.open() = Some(batch);
+        *self.batch.borrow_mut() = Some(batch);
         progress
     }
 
@@ -358,15 +358,15 @@ impl Hub {
         each: &mut impl FnMut(Completion),
     ) -> Result<Progress, Error> {
         let mut progress = Progress::Empty;
-        let count = self.queues.open().len();
+        let count = self.queues.borrow_mut().len();
         for index in 0..count {
-            if which == Which::Fired && !self.queues.open()[index].is_due() {
+            if which == Which::Fired && !self.queues.borrow_mut()[index].is_due() {
                 continue;
             }
             let mut failures = 0;
             for round in 0.. {
                 // The cell is closed again before `each` runs.
-                let queue = Arc::clone(&self.queues.open()[index].queue);
+                let queue = Arc::clone(&self.queues.borrow_mut()[index].queue);
                 // What is gone now has left all its completions: if none is found after
                 // that, there are none. Acquire: see `Reservation`.
                 let stale = queue.stale.load(Ordering::Acquire);
@@ -381,7 +381,7 @@ impl Hub {
                     continue;
                 }
                 failures = 0;
-                let shared = &mut self.queues.open()[index];
+                let shared = &mut self.queues.borrow_mut()[index];
                 shared.taken += batch.iter().count() as u64;
                 if !batch.is_full() {
                     shared.taken += u64::from(shared.capacity);

@@ -162,7 +162,7 @@ metrics! {
     busy_poll_hits,
     /// Busy polls that found none, so that the event was taken.
     busy_poll_misses,
-    /// Work completions with an error, flushes not counted.
+    /// WrKind completions with an error, flushes not counted.
     error_completions,
     /// Of these: the client posted no receives (RNR) for longer than it asked us to try.
     errors_receiver_not_ready,
@@ -174,7 +174,7 @@ metrics! {
     errors_remote,
     /// Our own side.
     errors_local,
-    /// Work requests that a device refused, but for want of room; their connections ended.
+    /// WrKind requests that a device refused, but for want of room; their connections ended.
     posts_refused,
     /// Polls of a completion queue that failed; the next one went on, or the device was lost.
     poll_failures,

@@ -16,7 +16,7 @@ impl Listening {
     /// Accepts a connection request, or refuses it.
     pub(super) fn accept(&self, id: Id) {
         let peer = id.peer_address().map_or_else(String::new, |peer| peer.to_string());
-        let most = u64::from(self.settings.open().max_handshakes);
+        let most = u64::from(self.settings.borrow_mut().max_handshakes);
         if !self.poller.make_room(most) {
             id.reject();
             METRICS.refused_handshakes.add(1);
@@ -52,7 +52,7 @@ impl Listening {
     pub(super) fn refused(&self, peer: &str, why: &str) {
         METRICS.connections_refused.add(1);
         let message = format_args!("client {peer} refused: {why}");
-        self.refusals.open().log(time::now(), log::Level::Warn, message);
+        self.refusals.borrow_mut().log(time::now(), log::Level::Warn, message);
     }
 
     /// The handshake is complete: makes the endpoint a connection of the server.
@@ -69,21 +69,21 @@ impl Listening {
             }
             (*connection).endpoint = Some(Arc::clone(endpoint));
         }
-        endpoint.own().set_connection(connection.cast());
+        endpoint.main_state().set_connection(connection.cast());
         endpoint.enter_stage(Stage::Established);
         METRICS.connections_accepted.add(1);
-        *self.accepting.open() = Some(Arc::clone(endpoint));
+        *self.accepting.borrow_mut() = Some(Arc::clone(endpoint));
         // SAFETY: of our type and accepting.
         unsafe { self.symbols.accept_common(connection.cast()) };
-        *self.accepting.open() = None;
+        *self.accepting.borrow_mut() = None;
         poller.mark_if_ready(endpoint);
     }
 
     /// The server has a new client, of whatever connection type.
     pub fn client_connected(&self, client: u64) {
         // The server says so while it accepts, so it is the one that is being accepted.
-        if let Some(endpoint) = self.accepting.open().take() {
-            endpoint.own().client = Some(client);
+        if let Some(endpoint) = self.accepting.borrow_mut().take() {
+            endpoint.main_state().client = Some(client);
         }
     }
 }

@@ -47,7 +47,7 @@ static FILTER: MainCell<Option<(Filter, Millis)>> = MainCell::new(None);
 pub(super) fn look_at(written: &[u8]) {
     // A client may have a script answer the same: then the filter comes in vain.
     if written == OFFER && is_main_thread() && !api::is_exiting() {
-        let mut filter = FILTER.open();
+        let mut filter = FILTER.borrow_mut();
         let now = time::now();
         match &mut *filter {
             Some((_, seen)) => *seen = now,
@@ -58,12 +58,12 @@ pub(super) fn look_at(written: &[u8]) {
 
 /// Whether the filter is there.
 pub(super) fn is_filtering() -> bool {
-    FILTER.open().is_some()
+    FILTER.borrow_mut().is_some()
 }
 
-/// Takes the filter away if it is not needed any more. Slow clock.
+/// Takes the filter away if it is not needed any more. Housekeeping timer.
 pub(super) fn rest(now: Millis) {
-    let mut filter = FILTER.open();
+    let mut filter = FILTER.borrow_mut();
     if filter.as_ref().is_some_and(|(_, seen)| now >= seen + STAYS) {
         *filter = None;
     }
@@ -98,7 +98,7 @@ fn correct(command: &mut Command) {
     static LINES: MainCell<LogLimiter> = MainCell::new(LogLimiter::new(1));
     let peer = endpoint.peer().map_or_else(|| String::from("?"), |peer| peer.to_string());
     let now = time::now();
-    LINES.open().log(
+    LINES.borrow_mut().log(
         now,
         Level::Info,
         format_args!(
@@ -106,7 +106,7 @@ fn correct(command: &mut Command) {
              (dual-channel-replication-enabled), which needs TCP: {peer} is loaded by one"
         ),
     );
-    if let Some((_, seen)) = &mut *FILTER.open() {
+    if let Some((_, seen)) = &mut *FILTER.borrow_mut() {
         *seen = now;
     }
 }

@@ -335,7 +335,7 @@ fn try_all_devices() -> Result<(), String> {
 /// An attempt to listen where a device was removed. Returns whether that is to be tried again.
 fn listen_again() -> bool {
     let listening = Listening::get();
-    listening.listeners.open().listen_again(listening.poller)
+    listening.listeners.borrow_mut().listen_again(listening.poller)
 }
 
 impl Listening {
@@ -346,7 +346,7 @@ impl Listening {
         settings: Arc<MainCell<Settings>>,
         poller: &'static Poller,
     ) -> &'static Self {
-        let listeners = MainCell::new(Listeners::new(&settings.open()));
+        let listeners = MainCell::new(Listeners::new(&settings.borrow_mut()));
         LISTENING.get_or_init(|| Self {
             line,
             symbols,
@@ -379,7 +379,7 @@ impl Listening {
 
     /// What the module itself was told to listen on: addresses and port.
     pub fn own(&self) -> (Vec<String>, u16) {
-        let listeners = self.listeners.open();
+        let listeners = self.listeners.borrow_mut();
         (listeners.own_bind.clone(), listeners.own_port)
     }
 
@@ -387,7 +387,7 @@ impl Listening {
     /// [`reopen`](Self::reopen) on. Returns what it was told before.
     pub fn set_own(&self, bind: Option<Vec<String>>, port: Option<u16>) -> (Vec<String>, u16) {
         let before = self.own();
-        let mut listeners = self.listeners.open();
+        let mut listeners = self.listeners.borrow_mut();
         listeners.own_bind = bind.unwrap_or_else(|| before.0.clone());
         listeners.own_port = port.unwrap_or(before.1);
         before
@@ -399,7 +399,7 @@ impl Listening {
     /// `listener` is the server's own, of our registered type.
     pub unsafe fn configure(&self, listener: *mut Listener81, kind: *mut c_void) {
         let _ = self.kind.set(MainPtr(kind));
-        let mut listeners = self.listeners.open();
+        let mut listeners = self.listeners.borrow_mut();
         if listeners.own_port == 0 {
             return;
         }
@@ -418,7 +418,7 @@ impl Listening {
     /// # Safety
     /// `listener` is the server's own, of our type.
     pub unsafe fn listen(&self, listener: *mut Listener81) -> bool {
-        let was_by_own = self.listeners.open().by_own;
+        let was_by_own = self.listeners.borrow_mut().by_own;
         // SAFETY: by the caller's promise.
         let result = unsafe { self.close_on_error(listener) };
         if let Err(why) = &result {
@@ -426,7 +426,7 @@ impl Listening {
             // After a setting that did not work the server goes back to the one before. Until
             // then `INFO` shows what is listened on, and `close` is called: if the module's own
             // port is in use, which to the server is port 0, that one sees to the rest.
-            let mut listeners = self.listeners.open();
+            let mut listeners = self.listeners.borrow_mut();
             listeners.by_own = was_by_own;
             // SAFETY: as above.
             if let Err(why) = unsafe { listeners.give(listener) } {
@@ -448,7 +448,7 @@ impl Listening {
         let (port, server_binds) = unsafe { ((*listener).port, self.server_binds(listener)) };
         // SAFETY: as above.
         let core = unsafe { self.core_settings(listener) };
-        let mut listeners = self.listeners.open();
+        let mut listeners = self.listeners.borrow_mut();
         listeners.by_own = std::mem::take(&mut listeners.next_by_own) && core.is_none();
         if core.is_some() && listeners.own_port != 0 {
             log::info!(
@@ -457,7 +457,7 @@ impl Listening {
             );
         }
         if let Some((rx_size, vector)) = core {
-            let mut settings = self.settings.open();
+            let mut settings = self.settings.borrow_mut();
             settings.rx_size = rx_size;
             settings.completion_vector = vector;
         }
@@ -481,7 +481,7 @@ impl Listening {
     /// # Safety
     /// As [`listen`].
     unsafe fn server_binds(&self, listener: *mut Listener81) -> Vec<String> {
-        let listeners = self.listeners.open();
+        let listeners = self.listeners.borrow_mut();
         // SAFETY: `bindaddr` has `bindaddr_count` strings, or is our own array.
         unsafe {
             let array = (*listener).bindaddr;
@@ -526,7 +526,7 @@ impl Listening {
     pub unsafe fn reopen(&self) -> bool {
         let listener = self.symbols.listener();
         let port = {
-            let mut listeners = self.listeners.open();
+            let mut listeners = self.listeners.borrow_mut();
             listeners.next_by_own = true;
             listeners.own_port
         };
@@ -538,7 +538,7 @@ impl Listening {
             (*listener).bindaddr_count = 0;
             let changed = self.symbols.change_listener(listener);
             if port == 0 {
-                self.listeners.open().open.clear();
+                self.listeners.borrow_mut().open.clear();
             }
             changed
         }
@@ -562,7 +562,7 @@ impl Listening {
         // and the arguments' port is in use. The second must not stop us listening. Where there
         // is a port the server calls `listen` next, which sees what of the old ones is wanted.
         unsafe {
-            let mut listeners = self.listeners.open();
+            let mut listeners = self.listeners.borrow_mut();
             if (*listener).port == 0 && listeners.by_own {
                 (*listener).port = c_int::from(listeners.own_port);
                 listeners.next_by_own = true;
@@ -576,7 +576,7 @@ impl Listening {
     pub fn on_readable(&self, fd: RawFd) {
         for _ in 0..EVENTS_PER_GO {
             let channel = {
-                let listeners = self.listeners.open();
+                let listeners = self.listeners.borrow_mut();
                 let Some(listener) = listeners.open.iter().find(|l| l.given == fd) else { return };
                 Arc::clone(&listener.channel)
             };
@@ -586,7 +586,9 @@ impl Listening {
                         // SAFETY: a request of this channel that nobody took over yet.
                         self.accept(unsafe { Id::from_request(event.id, &channel) });
                     }
-                    EventKind::DeviceRemoval => self.listeners.open().lose(event.id, self.poller),
+                    EventKind::DeviceRemoval => {
+                        self.listeners.borrow_mut().lose(event.id, self.poller)
+                    }
                     EventKind::AddressChange => {
                         let what = "the address of a listener changed";
                         self.poller.say_trouble(log::Level::Info, what);

@@ -81,7 +81,7 @@ fn start(
             |error| if source.is_some() { resolving(poller, None, target) } else { Err(error) },
         )
         .map_err(|error| (error.errno, error.to_string()))?;
-    RESOLVING.open().push(Resolving { id, connection: MainPtr(connection) });
+    RESOLVING.borrow_mut().push(Resolving { id, connection: MainPtr(connection) });
     Ok(())
 }
 
@@ -94,7 +94,7 @@ fn resolving(poller: &Poller, source: Option<SocketAddr>, target: SocketAddr) ->
 
 /// An event of an id that has no endpoint: one that is being resolved.
 pub fn event(poller: &Poller, event: Event) {
-    let mut resolving = RESOLVING.open();
+    let mut resolving = RESOLVING.borrow_mut();
     let Some(index) = resolving.iter().position(|entry| entry.id.key() == event.id) else {
         return;
     };
@@ -122,7 +122,7 @@ pub fn event(poller: &Poller, event: Event) {
 /// Gives a resolved id its endpoint and asks for the connection.
 fn join(poller: &Poller, id: Id, connection: *mut RdmaConnection) {
     let joined = poller.enter(id).and_then(|endpoint| {
-        endpoint.own().set_connection(connection.cast());
+        endpoint.main_state().set_connection(connection.cast());
         // SAFETY: a connection that is being resolved is live: its close removes it
         // from the list.
         unsafe { (*connection).endpoint = Some(Arc::clone(&endpoint)) };
@@ -139,7 +139,7 @@ fn join(poller: &Poller, id: Id, connection: *mut RdmaConnection) {
 fn part(poller: &Poller, connection: *mut RdmaConnection) {
     // SAFETY: live, see `join`.
     if let Some(endpoint) = unsafe { (*connection).endpoint.take() } {
-        endpoint.own().set_connection(std::ptr::null_mut());
+        endpoint.main_state().set_connection(std::ptr::null_mut());
         poller.remove(endpoint, Reason::Error);
     }
 }
@@ -151,7 +151,7 @@ fn fail(connection: *mut RdmaConnection, errno: i32) {
     let base = unsafe { &(*connection).base };
     base.fail(errno);
     if base.conn_handler.is_some() {
-        FAILED.open().push_back(MainPtr(connection));
+        FAILED.borrow_mut().push_back(MainPtr(connection));
         api::after(Duration::ZERO, on_failed);
     }
 }
@@ -159,7 +159,7 @@ fn fail(connection: *mut RdmaConnection, errno: i32) {
 /// Calls the handler of the attempt that failed first.
 unsafe extern "C" fn on_failed(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     crate::panic::guard("connect handler", || {
-        let first = FAILED.open().pop_front();
+        let first = FAILED.borrow_mut().pop_front();
         if let Some(MainPtr(connection)) = first {
             // SAFETY: live, since its close removes it from the list; no cell is open
             // during the call.
@@ -173,7 +173,7 @@ unsafe extern "C" fn on_failed(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
 
 /// The handshake of a connecting endpoint is complete, or has failed.
 pub fn finish(poller: &Poller, endpoint: &Arc<Endpoint>) {
-    let connection = endpoint.own().connection();
+    let connection = endpoint.main_state().connection();
     if connection.is_null() {
         return;
     }
@@ -187,7 +187,7 @@ pub fn finish(poller: &Poller, endpoint: &Arc<Endpoint>) {
             return;
         }
     }
-    if !endpoint.own().connection().is_null() {
+    if !endpoint.main_state().connection().is_null() {
         poller.mark_if_ready(endpoint);
     }
 }
@@ -200,13 +200,13 @@ fn settle(poller: &Poller, endpoint: &Arc<Endpoint>, connection: *mut RdmaConnec
         return false;
     }
     if endpoint.stream().peer_state() != PeerState::Connected {
-        let late = endpoint.own().reason == Some(Reason::Timeout);
-        let failure = endpoint.own().failure;
+        let late = endpoint.main_state().reason == Some(Reason::Timeout);
+        let failure = endpoint.main_state().failure;
         base.fail(if late { libc::ETIMEDOUT } else { failure });
         part(poller, connection);
         return true;
     }
-    if !endpoint.own().session.is_open() {
+    if !endpoint.main_state().session.is_open() {
         return false;
     }
     base.set_state(State::Connected);
@@ -218,8 +218,8 @@ fn settle(poller: &Poller, endpoint: &Arc<Endpoint>, connection: *mut RdmaConnec
 /// The server closes a connection, which may still be resolved, or have a handler to
 /// be called.
 pub fn forget(connection: *mut RdmaConnection) {
-    FAILED.open().retain(|other| other.0 != connection);
-    let mut resolving = RESOLVING.open();
+    FAILED.borrow_mut().retain(|other| other.0 != connection);
+    let mut resolving = RESOLVING.borrow_mut();
     let found = resolving.iter().position(|entry| entry.connection.0 == connection);
     let entry = found.map(|index| resolving.swap_remove(index));
     drop(resolving);

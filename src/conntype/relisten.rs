@@ -24,17 +24,17 @@ static NEXT: MainCell<Option<(Attempt, Duration)>> = MainCell::new(None);
 
 /// A listener has lost its device: `attempt` is to be made, until it needs no other.
 pub(super) fn begin(attempt: Attempt) {
-    if NEXT.open().replace((attempt, FIRST)).is_none() {
+    if NEXT.borrow_mut().replace((attempt, FIRST)).is_none() {
         api::after(FIRST, on_tick);
     }
 }
 
 unsafe extern "C" fn on_tick(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
-    let Some((attempt, _)) = *NEXT.open() else { return };
+    let Some((attempt, _)) = *NEXT.borrow_mut() else { return };
     let waiting = guard("listening again", attempt).unwrap_or(true);
     // Whatever became of that, it is tried again.
     let pause = guard("the next attempt to listen", || {
-        let mut next = NEXT.open();
+        let mut next = NEXT.borrow_mut();
         *next = next.filter(|_| waiting).map(|(attempt, last)| (attempt, (2 * last).min(LONGEST)));
         next.map(|(_, pause)| pause)
     });

@@ -190,7 +190,7 @@ unsafe extern "C" fn close(connection: *mut Connection) {
             (*connection).conn_handler = None;
             if let Some(endpoint) = endpoint {
                 guard("ending a connection", || {
-                    endpoint.own().set_connection(std::ptr::null_mut());
+                    endpoint.main_state().set_connection(std::ptr::null_mut());
                 });
                 Poller::get().give_up(&endpoint);
             }

@@ -3,7 +3,7 @@
 //! staging memory behind them; and what the session posts from it.
 
 use super::Endpoint;
-use crate::endpoint::key::Work;
+use crate::endpoint::wr_id::WrKind;
 use crate::metrics::METRICS;
 use proto::send_queue::PostError;
 use proto::session::Port;
@@ -33,7 +33,7 @@ impl Port for Ports<'_> {
 
     fn post_receive(&mut self, slot: u16) -> Result<(), PostError<Error>> {
         let into = self.0.control.sge(offset(0, slot), MESSAGE_LEN as u32);
-        let wr_id = self.0.key.work_request(Work::Receive(slot));
+        let wr_id = self.0.key.wr_id(WrKind::Receive(slot));
         self.0.qp.post_receive(wr_id, into).map_err(post_error)
     }
 
@@ -45,7 +45,7 @@ impl Port for Ports<'_> {
             place.cast::<[u8; MESSAGE_LEN]>().write(message.encode());
         }
         let bytes = self.0.control.sge(offset, MESSAGE_LEN as u32);
-        let wr_id = self.0.key.work_request(Work::Control(slot));
+        let wr_id = self.0.key.wr_id(WrKind::Control(slot));
         self.0.qp.post_send(wr_id, bytes).map_err(post_error)?;
         if matches!(message, Message::RegisterXferMemory(_)) {
             METRICS.announcements_sent.add(1);
@@ -54,7 +54,7 @@ impl Port for Ports<'_> {
     }
 
     fn post_probe(&mut self, next: u32) -> Result<(), PostError<Error>> {
-        self.0.qp.post_probe(self.0.key.work_request(Work::Probe(next))).map_err(post_error)?;
+        self.0.qp.post_probe(self.0.key.wr_id(WrKind::Probe(next))).map_err(post_error)?;
         METRICS.keepalive_probes.add(1);
         Ok(())
     }

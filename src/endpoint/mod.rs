@@ -19,19 +19,19 @@
 
 pub mod activity;
 mod control;
-pub mod key;
 pub mod place;
 mod receiving;
 mod sending;
 pub mod status;
 pub mod watch;
+pub mod wr_id;
 
 use activity::Activity;
 use place::Place;
 use watch::Watch;
 
 use crate::device::{Hub, Reservation};
-use crate::endpoint::key::Key;
+use crate::endpoint::wr_id::EndpointId;
 use crate::host::main_cell::MainPtr;
 use crate::host::{Connection, MainCell};
 use crate::metrics::{Counter, METRICS};
@@ -74,10 +74,10 @@ pub struct Endpoint {
     /// none.
     refusal: AtomicI32,
     activity: Activity,
-    key: Key,
+    key: EndpointId,
     peer: Option<SocketAddr>,
     local: Option<SocketAddr>,
-    own: MainCell<Own>,
+    own: MainCell<MainState>,
     domain: Arc<ProtectionDomain>,
     reservation: Reservation,
     id: Arc<Id>,
@@ -89,7 +89,7 @@ pub struct Endpoint {
 
 /// What belongs to the main thread.
 #[derive(Debug)]
-pub struct Own {
+pub struct MainState {
     /// The state of the protocol, with the receive buffers.
     pub session: Session<Region>,
     /// The server's connection, unless it has none yet or none any more.
@@ -114,7 +114,7 @@ pub struct Own {
     pub watch: Watch,
 }
 
-impl Own {
+impl MainState {
     /// The server's connection, or null where there is none yet or none any more.
     pub fn connection(&self) -> *mut Connection {
         self.connection.0
@@ -179,7 +179,7 @@ impl Stage {
 #[derive(Debug)]
 pub struct Plan {
     /// Its name in work requests.
-    pub key: Key,
+    pub key: EndpointId,
     /// Its place among the endpoints.
     pub place: Place,
     /// The largest that its receive buffer may be.
@@ -234,7 +234,7 @@ impl Endpoint {
             key: plan.key,
             peer: id.peer_address(),
             local: id.local_address(),
-            own: MainCell::new(Own {
+            own: MainCell::new(MainState {
                 session: Session::new(
                     plan.timing,
                     region,
@@ -264,7 +264,7 @@ impl Endpoint {
     }
 
     /// The endpoint's name in work requests.
-    pub fn key(&self) -> Key {
+    pub fn key(&self) -> EndpointId {
         self.key
     }
 
@@ -295,13 +295,13 @@ impl Endpoint {
 
     /// What belongs to the main thread.
     #[track_caller]
-    pub fn own(&self) -> std::cell::RefMut<'_, Own> {
-        self.own.open()
+    pub fn main_state(&self) -> std::cell::RefMut<'_, MainState> {
+        self.own.borrow_mut()
     }
 
     /// Counts the endpoint in another gauge.
     pub fn enter_stage(&self, stage: Stage) {
-        let before = self.own().stage.replace(stage);
+        let before = self.main_state().stage.replace(stage);
         if let Some(before) = before {
             before.gauge().sub(1);
         }
@@ -315,7 +315,7 @@ impl Endpoint {
 
     /// Whether one of the server's handlers has something to do. Main thread.
     pub fn has_work(&self) -> bool {
-        let connection = self.own().connection();
+        let connection = self.main_state().connection();
         if connection.is_null() {
             return false;
         }
@@ -335,13 +335,13 @@ impl Endpoint {
     /// # Panics
     /// After [`detach`](Self::detach).
     pub fn hub(&self) -> Arc<Hub> {
-        Arc::clone(self.hub.open().as_ref().expect("an endpoint that is not removed"))
+        Arc::clone(self.hub.borrow_mut().as_ref().expect("an endpoint that is not removed"))
     }
 
     /// The endpoint is removed: from here on it may be destroyed on any thread. What hub and
     /// device have for it stays until then. Main thread.
     pub fn detach(&self) {
-        *self.hub.open() = None;
+        *self.hub.borrow_mut() = None;
         self.qp.detach();
     }
 

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! An endpoint's place in the registry, vacant only when the endpoint is destroyed.
 
-use crate::endpoint::key::Key;
+use crate::endpoint::wr_id::EndpointId;
 use std::sync::{Mutex, PoisonError};
 
 /// Keys of endpoints that are destroyed.
-static VACANT: Mutex<Vec<Key>> = Mutex::new(Vec::new());
+static VACANT: Mutex<Vec<EndpointId>> = Mutex::new(Vec::new());
 
 /// A place among the endpoints, given back when the last part of its endpoint is gone.
 #[derive(Debug)]
-pub struct Place(Key);
+pub struct Place(EndpointId);
 
 impl Place {
     /// The place of a key that was reserved.
-    pub fn new(key: Key) -> Self {
+    pub fn new(key: EndpointId) -> Self {
         Self(key)
     }
 }
@@ -25,6 +25,6 @@ impl Drop for Place {
 }
 
 /// The keys of endpoints that were destroyed since the last call.
-pub fn vacated() -> Vec<Key> {
+pub fn vacated() -> Vec<EndpointId> {
     std::mem::take(&mut *VACANT.lock().unwrap_or_else(PoisonError::into_inner))
 }

@@ -3,7 +3,7 @@
 
 use super::control::{Ports, RECEIVE_SLOTS};
 use super::{Endpoint, ReadOutcome};
-use crate::endpoint::key::Work;
+use crate::endpoint::wr_id::WrKind;
 use crate::host::main_cell::is_main_thread;
 use crate::metrics::METRICS;
 use crate::time;
@@ -20,7 +20,7 @@ impl Endpoint {
         &self,
         work: impl FnOnce(&mut Session<Region>, &Stream<Region>, &mut Ports<'_>) -> T,
     ) -> T {
-        work(&mut self.own().session, &self.stream, &mut Ports(self))
+        work(&mut self.main_state().session, &self.stream, &mut Ports(self))
     }
 
     /// Posts the first receives. Main thread.
@@ -66,14 +66,14 @@ impl Endpoint {
     ///
     /// # Errors
     /// If something that is due can't be posted.
-    pub fn on_sent(&self, work: Work, now: Millis) -> Result<TimeoutAction, Error> {
+    pub fn on_sent(&self, work: WrKind, now: Millis) -> Result<TimeoutAction, Error> {
         self.with_session(|session, stream, ports| match work {
-            Work::Payload(sequence) => session.on_payload_sent(stream, ports, sequence, now),
-            Work::Probe(next) => session.on_probe_sent(stream, ports, next, now),
-            Work::Control(slot) => {
+            WrKind::Payload(sequence) => session.on_payload_sent(stream, ports, sequence, now),
+            WrKind::Probe(next) => session.on_probe_sent(stream, ports, next, now),
+            WrKind::Control(slot) => {
                 session.on_message_sent(stream, ports, slot, now).map(|()| TimeoutAction::Wait)
             }
-            Work::Receive(_) => Ok(TimeoutAction::Wait),
+            WrKind::Receive(_) => Ok(TimeoutAction::Wait),
         })
     }
 
@@ -124,12 +124,12 @@ impl Endpoint {
 
     /// Whether the receive window is consumed and nobody has tried to announce it. Main thread.
     pub fn is_announcement_missed(&self) -> bool {
-        self.own().session.is_announcement_missed(&self.stream)
+        self.main_state().session.is_announcement_missed(&self.stream)
     }
 
     /// Bytes of the receive buffers. Main thread.
     pub fn receive_bytes(&self) -> usize {
-        self.own().session.receive_buffers().map(Region::length).sum()
+        self.main_state().session.receive_buffers().map(Region::length).sum()
     }
 
     /// Receives that are posted for the peer.

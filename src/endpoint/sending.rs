@@ -4,7 +4,7 @@
 
 use super::control::{SMALL_STAGING, STAGING_AT, post_error};
 use super::{Endpoint, activity};
-use crate::endpoint::key::Work;
+use crate::endpoint::wr_id::WrKind;
 use crate::host::main_cell::is_main_thread;
 use crate::metrics::METRICS;
 use proto::send_queue::{PayloadWrite, PostError, Shortage, Transmit};
@@ -118,7 +118,7 @@ impl Transmit<Region> for Sender<'_> {
 
     fn post(&mut self, staged: Sge<'static>, write: PayloadWrite) -> Result<(), PostError<Error>> {
         let Endpoint { qp, key, .. } = self.endpoint;
-        let wr_id = key.work_request(Work::Payload(write.sequence));
+        let wr_id = key.wr_id(WrKind::Payload(write.sequence));
         let to = RemoteBuf { address: write.address, rkey: write.rkey };
         qp.post_write(wr_id, staged, to, write.signalled).map_err(post_error)
     }

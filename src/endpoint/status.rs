@@ -19,7 +19,7 @@ pub enum Wait {
     Announcement,
     /// The client reads its window and announces it again.
     Window,
-    /// Work requests of ours complete: the client's device acknowledges them.
+    /// WrKind requests of ours complete: the client's device acknowledges them.
     Completion,
     /// The server acts: it was told, and an I/O thread has the job, or will.
     IoThread,
@@ -53,7 +53,7 @@ impl Wait {
 /// What the endpoint waits for, and since when. Main thread.
 pub fn wait(endpoint: &Endpoint) -> (Wait, Millis) {
     let activity = endpoint.activity();
-    let own = endpoint.own();
+    let own = endpoint.main_state();
     let (stage, heard) = (own.stage, own.session.last_heard());
     let (established, probing) = (own.session.is_established(), own.session.is_probing());
     let (parked, quiet_since) = (own.parked, own.watch.since);
@@ -99,7 +99,7 @@ pub fn describe(endpoint: &Endpoint) -> Reply {
     let (waits_for, since) = wait(endpoint);
     let (received, received_size) = endpoint.stream().inbound().position();
     let (sent, sent_size) = endpoint.stream().outbound().position();
-    let own = endpoint.own();
+    let own = endpoint.main_state();
     let (id, stage, heard) = (own.client, own.stage, own.session.last_heard());
     drop(own);
     Reply::Map(vec![

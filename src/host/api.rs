@@ -104,7 +104,7 @@ pub fn after(delay: Duration, callback: OnTimer) {
             std::ptr::null_mut(),
         )
     };
-    let mut timers = TIMERS.open();
+    let mut timers = TIMERS.borrow_mut();
     timers.retain(|(other, _)| !std::ptr::fn_addr_eq(*other, callback));
     timers.push((callback, timer));
 }
@@ -128,7 +128,7 @@ pub unsafe fn note_exit(ctx: *mut raw::RedisModuleCtx) -> Result<(), String> {
         _data: *mut c_void,
     ) {
         EXITS.store(true, Ordering::Relaxed);
-        for (_, timer) in std::mem::take(&mut *TIMERS.open()) {
+        for (_, timer) in std::mem::take(&mut *TIMERS.borrow_mut()) {
             // SAFETY: as for `after`; one that has fired is not found.
             unsafe {
                 raw::RedisModule_StopTimer.expect("server API")(

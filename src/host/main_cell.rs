@@ -69,7 +69,7 @@ impl<T: Send> MainCell<T> {
     /// # Panics
     /// On another thread than the main one, or if it is open already.
     #[track_caller]
-    pub fn open(&self) -> RefMut<'_, T> {
+    pub fn borrow_mut(&self) -> RefMut<'_, T> {
         assert!(is_main_thread(), "state of the main thread opened on another");
         self.0.borrow_mut()
     }
@@ -116,9 +116,9 @@ mod tests {
     #[test]
     fn it_opens_once_at_a_time() {
         let cell = MainCell::new(1);
-        *cell.open() += 1;
-        let first = cell.open();
-        let second = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| *cell.open()));
+        *cell.borrow_mut() += 1;
+        let first = cell.borrow_mut();
+        let second = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| *cell.borrow_mut()));
         assert!(second.is_err());
         assert_eq!(*first, 2);
     }

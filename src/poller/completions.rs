@@ -3,7 +3,7 @@
 
 use super::Poller;
 use crate::device::{Hub, Progress, Which};
-use crate::endpoint::key::{Key, Work};
+use crate::endpoint::wr_id::{EndpointId, WrKind};
 use crate::endpoint::{Endpoint, PeerState, Reason};
 use crate::metrics::METRICS;
 use crate::time;
@@ -46,7 +46,7 @@ impl Poller {
         self.let_go();
         match progress {
             Ok(Progress::Empty) => {}
-            Ok(Progress::More) => *self.unfinished.open() = true,
+            Ok(Progress::More) => *self.unfinished.borrow_mut() = true,
             Err(error) => self.retire(hub, &error.to_string()),
         }
         count.get()
@@ -54,7 +54,7 @@ impl Poller {
 
     /// One completion.
     fn complete(&self, completion: Completion) {
-        let Some((key, work)) = Key::parse(completion.wr_id) else { return };
+        let Some((key, work)) = EndpointId::parse(completion.wr_id) else { return };
         // A connection that is gone may still have completions on their way.
         let Some(endpoint) = self.find(key) else { return };
         self.guard("one completion", &endpoint, || {
@@ -62,15 +62,15 @@ impl Poller {
         });
     }
 
-    fn complete_work(&self, endpoint: &Arc<Endpoint>, work: Work, outcome: Outcome) {
+    fn complete_work(&self, endpoint: &Arc<Endpoint>, work: WrKind, outcome: Outcome) {
         match (outcome, work) {
-            (Outcome::Immediate(count), Work::Receive(slot)) => {
+            (Outcome::Immediate(count), WrKind::Receive(slot)) => {
                 if let Err(lost) = endpoint.on_immediate(slot, count, time::now()) {
                     self.end_by(endpoint, lost);
                 }
                 self.mark_if_ready(endpoint);
             }
-            (Outcome::Received(length), Work::Receive(slot)) => {
+            (Outcome::Received(length), WrKind::Receive(slot)) => {
                 match endpoint.on_message(slot, length, time::now()) {
                     Ok(MessageAction::Nothing) => {}
                     Ok(action) => {
@@ -89,7 +89,7 @@ impl Poller {
                     Ok(action) => self.act(endpoint, action),
                     Err(error) => self.close_on_error(endpoint, Err(error)),
                 }
-                if matches!(work, Work::Payload(_) | Work::Probe(_)) {
+                if matches!(work, WrKind::Payload(_) | WrKind::Probe(_)) {
                     self.mark_if_ready(endpoint);
                 }
             }
@@ -101,8 +101,8 @@ impl Poller {
     }
 
     /// A work request failed, and with it the queue pair.
-    fn failed(&self, endpoint: &Arc<Endpoint>, work: Work, status: Status) {
-        if matches!(work, Work::Receive(_)) && status.is_too_long() {
+    fn failed(&self, endpoint: &Arc<Endpoint>, work: WrKind, status: Status) {
+        if matches!(work, WrKind::Receive(_)) && status.is_too_long() {
             self.violate(endpoint, Violation::TooLong);
             return;
         }
@@ -110,7 +110,7 @@ impl Poller {
             METRICS.failed(status.failure());
         }
         // Of a peer that has left nothing else is to be expected.
-        let left = endpoint.own().reason == Some(Reason::Client);
+        let left = endpoint.main_state().reason == Some(Reason::Client);
         if endpoint.stream().peer_state() == PeerState::Connected && !left {
             let why = if status.is_flush() {
                 // Nothing of ours failed: the device refused what the peer tried.

@@ -19,10 +19,10 @@ use verbs::cm::{Event, EventKind};
 impl Poller {
     /// What happened to a connection, or to one that is being opened.
     pub(super) fn connection_event(&self, event: Event) {
-        let found = self.registry.open().find_by_id(&event.id);
+        let found = self.registry.borrow_mut().find_by_id(&event.id);
         if event.kind == EventKind::DeviceRemoval {
             // Each id is told; the hub's own is there even if nobody is connected.
-            let hubs = self.hubs.open();
+            let hubs = self.hubs.borrow_mut();
             let of_hub = |hub: &&Arc<Hub>| match &found {
                 Some(endpoint) => Arc::ptr_eq(&endpoint.hub(), hub),
                 None => hub.anchor() == event.id,
@@ -44,15 +44,15 @@ impl Poller {
                 Err(error) => self.close_on_error(&endpoint, Err(error)),
             },
             EventKind::Disconnected | EventKind::TimewaitExit => {
-                endpoint.own().reason.get_or_insert(Reason::Client);
+                endpoint.main_state().reason.get_or_insert(Reason::Client);
                 let horizon = endpoint.hub().horizon(endpoint.queue());
-                self.leaving.open().push((endpoint.key(), horizon));
+                self.leaving.borrow_mut().push((endpoint.key(), horizon));
             }
             EventKind::Failed | EventKind::Rejected => {
                 let why = format!("it could not be established (status {})", event.status);
                 // Negative statuses are error numbers, others a peer's reasons to reject.
                 if event.status < 0 {
-                    endpoint.own().failure = -event.status;
+                    endpoint.main_state().failure = -event.status;
                 }
                 self.say_lost(&endpoint, &why);
                 self.lose(&endpoint, PeerState::Disconnected, Reason::Error);
@@ -75,13 +75,13 @@ impl Poller {
     /// back, even the same, gets a new hub.
     pub(super) fn retire(&self, hub: &Arc<Hub>, why: &str) {
         {
-            let mut hubs = self.hubs.open();
+            let mut hubs = self.hubs.borrow_mut();
             let Some(index) = hubs.iter().position(|it| Arc::ptr_eq(it, hub)) else { return };
             hubs.remove(index);
         }
         api::unwatch(hub.fd());
         // Copies of that descriptor among them; they grow again as they are needed.
-        self.wakeup_fds.open().shrink(true);
+        self.wakeup_fds.borrow_mut().shrink(true);
         METRICS.devices_lost.add(1);
         let mut ended = 0;
         for endpoint in self.endpoints().iter().filter(|it| Arc::ptr_eq(&it.hub(), hub)) {
@@ -94,26 +94,26 @@ impl Poller {
 
     /// Says of those who have left that they are gone, once all that they sent was seen.
     pub(super) fn let_go(&self) {
-        if self.leaving.open().is_empty() {
+        if self.leaving.borrow_mut().is_empty() {
             return;
         }
-        let leaving = std::mem::take(&mut *self.leaving.open());
+        let leaving = std::mem::take(&mut *self.leaving.borrow_mut());
         for (key, horizon) in leaving {
             let Some(endpoint) = self.find(key) else { continue };
             if endpoint.hub().is_beyond(endpoint.queue(), horizon) {
                 self.lose(&endpoint, PeerState::Disconnected, Reason::Client);
             } else {
-                self.leaving.open().push((key, horizon));
+                self.leaving.borrow_mut().push((key, horizon));
             }
         }
     }
 
     /// Removes an endpoint that no connection of the server has any more.
     pub fn remove(&self, endpoint: Arc<Endpoint>, reason: Reason) {
-        if !self.registry.open().remove(endpoint.key(), &endpoint.id_key()) {
+        if !self.registry.borrow_mut().remove(endpoint.key(), &endpoint.id_key()) {
             return;
         }
-        let reason = endpoint.own().reason.unwrap_or(reason);
+        let reason = endpoint.main_state().reason.unwrap_or(reason);
         match reason {
             Reason::Client => &METRICS.ended_by_client,
             Reason::Server => &METRICS.ended_by_server,
@@ -131,7 +131,7 @@ impl Poller {
     pub(super) fn remove_doomed(&self) {
         let mut count = 0;
         while count < ENDINGS_PER_PASS {
-            let Some(key) = self.doomed.open().pop_front() else { break };
+            let Some(key) = self.doomed.borrow_mut().pop_front() else { break };
             if let Some(endpoint) = self.find(key) {
                 self.remove(endpoint, Reason::Error);
                 count += 1;
@@ -143,13 +143,13 @@ impl Poller {
     /// Has an endpoint removed that no connection of the server has any more: not here, since
     /// completions of it may stand further on in the batch.
     pub fn doom(&self, endpoint: &Endpoint) {
-        if std::mem::replace(&mut endpoint.own().doomed, true) {
+        if std::mem::replace(&mut endpoint.main_state().doomed, true) {
             return;
         }
         // It takes no newcomer's room any more.
         endpoint.enter_stage(Stage::Ending);
-        self.doomed.open().push_back(endpoint.key());
-        if *self.passes.open() == 0 {
+        self.doomed.borrow_mut().push_back(endpoint.key());
+        if *self.passes.borrow_mut() == 0 {
             self.wake_loop();
         }
     }
@@ -188,12 +188,12 @@ impl Poller {
     pub fn say_lost(&self, endpoint: &Endpoint, why: &str) {
         let peer = endpoint.peer_text();
         let message = format_args!("connection of {peer} lost: {why}");
-        self.losses.open().log(time::now(), Level::Info, message);
+        self.losses.borrow_mut().log(time::now(), Level::Info, message);
     }
 
     /// Says what befell a device or an address, unless much does.
     pub fn say_trouble(&self, level: log::Level, what: &str) {
-        self.troubles.open().log(time::now(), level, format_args!("{what}"));
+        self.troubles.borrow_mut().log(time::now(), level, format_args!("{what}"));
     }
 
     /// The peer broke the protocol: that is said, and the connection is over.
@@ -201,10 +201,10 @@ impl Poller {
         if endpoint.stream().peer_state() != PeerState::Failed {
             METRICS.violated(&violation);
             // Also where the server has closed already, or the peer has left.
-            endpoint.own().reason = Some(Reason::Violation);
+            endpoint.main_state().reason = Some(Reason::Violation);
             let peer = endpoint.peer_text();
             let message = format_args!("client {peer} broke the protocol: {violation}");
-            self.violations.open().log(time::now(), Level::Warn, message);
+            self.violations.borrow_mut().log(time::now(), Level::Warn, message);
         }
         self.lose(endpoint, PeerState::Failed, Reason::Violation);
     }
@@ -212,7 +212,7 @@ impl Poller {
     /// The connection is over for this reason; whoever has it is told.
     pub fn lose(&self, endpoint: &Arc<Endpoint>, state: PeerState, reason: Reason) {
         endpoint.stream().escalate(state);
-        let mut own = endpoint.own();
+        let mut own = endpoint.main_state();
         own.reason.get_or_insert(reason);
         let orphan = own.connection().is_null();
         drop(own);
@@ -229,7 +229,7 @@ impl Poller {
         self.say_refusal(endpoint);
         endpoint.enter_stage(Stage::Lingering);
         let now = time::now();
-        let mut own = endpoint.own();
+        let mut own = endpoint.main_state();
         own.set_connection(std::ptr::null_mut());
         own.watch.since = now;
         let left = own.reason == Some(Reason::Client);
@@ -241,7 +241,7 @@ impl Poller {
         }
         drop(own);
         if alive {
-            self.attend(endpoint);
+            self.track_transient(endpoint);
         } else {
             self.doom(endpoint);
         }

@@ -21,23 +21,23 @@
 //! Here is when a pass takes place. What it finds is in `completions`, whom it calls in
 //! `serving`, how connections end in `endings`, and which there are in `registry`.
 
-mod clock;
 mod completions;
 pub mod connection;
 mod endings;
 mod registry;
 mod serving;
 mod teardown;
+mod timers;
 mod wakeup_fds;
 mod watchdog;
 
-use self::clock::Clocks;
-pub use self::clock::again;
+use self::timers::Timers;
+pub use self::timers::again;
 use self::wakeup_fds::WakeupFds;
 use crate::config::Settings;
 use crate::device::{Hub, Which};
-use crate::endpoint::key::Key;
 use crate::endpoint::place::{self, Place};
+use crate::endpoint::wr_id::EndpointId;
 use crate::endpoint::{Endpoint, Plan, Stage};
 use crate::host::reply::Reply;
 use crate::host::{MainCell, api};
@@ -79,11 +79,11 @@ pub struct Poller {
     /// Hubs that there were so far.
     hubs_made: MainCell<usize>,
     registry: MainCell<Registry<IdKey, Arc<Endpoint>>>,
-    ready: MainCell<VecDeque<Key>>,
-    doomed: MainCell<VecDeque<Key>>,
+    ready: MainCell<VecDeque<EndpointId>>,
+    doomed: MainCell<VecDeque<EndpointId>>,
     /// Endpoints whose peers have left, and how far their queues are to be looked at before
     /// that is said: what a peer sent before it left is still read.
-    leaving: MainCell<Vec<(Key, u64)>>,
+    leaving: MainCell<Vec<(EndpointId, u64)>>,
     /// Depth of passes: the server may call us back from inside a handler.
     passes: MainCell<u32>,
     /// Readable while something is ready that no pass will find by itself.
@@ -105,7 +105,7 @@ pub struct Poller {
     violations: MainCell<LogLimiter>,
     troubles: MainCell<LogLimiter>,
     nudges: MainCell<LogLimiter>,
-    clocks: MainCell<Clocks>,
+    timers: MainCell<Timers>,
     settings: Arc<MainCell<Settings>>,
     upcalls: &'static dyn Upcalls,
 }
@@ -162,7 +162,7 @@ impl Poller {
             violations: MainCell::new(LogLimiter::new(LOSSES_PER_MINUTE)),
             troubles: MainCell::new(LogLimiter::new(LOSSES_PER_MINUTE)),
             nudges: MainCell::new(LogLimiter::new(watchdog::LINES_PER_MINUTE)),
-            clocks: MainCell::default(),
+            timers: MainCell::default(),
             settings,
             upcalls,
         })
@@ -192,8 +192,8 @@ impl Poller {
         &self.settings
     }
 
-    fn clocks(&self) -> &MainCell<Clocks> {
-        &self.clocks
+    fn timers(&self) -> &MainCell<Timers> {
+        &self.timers
     }
 
     pub(super) fn upcalls(&self) -> &'static dyn Upcalls {
@@ -201,12 +201,12 @@ impl Poller {
     }
 
     pub(super) fn log_nudge(&self, now: Millis, message: fmt::Arguments<'_>) {
-        self.nudges.open().log(now, Level::Warn, message);
+        self.nudges.borrow_mut().log(now, Level::Warn, message);
     }
 
     /// The most descriptors that may fire for one device beside its own.
     pub fn allow_wakeup_fds(&self, most: usize) {
-        self.wakeup_fds.open().allow(most);
+        self.wakeup_fds.borrow_mut().allow(most);
     }
 
     /// Registers with the event loop.
@@ -225,15 +225,15 @@ impl Poller {
     /// # Errors
     /// If there is no device or it can't be opened.
     fn hub_of(&self, id: &Arc<Id>) -> Result<Arc<Hub>, Error> {
-        let mut hubs = self.hubs.open();
+        let mut hubs = self.hubs.borrow_mut();
         if let Some(hub) = hubs.iter().find(|hub| hub.serves(id)) {
             return Ok(Arc::clone(hub));
         }
         let (vector, patience) = {
-            let settings = self.settings.open();
+            let settings = self.settings.borrow_mut();
             (settings.completion_vector, settings.busy_poll)
         };
-        let mut made = self.hubs_made.open();
+        let mut made = self.hubs_made.borrow_mut();
         *made += 1;
         let hub = match Hub::new(id, *made, vector, patience * 1000) {
             Ok(hub) => Arc::new(hub),
@@ -254,18 +254,18 @@ impl Poller {
 
     /// The hub of a number, unless it is retired.
     fn find_hub(&self, number: usize) -> Option<Arc<Hub>> {
-        self.hubs.open().iter().find(|hub| hub.number() == number).cloned()
+        self.hubs.borrow_mut().iter().find(|hub| hub.number() == number).cloned()
     }
 
     /// The hub at a place, in the order of their making.
     fn nth_hub(&self, index: usize) -> Option<Arc<Hub>> {
-        self.hubs.open().get(index).cloned()
+        self.hubs.borrow_mut().get(index).cloned()
     }
 
     /// The devices that have or had connections and are there, as `INFO rdma` shows them.
     pub fn devices(&self) -> Vec<Reply> {
         let endpoints = self.endpoints();
-        let hubs = self.hubs.open().clone();
+        let hubs = self.hubs.borrow_mut().clone();
         let describe = |hub: &Arc<Hub>| {
             let own = endpoints.iter().filter(|endpoint| Arc::ptr_eq(&endpoint.hub(), hub));
             let mut ports: Vec<u8> = own.map(|endpoint| endpoint.id().port()).collect();
@@ -294,43 +294,43 @@ impl Poller {
     fn enter_on(&self, hub: Arc<Hub>, id: &Arc<Id>) -> Result<Arc<Endpoint>, Error> {
         teardown::help();
         let key = {
-            let mut registry = self.registry.open();
+            let mut registry = self.registry.borrow_mut();
             place::vacated().into_iter().for_each(|key| registry.give_back(key));
             registry.reserve()
         };
         let key = key.ok_or(Error { action: "enter an endpoint", errno: libc::EMFILE })?;
         let (receive_bytes, timing) = {
-            let settings = self.settings.open();
+            let settings = self.settings.borrow_mut();
             (settings.rx_size, settings.timing)
         };
         let place = Place::new(key);
         let plan = Plan { key, place, receive_bytes, timing, now: time::now() };
         let endpoint = Arc::new(Endpoint::new(Arc::clone(id), hub, plan)?);
-        self.registry.open().enter(key, endpoint.id_key(), Arc::clone(&endpoint));
+        self.registry.borrow_mut().enter(key, endpoint.id_key(), Arc::clone(&endpoint));
         endpoint.enter_stage(Stage::Handshaking);
-        self.attend(&endpoint);
+        self.track_transient(&endpoint);
         Ok(endpoint)
     }
 
     /// The endpoint of a key, unless it is gone.
-    pub fn find(&self, key: Key) -> Option<Arc<Endpoint>> {
-        self.registry.open().find(key)
+    pub fn find(&self, key: EndpointId) -> Option<Arc<Endpoint>> {
+        self.registry.borrow_mut().find(key)
     }
 
     /// All endpoints there are.
     pub fn endpoints(&self) -> Vec<Arc<Endpoint>> {
-        self.registry.open().all().cloned().collect()
+        self.registry.borrow_mut().all().cloned().collect()
     }
 
     /// The endpoint of the client that has this number at the server, if it is one of ours.
     pub fn find_client(&self, client: u64) -> Option<Arc<Endpoint>> {
-        let is_it = |endpoint: &&Arc<Endpoint>| endpoint.own().client == Some(client);
-        self.registry.open().all().find(is_it).cloned()
+        let is_it = |endpoint: &&Arc<Endpoint>| endpoint.main_state().client == Some(client);
+        self.registry.borrow_mut().all().find(is_it).cloned()
     }
 
     /// How many endpoints there are.
     pub fn count(&self) -> usize {
-        self.registry.open().count()
+        self.registry.borrow_mut().count()
     }
 
     /// Connections at this moment that are not the server's clients yet, or not any more.
@@ -353,12 +353,12 @@ impl Poller {
     /// Begins a pass, which ends when the answer is dropped, by a panic too: who marks
     /// an endpoint as ready meanwhile need not wake the event loop.
     fn pass(&self) -> Pass<'_> {
-        *self.passes.open() += 1;
+        *self.passes.borrow_mut() += 1;
         Pass(self)
     }
 
     fn wake_loop(&self) {
-        if !std::mem::replace(&mut *self.awake.open(), true) {
+        if !std::mem::replace(&mut *self.awake.borrow_mut(), true) {
             let one: u64 = 1;
             // SAFETY: eight bytes from a u64. The counter can't overflow: it is
             // written only when it was read since.
@@ -368,15 +368,15 @@ impl Poller {
 
     /// Whether completions wait that the last pass did not take.
     pub fn is_behind(&self) -> bool {
-        *self.unfinished.open()
+        *self.unfinished.borrow_mut()
     }
 
     /// Whether the event loop must not sleep.
     pub fn is_pending(&self) -> bool {
         self.is_behind()
-            || *self.job_sent.open()
-            || !self.ready.open().is_empty()
-            || !self.doomed.open().is_empty()
+            || *self.job_sent.borrow_mut()
+            || !self.ready.borrow_mut().is_empty()
+            || !self.doomed.borrow_mut().is_empty()
     }
 
     /// The server gives an I/O thread a job.
@@ -385,7 +385,7 @@ impl Poller {
     /// sleeps, with no descriptor that would tell it of their end. A handler called in the
     /// pass after that look may bring one: then the loop goes round once more.
     pub fn job_sent(&self) {
-        *self.job_sent.open() = true;
+        *self.job_sent.borrow_mut() = true;
     }
 
     /// A pass over what is pending, before the server sleeps. Returns how many endpoints
@@ -393,8 +393,8 @@ impl Poller {
     pub fn run(&self) -> usize {
         let _pass = self.pass();
         self.tick_if_late();
-        *self.job_sent.open() = false;
-        let unfinished = std::mem::take(&mut *self.unfinished.open());
+        *self.job_sent.borrow_mut() = false;
+        let unfinished = std::mem::take(&mut *self.unfinished.borrow_mut());
         for index in 0.. {
             // One that is retired meanwhile makes the others move up: the next pass has them.
             let Some(hub) = self.nth_hub(index) else { break };
@@ -409,7 +409,7 @@ impl Poller {
             }
         }
         let served = if self.is_pending() { self.serve_ready() } else { 0 };
-        *self.turn.open() += 1;
+        *self.turn.borrow_mut() += 1;
         served
     }
 
@@ -431,35 +431,35 @@ impl Poller {
             self.take_completions(hub, Which::Fired);
         }
         if self.find_hub(hub.number()).is_some() {
-            let busy = self.ready.open().len();
-            self.wakeup_fds.open().grow(hub.fd(), busy);
+            let busy = self.ready.borrow_mut().len();
+            self.wakeup_fds.borrow_mut().grow(hub.fd(), busy);
         }
         let served = self.serve_ready();
         hub.pace().passed(served, time::nanos());
     }
 
-    /// Gives back completion queues that are not needed any more. Slow clock.
+    /// Gives back completion queues that are not needed any more. Housekeeping timer.
     pub fn shrink_hubs(&self) {
-        self.hubs.open().iter().for_each(|hub| hub.shrink());
+        self.hubs.borrow_mut().iter().for_each(|hub| hub.shrink());
     }
 
-    /// Whether the slow clock has something to look at.
+    /// Whether the housekeeping timer has something to look at.
     pub fn needs_clock(&self) -> bool {
-        self.count() > 0 || self.hubs.open().iter().any(|hub| hub.is_shrinking())
+        self.count() > 0 || self.hubs.borrow_mut().iter().any(|hub| hub.is_shrinking())
     }
 
     /// Lets go of descriptors that fire with a device's and were not needed since the
-    /// last call, or of all. Slow clock.
+    /// last call, or of all. Housekeeping timer.
     pub fn shrink_wakeup_fds(&self, all: bool) {
-        self.wakeup_fds.open().shrink(all);
+        self.wakeup_fds.borrow_mut().shrink(all);
     }
 
     /// Handles what happened to connections.
     fn run_connection_events(&self) {
         let _pass = self.pass();
         self.take_connection_events();
-        if !self.leaving.open().is_empty() {
-            let hubs = self.hubs.open().clone();
+        if !self.leaving.borrow_mut().is_empty() {
+            let hubs = self.hubs.borrow_mut().clone();
             for hub in &hubs {
                 self.take_completions(hub, Which::All);
             }
@@ -489,8 +489,8 @@ impl Poller {
     pub fn catch_up(&self) -> bool {
         let all = self.take_connection_events();
         // Every queue is looked at, whatever a pass left over.
-        *self.unfinished.open() = false;
-        let hubs = self.hubs.open().clone();
+        *self.unfinished.borrow_mut() = false;
+        let hubs = self.hubs.borrow_mut().clone();
         for hub in hubs {
             hub.doubt();
             self.look_at(&hub);
@@ -523,12 +523,12 @@ impl Poller {
     /// The descriptors that become readable when [`catch_up`](Self::catch_up)
     /// has something to do.
     pub fn descriptors(&self) -> Vec<RawFd> {
-        let hubs = self.hubs.open();
+        let hubs = self.hubs.borrow_mut();
         std::iter::once(self.channel.fd()).chain(hubs.iter().map(|hub| hub.fd())).collect()
     }
 
     fn clear_wake(&self) {
-        *self.awake.open() = false;
+        *self.awake.borrow_mut() = false;
         let mut value: u64 = 0;
         // SAFETY: eight bytes into a u64; an empty eventfd answers EAGAIN.
         unsafe { libc::read(self.wake.as_raw_fd(), (&raw mut value).cast(), 8) };
@@ -540,7 +540,7 @@ struct Pass<'a>(&'a Poller);
 
 impl Drop for Pass<'_> {
     fn drop(&mut self) {
-        *self.0.passes.open() -= 1;
+        *self.0.passes.borrow_mut() -= 1;
     }
 }
 

@@ -4,7 +4,7 @@
 //! A key is a place and how often that was taken: completions of one that is gone don't
 //! reach the one that has its place now.
 
-use crate::endpoint::key::{Key, MAX_ENDPOINTS};
+use crate::endpoint::wr_id::{EndpointId, MAX_ENDPOINTS};
 use std::collections::HashMap;
 use std::hash::Hash;
 
@@ -13,7 +13,7 @@ use std::hash::Hash;
 pub(super) struct Registry<I, T> {
     slots: Vec<Slot<T>>,
     free: Vec<u32>,
-    by_id: HashMap<I, Key>,
+    by_id: HashMap<I, EndpointId>,
 }
 
 #[derive(Debug)]
@@ -30,7 +30,7 @@ impl<I, T> Default for Registry<I, T> {
 
 impl<I: Eq + Hash, T: Clone> Registry<I, T> {
     /// A key for what is to be entered, or to be given back; none if all are taken.
-    pub(super) fn reserve(&mut self) -> Option<Key> {
+    pub(super) fn reserve(&mut self) -> Option<EndpointId> {
         let index = match self.free.pop() {
             Some(index) => index,
             None if self.slots.len() < MAX_ENDPOINTS => {
@@ -41,23 +41,23 @@ impl<I: Eq + Hash, T: Clone> Registry<I, T> {
         };
         let slot = &mut self.slots[index as usize];
         slot.generation = slot.generation.wrapping_add(1);
-        Some(Key { index, generation: slot.generation })
+        Some(EndpointId { index, generation: slot.generation })
     }
 
     /// Nothing is entered under a reserved key, or not any more.
-    pub(super) fn give_back(&mut self, key: Key) {
+    pub(super) fn give_back(&mut self, key: EndpointId) {
         self.free.push(key.index);
     }
 
     /// Enters what a key was reserved for.
-    pub(super) fn enter(&mut self, key: Key, id: I, entry: T) {
+    pub(super) fn enter(&mut self, key: EndpointId, id: I, entry: T) {
         self.by_id.insert(id, key);
         self.slots[key.index as usize].entry = Some(entry);
     }
 
     /// Removes what was entered; `false` if it is gone already. Its key is to be given back
     /// when no completion can carry it any more.
-    pub(super) fn remove(&mut self, key: Key, id: &I) -> bool {
+    pub(super) fn remove(&mut self, key: EndpointId, id: &I) -> bool {
         let slot = &mut self.slots[key.index as usize];
         if slot.generation != key.generation || slot.entry.take().is_none() {
             return false;
@@ -67,7 +67,7 @@ impl<I: Eq + Hash, T: Clone> Registry<I, T> {
     }
 
     /// What was entered under a key, unless it is gone.
-    pub(super) fn find(&self, key: Key) -> Option<T> {
+    pub(super) fn find(&self, key: EndpointId) -> Option<T> {
         let slot = self.slots.get(key.index as usize)?;
         if slot.generation == key.generation { slot.entry.clone() } else { None }
     }

@@ -13,7 +13,7 @@ impl Poller {
     /// to it that one comes.
     pub fn mark_ready(&self, endpoint: &Endpoint) {
         {
-            let mut own = endpoint.own();
+            let mut own = endpoint.main_state();
             if own.queued {
                 return;
             }
@@ -27,8 +27,8 @@ impl Poller {
             // As the worst of faults would have it: queued, it believes, and it is not.
             return;
         }
-        self.ready.open().push_back(endpoint.key());
-        if *self.passes.open() == 0 {
+        self.ready.borrow_mut().push_back(endpoint.key());
+        if *self.passes.borrow_mut() == 0 {
             self.wake_loop();
         }
     }
@@ -43,20 +43,20 @@ impl Poller {
     /// As [`mark_ready`](Self::mark_ready), whatever was noted of the endpoint and of the
     /// event loop before. For the watchdog.
     pub fn nudge(&self, endpoint: &Endpoint) {
-        endpoint.own().queued = false;
-        *self.awake.open() = false;
+        endpoint.main_state().queued = false;
+        *self.awake.borrow_mut() = false;
         self.mark_ready(endpoint);
     }
 
     /// Serves every endpoint that is in the queue now, once.
     pub(super) fn serve_ready(&self) -> usize {
         METRICS.passes.add(1);
-        let count = self.ready.open().len();
+        let count = self.ready.borrow_mut().len();
         let mut served = 0;
         for _ in 0..count {
-            let Some(key) = self.ready.open().pop_front() else { break };
+            let Some(key) = self.ready.borrow_mut().pop_front() else { break };
             let Some(endpoint) = self.find(key) else { continue };
-            endpoint.own().queued = false;
+            endpoint.main_state().queued = false;
             self.guard("one endpoint", &endpoint, || self.serve(&endpoint));
             served += 1;
         }
@@ -66,7 +66,7 @@ impl Poller {
 
     fn serve(&self, endpoint: &Arc<Endpoint>) {
         let (connection, open, doomed) = {
-            let own = endpoint.own();
+            let own = endpoint.main_state();
             (own.connection(), own.session.is_open(), own.doomed)
         };
         if connection.is_null() {
@@ -92,7 +92,7 @@ impl Poller {
         }
         for step in steps {
             step(self, endpoint);
-            if endpoint.own().connection().is_null() {
+            if endpoint.main_state().connection().is_null() {
                 return;
             }
         }
@@ -105,7 +105,7 @@ impl Poller {
             } else if endpoint.stream().progress() != before {
                 self.mark_ready(endpoint);
             } else {
-                endpoint.own().parked = true;
+                endpoint.main_state().parked = true;
                 METRICS.parked.add(1);
             }
         }
@@ -114,27 +114,27 @@ impl Poller {
     /// The server carries out commands of this connection now, or may. Their replies have to
     /// wait for the sync of the append-only file, if one is due.
     pub fn carries_out(&self, endpoint: &Endpoint) {
-        endpoint.own().carried_out = Some(*self.turn.open());
+        endpoint.main_state().carried_out = Some(*self.turn.borrow_mut());
     }
 
     /// Whether the write handler has something to do and must not be called before the server
     /// has synced its append-only file: it would take replies along that tell of writes which
     /// are not in it yet.
     fn waits_for_sync(&self, endpoint: &Endpoint) -> bool {
-        let own = endpoint.own();
+        let own = endpoint.main_state();
         let (connection, carried_out) = (own.connection(), own.carried_out);
         drop(own);
         // SAFETY: an endpoint's connection is live until the server closes it, which clears
         // the pointer.
         !connection.is_null()
             && unsafe { has_write_barrier(connection) && (*connection).write_handler.is_some() }
-            && carried_out == Some(*self.turn.open())
+            && carried_out == Some(*self.turn.borrow_mut())
             && endpoint.is_writable()
     }
 
     fn call_read(&self, endpoint: &Arc<Endpoint>) {
         loop {
-            let connection = endpoint.own().connection();
+            let connection = endpoint.main_state().connection();
             if connection.is_null() || !endpoint.is_readable() {
                 return;
             }
@@ -169,7 +169,7 @@ impl Poller {
     }
 
     fn call_write(&self, endpoint: &Arc<Endpoint>) {
-        let connection = endpoint.own().connection();
+        let connection = endpoint.main_state().connection();
         if connection.is_null() || self.waits_for_sync(endpoint) {
             return;
         }

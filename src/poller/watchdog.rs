@@ -2,7 +2,7 @@
 //! Connections that are stuck although they have something to do.
 //!
 //! There should be none: whoever parks an endpoint knows what will wake it. The watchdog
-//! is for the day on which that is wrong. The slow clock shows it every endpoint once a
+//! is for the day on which that is wrong. The housekeeping timer shows it every endpoint once a
 //! second. One that has something to do and stood still for the time of the setting is logged,
 //! counted and *nudged*: marked ready, as what should have woken it would have done.
 //!
@@ -26,9 +26,9 @@ pub(super) const LINES_PER_MINUTE: u32 = 10;
 impl Poller {
     /// Looks at an endpoint, `tick` after the last time.
     pub(super) fn watch_over(&self, endpoint: &Endpoint, tick: Duration, now: Millis) {
-        let setting = self.settings().open().watchdog_timeout;
+        let setting = self.settings().borrow_mut().watchdog_timeout;
         let due = is_due(endpoint);
-        let still = endpoint.own().watch.tick(endpoint.stream().progress(), due, now);
+        let still = endpoint.main_state().watch.tick(endpoint.stream().progress(), due, now);
         // Two ticks at least: the first may have come right before the work did.
         let patience = setting.div_ceil(tick.as_millis() as Millis).max(2);
         if setting > 0 && u64::from(still) >= patience {
@@ -41,7 +41,7 @@ impl Poller {
         let state = status::describe(endpoint);
         self.nudge(endpoint);
         METRICS.watchdog_nudges.add(1);
-        endpoint.own().watch.restart();
+        endpoint.main_state().watch.restart();
         let peer = endpoint.peer_text();
         let message = format_args!(
             "connection of {peer} was stuck with something to do and has been nudged; this is a \
@@ -54,7 +54,7 @@ impl Poller {
 /// Whether the endpoint should be served: a handler of the server has something to do, a
 /// window is to be announced, or the server has not heard of the connection yet.
 fn is_due(endpoint: &Endpoint) -> bool {
-    let own = endpoint.own();
+    let own = endpoint.main_state();
     let (stage, open) = (own.stage, own.session.is_open());
     drop(own);
     match stage {

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! What the time asks for.
 //!
-//! Two clocks, each running only while it has something to look at: a slow one for
-//! all endpoints (keepalive, idle memory), a fast one for those in handshake or
-//! lingering. Both are timers of the module API; a pending one also makes the
-//! server refuse to unload us. No timer comes while the server runs its event loop from
-//! within a script, or while it loads its data. There the fast clock is asked before each
-//! sleep.
+//! Two timers of the module API, each running only while it has something to look at. The
+//! *housekeeping timer* looks at all endpoints once a second (keepalive, idle memory, the
+//! watchdog), the *handshake timer* 20 times a second at those in handshake or lingering. A
+//! pending timer also makes the server refuse to unload us. The server runs no timer while it
+//! runs its event loop from within a script, or loads its data: there the handshake timer is
+//! made up for before each sleep.
 
-use crate::endpoint::key::Key;
+use crate::endpoint::wr_id::EndpointId;
 use crate::endpoint::{Endpoint, PeerState, Reason};
 use crate::host::api;
 use crate::panic::guard;
@@ -20,43 +20,43 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::Duration;
 
-const SLOW: Duration = Duration::from_secs(1);
-const FAST: Duration = Duration::from_millis(50);
-/// A fast clock that has not ticked for so long has no timer at the moment, in milliseconds.
+const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(1);
+const HANDSHAKE_INTERVAL: Duration = Duration::from_millis(50);
+/// After this many milliseconds without a tick the server runs no timers at the moment.
 const LATE: Millis = 100;
 
-/// State of the two clocks.
+/// State of the two timers.
 #[derive(Debug, Default)]
-pub(super) struct Clocks {
-    slow_runs: bool,
-    fast_runs: bool,
-    /// When the fast one ticked last.
+pub(super) struct Timers {
+    housekeeping_runs: bool,
+    handshakes_run: bool,
+    /// When the handshake timer ticked last.
     ticked: Millis,
     /// Endpoints in handshake or lingering.
-    attended: Vec<Key>,
+    transients: Vec<EndpointId>,
 }
 
 impl Poller {
     /// Watches an endpoint that is in handshake or lingers, from now on.
-    pub fn attend(&self, endpoint: &Arc<Endpoint>) {
+    pub fn track_transient(&self, endpoint: &Arc<Endpoint>) {
         let now = time::now();
         self.step(endpoint, now, false);
-        let mut clocks = self.clocks().open();
-        clocks.attended.push(endpoint.key());
-        if !std::mem::replace(&mut clocks.fast_runs, true) {
-            clocks.ticked = now;
-            api::after(FAST, on_fast);
+        let mut timers = self.timers().borrow_mut();
+        timers.transients.push(endpoint.key());
+        if !std::mem::replace(&mut timers.handshakes_run, true) {
+            timers.ticked = now;
+            api::after(HANDSHAKE_INTERVAL, on_handshakes);
         }
-        if !std::mem::replace(&mut clocks.slow_runs, true) {
-            api::after(SLOW, on_slow);
+        if !std::mem::replace(&mut timers.housekeeping_runs, true) {
+            api::after(HOUSEKEEPING_INTERVAL, on_housekeeping);
         }
     }
 
     /// The endpoint that has lingered longest.
     pub(super) fn oldest_lingering(&self) -> Option<Arc<Endpoint>> {
-        let clocks = self.clocks().open();
-        clocks.attended.iter().filter_map(|key| self.find(*key)).find(|endpoint| {
-            let own = endpoint.own();
+        let timers = self.timers().borrow_mut();
+        timers.transients.iter().filter_map(|key| self.find(*key)).find(|endpoint| {
+            let own = endpoint.main_state();
             own.session.is_lingering() && !own.doomed
         })
     }
@@ -92,11 +92,12 @@ impl Poller {
         self.lose(endpoint, PeerState::Disconnected, Reason::Timeout);
     }
 
-    /// Ticks the fast clock where its timer does not. To be called before the server sleeps.
+    /// Does what the handshake timer does where the server runs no timers. To be called before
+    /// the server sleeps.
     pub(super) fn tick_if_late(&self) {
-        let clocks = self.clocks().open();
-        let late = clocks.fast_runs && time::now() >= clocks.ticked + LATE;
-        drop(clocks);
+        let timers = self.timers().borrow_mut();
+        let late = timers.handshakes_run && time::now() >= timers.ticked + LATE;
+        drop(timers);
         if late {
             self.tick();
         }
@@ -104,16 +105,16 @@ impl Poller {
 
     /// Looks at those who are in handshake or linger.
     fn tick(&self) {
-        guard("fast clock", || {
+        guard("handshake timer", || {
             let now = time::now();
-            self.clocks().open().ticked = now;
-            let keys = self.clocks().open().attended.clone();
-            let attended: Vec<_> = keys.into_iter().filter_map(|key| self.find(key)).collect();
-            let overdue = |endpoint: &Arc<Endpoint>| endpoint.own().session.is_overdue(now);
+            self.timers().borrow_mut().ticked = now;
+            let keys = self.timers().borrow_mut().transients.clone();
+            let transients: Vec<_> = keys.into_iter().filter_map(|key| self.find(key)).collect();
+            let overdue = |endpoint: &Arc<Endpoint>| endpoint.main_state().session.is_overdue(now);
             // What completes a handshake may wait since before its time was over.
-            let caught_up = attended.iter().any(overdue) && self.catch_up();
-            for endpoint in attended.iter().filter(|it| it.own().session.is_transient()) {
-                self.guard("one endpoint's fast clock", endpoint, || {
+            let caught_up = transients.iter().any(overdue) && self.catch_up();
+            for endpoint in transients.iter().filter(|it| it.main_state().session.is_transient()) {
+                self.guard("one endpoint's handshake timer", endpoint, || {
                     self.step(endpoint, now, caught_up);
                 });
             }
@@ -121,14 +122,14 @@ impl Poller {
     }
 
     /// What an endpoint needs once a second.
-    fn look_after(&self, endpoint: &Arc<Endpoint>, now: Millis, caught_up: bool) {
+    fn on_housekeeping_tick(&self, endpoint: &Arc<Endpoint>, now: Millis, caught_up: bool) {
         self.step(endpoint, now, caught_up);
         self.close_on_error(endpoint, endpoint.on_housekeeping_tick(now));
         // What a full send queue refused, and no completion will bring back.
         if endpoint.stream().outbound().take_refused() {
             self.mark_if_ready(endpoint);
         }
-        self.watch_over(endpoint, SLOW, now);
+        self.watch_over(endpoint, HOUSEKEEPING_INTERVAL, now);
     }
 }
 
@@ -137,49 +138,50 @@ pub fn again(delay: Duration, on_timer: api::OnTimer) {
     guard("a timer", || api::after(delay, on_timer));
 }
 
-unsafe extern "C" fn on_fast(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
+unsafe extern "C" fn on_handshakes(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     let poller = Poller::get();
-    let is_transient =
-        |key: &Key| poller.find(*key).is_some_and(|it| it.own().session.is_transient());
+    let is_transient = |key: &EndpointId| {
+        poller.find(*key).is_some_and(|it| it.main_state().session.is_transient())
+    };
     poller.tick();
     // Whatever became of that, the clock goes on.
-    let runs = guard("the fast clock's next tick", || {
-        let mut attended = poller.clocks().open().attended.clone();
-        attended.retain(is_transient);
-        let mut clocks = poller.clocks().open();
-        clocks.fast_runs = !attended.is_empty();
-        clocks.attended = attended;
-        clocks.fast_runs
+    let runs = guard("the handshake timer's next tick", || {
+        let mut transients = poller.timers().borrow_mut().transients.clone();
+        transients.retain(is_transient);
+        let mut timers = poller.timers().borrow_mut();
+        timers.handshakes_run = !transients.is_empty();
+        timers.transients = transients;
+        timers.handshakes_run
     });
     if runs.unwrap_or(true) {
-        again(FAST, on_fast);
+        again(HANDSHAKE_INTERVAL, on_handshakes);
     }
 }
 
-unsafe extern "C" fn on_slow(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
+unsafe extern "C" fn on_housekeeping(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     let poller = Poller::get();
-    guard("slow clock", || {
+    guard("housekeeping timer", || {
         let now = time::now();
         poller.upcalls().housekeeping(now);
         // A notification that the device lost costs a second, and not all its connections.
         let caught_up = poller.catch_up();
         let endpoints = poller.endpoints();
         for endpoint in &endpoints {
-            poller.guard("one endpoint's slow clock", endpoint, || {
-                poller.look_after(endpoint, now, caught_up);
+            poller.guard("one endpoint's housekeeping timer", endpoint, || {
+                poller.on_housekeeping_tick(endpoint, now, caught_up);
             });
         }
     });
     // Whatever became of that, the clock goes on.
-    let runs = guard("the slow clock's next tick", || {
+    let runs = guard("the housekeeping timer's next tick", || {
         poller.shrink_hubs();
         let runs = poller.needs_clock() || poller.upcalls().needs_housekeeping();
         // Without endpoints this clock stops: what it would let go of later goes now.
         poller.shrink_wakeup_fds(!runs);
-        poller.clocks().open().slow_runs = runs;
+        poller.timers().borrow_mut().housekeeping_runs = runs;
         runs
     });
     if runs.unwrap_or(true) {
-        again(SLOW, on_slow);
+        again(HOUSEKEEPING_INTERVAL, on_housekeeping);
     }
 }

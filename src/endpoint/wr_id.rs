@@ -7,7 +7,7 @@
 
 /// Name of an endpoint, never used again within 65,536 uses of its index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Key {
+pub struct EndpointId {
     /// Index in the table of endpoints, below 2^20.
     pub index: u32,
     /// Which of the endpoints that had this index.
@@ -16,7 +16,7 @@ pub struct Key {
 
 /// One work request of an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Work {
+pub enum WrKind {
     /// A receive, by slot.
     Receive(u16),
     /// A control message, by slot.
@@ -30,14 +30,14 @@ pub enum Work {
 /// Most endpoints at a time.
 pub const MAX_ENDPOINTS: usize = 1 << 20;
 
-impl Key {
+impl EndpointId {
     /// The id of `work` of this endpoint.
-    pub fn work_request(self, work: Work) -> u64 {
+    pub fn wr_id(self, work: WrKind) -> u64 {
         let (kind, number) = match work {
-            Work::Receive(slot) => (0, u32::from(slot)),
-            Work::Control(slot) => (1, u32::from(slot)),
-            Work::Payload(sequence) => (2, sequence & 0x00ff_ffff),
-            Work::Probe(sequence) => (3, sequence & 0x00ff_ffff),
+            WrKind::Receive(slot) => (0, u32::from(slot)),
+            WrKind::Control(slot) => (1, u32::from(slot)),
+            WrKind::Payload(sequence) => (2, sequence & 0x00ff_ffff),
+            WrKind::Probe(sequence) => (3, sequence & 0x00ff_ffff),
         };
         u64::from(self.index) << 44
             | u64::from(self.generation) << 28
@@ -46,15 +46,15 @@ impl Key {
     }
 
     /// The endpoint and the work of an id; `None` for one that we did not make.
-    pub fn parse(work_request: u64) -> Option<(Self, Work)> {
+    pub fn parse(work_request: u64) -> Option<(Self, WrKind)> {
         let key =
             Self { index: (work_request >> 44) as u32, generation: (work_request >> 28) as u16 };
         let number = work_request as u32 & 0x00ff_ffff;
         let work = match work_request >> 24 & 0xf {
-            0 => Work::Receive(number as u16),
-            1 => Work::Control(number as u16),
-            2 => Work::Payload(number),
-            3 => Work::Probe(number),
+            0 => WrKind::Receive(number as u16),
+            1 => WrKind::Control(number as u16),
+            2 => WrKind::Payload(number),
+            3 => WrKind::Probe(number),
             _ => return None,
         };
         Some((key, work))
@@ -69,17 +69,17 @@ mod tests {
     fn ids_survive_the_round_trip() {
         for index in [0, 1, MAX_ENDPOINTS as u32 - 1] {
             for generation in [0, 7, u16::MAX] {
-                let key = Key { index, generation };
+                let key = EndpointId { index, generation };
                 for work in [
-                    Work::Receive(63),
-                    Work::Control(7),
-                    Work::Payload(0x00ff_ffff),
-                    Work::Probe(0),
+                    WrKind::Receive(63),
+                    WrKind::Control(7),
+                    WrKind::Payload(0x00ff_ffff),
+                    WrKind::Probe(0),
                 ] {
-                    assert_eq!(Key::parse(key.work_request(work)), Some((key, work)));
+                    assert_eq!(EndpointId::parse(key.wr_id(work)), Some((key, work)));
                 }
             }
         }
-        assert_eq!(Key::parse(0xf << 24), None);
+        assert_eq!(EndpointId::parse(0xf << 24), None);
     }
 }
