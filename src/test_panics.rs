@@ -13,14 +13,14 @@ use std::sync::OnceLock;
 const VARIABLE: &str = "VALKEY_RDMA_TEST_PANICS";
 
 /// Panics if a test has asked for it in the function `what`.
-pub fn if_asked_for(what: &str) {
+pub(crate) fn if_asked_for(what: &str) {
     if asked_for(what) {
         panic!("a test has asked for a panic in {what}");
     }
 }
 
 /// Whether a test has asked for a fault in `what`.
-pub fn asked_for(what: &str) -> bool {
+pub(crate) fn asked_for(what: &str) -> bool {
     static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| std::env::var_os(VARIABLE).map(PathBuf::from));
     folder.as_ref().is_some_and(|folder| std::fs::remove_file(folder.join(what)).is_ok())
