@@ -139,16 +139,9 @@ pub unsafe fn note_exit(ctx: *mut raw::RedisModuleCtx) -> Result<(), String> {
             };
         }
     }
-    let event = raw::RedisModuleEvent { id: raw::REDISMODULE_EVENT_SHUTDOWN, dataver: 1 };
     // SAFETY: by the caller's promise.
-    let subscribed = unsafe {
-        raw::RedisModule_SubscribeToServerEvent.expect("server API")(ctx, event, Some(exits))
-    };
-    if subscribed == raw::REDISMODULE_OK as c_int {
-        Ok(())
-    } else {
-        Err(String::from("the server does not tell when it exits"))
-    }
+    unsafe { subscribe(ctx, raw::REDISMODULE_EVENT_SHUTDOWN, exits) }
+        .ok_or_else(|| String::from("the server does not tell when it exits"))
 }
 
 /// Whether the server is about to exit.
@@ -184,17 +177,10 @@ pub unsafe fn on_client(
             callback(unsafe { (*client.cast::<raw::RedisModuleClientInfo>()).id });
         }
     }
-    let event = raw::RedisModuleEvent { id: raw::REDISMODULE_EVENT_CLIENT_CHANGE, dataver: 1 };
     let _ = CALLBACK.set(callback);
     // SAFETY: by the caller's promise.
-    let subscribed = unsafe {
-        raw::RedisModule_SubscribeToServerEvent.expect("server API")(ctx, event, Some(changed))
-    };
-    if subscribed == raw::REDISMODULE_OK as c_int {
-        Ok(())
-    } else {
-        Err(String::from("the server does not tell of its clients"))
-    }
+    unsafe { subscribe(ctx, raw::REDISMODULE_EVENT_CLIENT_CHANGE, changed) }
+        .ok_or_else(|| String::from("the server does not tell of its clients"))
 }
 
 /// What [`on_setting`] calls, with a context.
@@ -230,17 +216,33 @@ pub unsafe fn on_setting(
             callback(ctx);
         }
     }
-    let event = raw::RedisModuleEvent { id: raw::REDISMODULE_EVENT_CONFIG, dataver: 1 };
     let _ = CALLBACK.set((name, callback));
     // SAFETY: by the caller's promise.
+    unsafe { subscribe(ctx, raw::REDISMODULE_EVENT_CONFIG, set) }
+        .ok_or_else(|| String::from("the server does not tell of its settings"))
+}
+
+/// Has the server call `callback` at each event of the kind `id`, in version 1 of its data.
+/// `None` if it does not know the event.
+///
+/// # Safety
+/// `ctx` is the context that the server passed while loading.
+unsafe fn subscribe(
+    ctx: *mut raw::RedisModuleCtx,
+    id: u64,
+    callback: unsafe extern "C" fn(
+        *mut raw::RedisModuleCtx,
+        raw::RedisModuleEvent,
+        u64,
+        *mut c_void,
+    ),
+) -> Option<()> {
+    let event = raw::RedisModuleEvent { id, dataver: 1 };
+    // SAFETY: by the caller's promise.
     let subscribed = unsafe {
-        raw::RedisModule_SubscribeToServerEvent.expect("server API")(ctx, event, Some(set))
+        raw::RedisModule_SubscribeToServerEvent.expect("server API")(ctx, event, Some(callback))
     };
-    if subscribed == raw::REDISMODULE_OK as c_int {
-        Ok(())
-    } else {
-        Err(String::from("the server does not tell of its settings"))
-    }
+    (subscribed == raw::REDISMODULE_OK as c_int).then_some(())
 }
 
 /// `log`'s records, in the server's own log with its levels.
