@@ -160,7 +160,7 @@ unsafe extern "C" fn stats(
                 (limit.name, Reply::Map(values.into()))
             });
             map.push(("limits", Reply::Map(limits.collect())));
-            map.push(("devices", Reply::List(Poller::get().devices())));
+            map.push(("devices", Reply::List(Poller::get().describe_devices())));
             Reply::Map(map)
         })
     }
@@ -222,7 +222,7 @@ pub fn counters() -> Vec<(String, Reply)> {
 /// What `INFO rdma` shows, without the module's version. Main thread.
 pub fn fields() -> Vec<(String, Reply)> {
     let mut fields = Vec::new();
-    for (index, device) in Poller::get().devices().into_iter().enumerate() {
+    for (index, device) in Poller::get().describe_devices().into_iter().enumerate() {
         fields.push((format!("device{index}"), device));
     }
     fields.extend(counters());

@@ -8,12 +8,11 @@
 //! seen empty after the queue pair was destroyed, so that a completion which
 //! lingers still has its place.
 //!
-//! A hub ends before its device does, or with it: a device that was removed, or that fails,
-//! is *retired*. The poller forgets such a hub at once, so that no connection comes to it
-//! any more, and the connections that are left hold it until the last of them is removed.
-//! Its queues stay for as long as a queue pair is on them. Until
-//! then librdmacm must not close the device, nor later while nobody is connected: so the hub
-//! keeps the id of the connection that it was made for, which is bound to the device.
+//! A device that was removed, or that fails, is *retired*. The poller forgets it at once, so
+//! that no connection comes to it any more, and the connections that are left hold it until the
+//! last of them is removed. Its queues stay for as long as a queue pair is on them. Until then
+//! librdmacm must not close the device, nor later while nobody is connected: so the id of the
+//! connection that it was opened for is kept, which is bound to the device.
 
 use crate::host::MainCell;
 use crate::host::reply::Reply;
@@ -41,14 +40,15 @@ const BATCHES_PER_PASS: usize = 64;
 /// be about a single completion that the provider could not make sense of.
 const FAILURES: u32 = 3;
 
-/// See the module's text. Main thread only.
+/// A device as its connections share it: the completion channel, the completion queues and the
+/// pace of their completions. Main thread only.
 #[derive(Debug)]
-pub struct Hub {
+pub struct SharedDevice {
     queues: MainCell<Vec<Shared>>,
     channel: Arc<CompletionChannel>,
-    /// Its id of the device, which holds it open.
+    /// The id that it was opened for, which holds it open.
     anchor: Arc<Id>,
-    /// Tells it from all hubs that there were.
+    /// Tells it from all others that were opened, the same device before among them.
     number: usize,
     limits: Limits,
     name: String,
@@ -59,7 +59,7 @@ pub struct Hub {
 }
 
 /// Entries of a queue that are kept for one queue pair. Whoever holds it drops it after that
-/// pair, on whichever thread; until then the queue stays, whatever becomes of the hub.
+/// pair, on whichever thread; until then the queue stays, also if the device is retired.
 #[derive(Debug)]
 pub struct Reservation {
     index: usize,
@@ -75,7 +75,7 @@ struct Queue {
 }
 
 impl Reservation {
-    /// The hub's number of the queue.
+    /// The device's number of the queue.
     pub fn queue(&self) -> usize {
         self.index
     }
@@ -127,9 +127,9 @@ pub enum Progress {
     More,
 }
 
-impl Hub {
+impl SharedDevice {
     /// Opens the device of `anchor` for connections, whose completions may be waited for as
-    /// long as `patience`. No two hubs have the same number.
+    /// long as `patience`. No two have the same number.
     ///
     /// # Errors
     /// If there is no device, it does not answer, or a descriptor can't be had.
@@ -165,18 +165,18 @@ impl Hub {
         self.pace.borrow_mut()
     }
 
-    /// Whether the id is bound to this hub's device.
+    /// Whether the id is bound to this device.
     pub fn serves(&self, id: &Id) -> bool {
         self.anchor.shares_device(id)
     }
 
-    /// The id that the hub keeps, whose events concern the device alone once its connection
-    /// is over.
+    /// The id that holds the device open. Once its connection is over, its events concern the
+    /// device alone.
     pub fn anchor(&self) -> IdKey {
         self.anchor.key()
     }
 
-    /// The hub's number.
+    /// The number that it was opened with.
     pub fn number(&self) -> usize {
         self.number
     }

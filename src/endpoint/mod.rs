@@ -30,7 +30,7 @@ use activity::Activity;
 use place::Place;
 use watch::Watch;
 
-use crate::device::{Hub, Reservation};
+use crate::device::{Reservation, SharedDevice};
 use crate::endpoint::wr_id::EndpointId;
 use crate::host::main_cell::MainPtr;
 use crate::host::{Connection, MainCell};
@@ -81,8 +81,8 @@ pub struct Endpoint {
     domain: Arc<ProtectionDomain>,
     reservation: Reservation,
     id: Arc<Id>,
-    /// The hub of its device, until it is removed.
-    hub: MainCell<Option<Arc<Hub>>>,
+    /// Until it is removed.
+    device: MainCell<Option<Arc<SharedDevice>>>,
     // When all else is gone.
     _place: Place,
 }
@@ -216,13 +216,13 @@ impl Endpoint {
     ///
     /// # Errors
     /// The first of its parts that could not be had.
-    pub fn new(id: Arc<Id>, hub: Arc<Hub>, plan: Plan) -> Result<Self, Error> {
-        let device = id.device().ok_or(Error { action: "find the device", errno: libc::ENODEV })?;
-        let domain = Arc::new(ProtectionDomain::new(&device)?);
+    pub fn new(id: Arc<Id>, device: Arc<SharedDevice>, plan: Plan) -> Result<Self, Error> {
+        let opened = id.device().ok_or(Error { action: "find the device", errno: libc::ENODEV })?;
+        let domain = Arc::new(ProtectionDomain::new(&opened)?);
         let control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
         let first = buffer_size::FIRST.min(plan.receive_bytes);
         let region = Region::new(&domain, first as usize, Access::RemoteWrite)?;
-        let (reservation, qp) = hub.reserve(ENTRIES, |queue| {
+        let (reservation, qp) = device.reserve(ENTRIES, |queue| {
             QueuePair::new(&id, &domain, queue, SEND_DEPTH, u32::from(RECEIVE_SLOTS))
         })?;
         let endpoint = Self {
@@ -256,7 +256,7 @@ impl Endpoint {
             domain,
             reservation,
             id,
-            hub: MainCell::new(Some(hub)),
+            device: MainCell::new(Some(device)),
             _place: plan.place,
         };
         endpoint.post_receives()?;
@@ -330,22 +330,22 @@ impl Endpoint {
         &self.activity
     }
 
-    /// The hub of its device. Main thread.
+    /// The device that it is on. Main thread.
     ///
     /// # Panics
     /// After [`detach`](Self::detach).
-    pub fn hub(&self) -> Arc<Hub> {
-        Arc::clone(self.hub.borrow_mut().as_ref().expect("an endpoint that is not removed"))
+    pub fn device(&self) -> Arc<SharedDevice> {
+        Arc::clone(self.device.borrow_mut().as_ref().expect("an endpoint that is not removed"))
     }
 
-    /// The endpoint is removed: from here on it may be destroyed on any thread. What hub and
-    /// device have for it stays until then. Main thread.
+    /// The endpoint is removed: from here on it may be destroyed on any thread. What the
+    /// device has for it stays until then. Main thread.
     pub fn detach(&self) {
-        *self.hub.borrow_mut() = None;
+        *self.device.borrow_mut() = None;
         self.qp.detach();
     }
 
-    /// The hub's number of its completion queue.
+    /// The device's number of its completion queue.
     pub fn queue(&self) -> usize {
         self.reservation.queue()
     }

@@ -106,7 +106,7 @@ pub fn describe(endpoint: &Endpoint) -> Reply {
         ("id", id.into()),
         ("addr", endpoint.peer().map(|address| address.to_string()).into()),
         ("laddr", endpoint.local().map(|address| address.to_string()).into()),
-        ("device", endpoint.hub().name().into()),
+        ("device", endpoint.device().name().into()),
         ("port", u64::from(endpoint.id().port()).into()),
         ("state", stage.map(Stage::text).into()),
         ("age-ms", ago(endpoint.activity().begun)),
@@ -128,6 +128,6 @@ pub fn describe(endpoint: &Endpoint) -> Reply {
         ("receive-buffer", (endpoint.receive_bytes() as u64).into()),
         ("staging-buffer", endpoint.staging_bytes().map(|bytes| bytes as u64).into()),
         ("receive-slots", u64::from(endpoint.receive_slots()).into()),
-        ("receive-slots-kind", endpoint.hub().receive_slots().into()),
+        ("receive-slots-kind", endpoint.device().receive_slots().into()),
     ])
 }

@@ -2,7 +2,7 @@
 //! What completed, one after the other: which endpoint it is of, and what follows from it.
 
 use super::Poller;
-use crate::device::{Hub, Progress, Which};
+use crate::device::{Progress, SharedDevice, Which};
 use crate::endpoint::wr_id::{EndpointId, WrKind};
 use crate::endpoint::{Endpoint, PeerState, Reason};
 use crate::metrics::METRICS;
@@ -15,11 +15,11 @@ use verbs::Error;
 use verbs::cq::{Completion, Outcome, Status};
 
 impl Poller {
-    /// Takes what completed on a hub, and looks until `deadline` if that is nothing. Returns
+    /// Takes what completed on a device, and looks until `deadline` if that is nothing. Returns
     /// whether there was something.
-    pub(super) fn wait_for_completions(&self, hub: &Arc<Hub>, deadline: Nanos) -> bool {
+    pub(super) fn wait_for_completions(&self, device: &Arc<SharedDevice>, deadline: Nanos) -> bool {
         loop {
-            if self.take_completions(hub, Which::All) > 0 {
+            if self.take_completions(device, Which::All) > 0 {
                 METRICS.busy_poll_hits.add(1);
                 return true;
             }
@@ -32,9 +32,9 @@ impl Poller {
     }
 
     /// Returns how many there were.
-    pub(super) fn take_completions(&self, hub: &Arc<Hub>, which: Which) -> u64 {
+    pub(super) fn take_completions(&self, device: &Arc<SharedDevice>, which: Which) -> u64 {
         let count = Cell::new(0);
-        let progress = hub.poll(which, |completion| {
+        let progress = device.poll(which, |completion| {
             count.set(count.get() + 1);
             self.complete(completion);
         });
@@ -47,7 +47,7 @@ impl Poller {
         match progress {
             Ok(Progress::Empty) => {}
             Ok(Progress::More) => *self.unfinished.borrow_mut() = true,
-            Err(error) => self.retire(hub, &error.to_string()),
+            Err(error) => self.retire(device, &error.to_string()),
         }
         count.get()
     }

@@ -3,7 +3,7 @@
 //! server or of a failure, with a line in the log, and their removal.
 
 use super::{ENDINGS_PER_PASS, Poller};
-use crate::device::Hub;
+use crate::device::SharedDevice;
 use crate::endpoint::{Endpoint, PeerState, Reason, Stage};
 use crate::host::api;
 use crate::metrics::METRICS;
@@ -21,16 +21,16 @@ impl Poller {
     pub(super) fn connection_event(&self, event: Event) {
         let found = self.registry.borrow_mut().find_by_id(&event.id);
         if event.kind == EventKind::DeviceRemoval {
-            // Each id is told; the hub's own is there even if nobody is connected.
-            let hubs = self.hubs.borrow_mut();
-            let of_hub = |hub: &&Arc<Hub>| match &found {
-                Some(endpoint) => Arc::ptr_eq(&endpoint.hub(), hub),
-                None => hub.anchor() == event.id,
+            // Each id is told; the one that holds it open is there even if nobody is connected.
+            let devices = self.devices.borrow_mut();
+            let of_device = |device: &&Arc<SharedDevice>| match &found {
+                Some(endpoint) => Arc::ptr_eq(&endpoint.device(), device),
+                None => device.anchor() == event.id,
             };
-            let hub = hubs.iter().find(of_hub).cloned();
-            drop(hubs);
-            if let Some(hub) = hub {
-                self.retire(&hub, "it was removed");
+            let device = devices.iter().find(of_device).cloned();
+            drop(devices);
+            if let Some(device) = device {
+                self.retire(&device, "it was removed");
             }
         }
         let Some(endpoint) = found else {
@@ -45,7 +45,7 @@ impl Poller {
             },
             EventKind::Disconnected | EventKind::TimewaitExit => {
                 endpoint.main_state().reason.get_or_insert(Reason::Client);
-                let horizon = endpoint.hub().horizon(endpoint.queue());
+                let horizon = endpoint.device().horizon(endpoint.queue());
                 self.leaving.borrow_mut().push((endpoint.key(), horizon));
             }
             EventKind::Failed | EventKind::Rejected => {
@@ -69,26 +69,26 @@ impl Poller {
         }
     }
 
-    /// A device was removed, or can't be used any more: forgets its hub, so that its
+    /// A device was removed, or can't be used any more: forgets it, so that its
     /// descriptor, which would be readable for ever, is not looked at, and ends its
-    /// connections. What hangs on the device goes with the last of them. A device that comes
-    /// back, even the same, gets a new hub.
-    pub(super) fn retire(&self, hub: &Arc<Hub>, why: &str) {
+    /// connections. Its queues go with the last of them. A device that comes back, even the
+    /// same, is opened anew.
+    pub(super) fn retire(&self, device: &Arc<SharedDevice>, why: &str) {
         {
-            let mut hubs = self.hubs.borrow_mut();
-            let Some(index) = hubs.iter().position(|it| Arc::ptr_eq(it, hub)) else { return };
-            hubs.remove(index);
+            let mut devices = self.devices.borrow_mut();
+            let Some(index) = devices.iter().position(|it| Arc::ptr_eq(it, device)) else { return };
+            devices.remove(index);
         }
-        api::unwatch(hub.fd());
+        api::unwatch(device.fd());
         // Copies of that descriptor among them; they grow again as they are needed.
         self.wakeup_fds.borrow_mut().shrink(true);
         METRICS.devices_lost.add(1);
         let mut ended = 0;
-        for endpoint in self.endpoints().iter().filter(|it| Arc::ptr_eq(&it.hub(), hub)) {
+        for endpoint in self.endpoints().iter().filter(|it| Arc::ptr_eq(&it.device(), device)) {
             self.lose(endpoint, PeerState::Disconnected, Reason::Error);
             ended += 1;
         }
-        let what = format!("device {} is lost: {why}; its {ended} connections end", hub.name());
+        let what = format!("device {} is lost: {why}; its {ended} connections end", device.name());
         self.say_trouble(Level::Warn, &what);
     }
 
@@ -100,7 +100,7 @@ impl Poller {
         let leaving = std::mem::take(&mut *self.leaving.borrow_mut());
         for (key, horizon) in leaving {
             let Some(endpoint) = self.find(key) else { continue };
-            if endpoint.hub().is_beyond(endpoint.queue(), horizon) {
+            if endpoint.device().is_beyond(endpoint.queue(), horizon) {
                 self.lose(&endpoint, PeerState::Disconnected, Reason::Client);
             } else {
                 self.leaving.borrow_mut().push((key, horizon));
@@ -173,7 +173,7 @@ impl Poller {
     }
 
     fn say_refused(&self, endpoint: &Endpoint, error: Error) {
-        let device = endpoint.hub();
+        let device = endpoint.device();
         let why = format!("{error}; device {}", device.name());
         if endpoint.stream().outbound().total_posted() == 0 && error.is_unsupported() {
             let hint = "if no client is answered, the device can't do RDMA writes with \

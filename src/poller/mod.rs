@@ -35,7 +35,7 @@ use self::timers::Timers;
 pub use self::timers::again;
 use self::wakeup_fds::WakeupFds;
 use crate::config::Settings;
-use crate::device::{Hub, Which};
+use crate::device::{SharedDevice, Which};
 use crate::endpoint::place::{self, Place};
 use crate::endpoint::wr_id::EndpointId;
 use crate::endpoint::{Endpoint, Plan, Stage};
@@ -58,7 +58,6 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use verbs::Error;
 use verbs::cm::{Event, EventChannel, Id, IdKey};
-use verbs::device::Device;
 
 /// Connection manager events handled in one go, so that a storm of connects leaves
 /// the event loop its turn.
@@ -74,10 +73,10 @@ const LOSSES_PER_MINUTE: u32 = 30;
 /// See the module's text. Main thread only, all of it.
 #[derive(Debug)]
 pub struct Poller {
-    /// Of the devices that are there; see `Poller::retire`.
-    hubs: MainCell<Vec<Arc<Hub>>>,
-    /// Hubs that there were so far.
-    hubs_made: MainCell<usize>,
+    /// Those with connections, or that had some; see `Poller::retire`.
+    devices: MainCell<Vec<Arc<SharedDevice>>>,
+    /// Devices that were opened so far.
+    devices_opened: MainCell<usize>,
     registry: MainCell<Registry<IdKey, Arc<Endpoint>>>,
     ready: MainCell<VecDeque<EndpointId>>,
     doomed: MainCell<VecDeque<EndpointId>>,
@@ -93,7 +92,7 @@ pub struct Poller {
     /// inherits its listener's channel and is moved here, so that closing the
     /// listener does it no harm.
     channel: Arc<EventChannel>,
-    /// A hub had more completions than one pass takes.
+    /// A device had more completions than one pass takes.
     unfinished: MainCell<bool>,
     /// The server gave an I/O thread a job since the last pass before its sleep began.
     job_sent: MainCell<bool>,
@@ -143,8 +142,8 @@ impl Poller {
             return Err(Error { action: "create an eventfd", errno });
         }
         Ok(Self {
-            hubs: MainCell::default(),
-            hubs_made: MainCell::default(),
+            devices: MainCell::default(),
+            devices_opened: MainCell::default(),
             registry: MainCell::default(),
             ready: MainCell::default(),
             doomed: MainCell::default(),
@@ -220,61 +219,61 @@ impl Poller {
         &self.channel
     }
 
-    /// The hub of an id's device, opened if this is its first connection.
+    /// The device that an id is bound to, opened if this is its first connection.
     ///
     /// # Errors
     /// If there is no device or it can't be opened.
-    fn hub_of(&self, id: &Arc<Id>) -> Result<Arc<Hub>, Error> {
-        let mut hubs = self.hubs.borrow_mut();
-        if let Some(hub) = hubs.iter().find(|hub| hub.serves(id)) {
-            return Ok(Arc::clone(hub));
+    fn device_of(&self, id: &Arc<Id>) -> Result<Arc<SharedDevice>, Error> {
+        let mut devices = self.devices.borrow_mut();
+        if let Some(device) = devices.iter().find(|device| device.serves(id)) {
+            return Ok(Arc::clone(device));
         }
         let (vector, patience) = {
             let settings = self.settings.borrow_mut();
             (settings.completion_vector, settings.busy_poll)
         };
-        let mut made = self.hubs_made.borrow_mut();
-        *made += 1;
-        let hub = match Hub::new(id, *made, vector, patience * 1000) {
-            Ok(hub) => Arc::new(hub),
+        let mut opened = self.devices_opened.borrow_mut();
+        *opened += 1;
+        let device = match SharedDevice::new(id, *opened, vector, patience * 1000) {
+            Ok(device) => Arc::new(device),
             Err(error) => {
                 // librdmacm may take a device that is back for the one that was removed, where
                 // it knows the two by their GUID alone: it looks at what there is now.
-                drop(Device::all());
+                drop(verbs::device::Device::all());
                 return Err(error);
             }
         };
-        if !api::watch(hub.fd(), on_completions, hub.number()) {
+        if !api::watch(device.fd(), on_completions, device.number()) {
             return Err(Error { action: "watch the device's completions", errno: libc::ERANGE });
         }
-        log::debug!("device {} opened", hub.name());
-        hubs.push(Arc::clone(&hub));
-        Ok(hub)
+        log::debug!("device {} opened", device.name());
+        devices.push(Arc::clone(&device));
+        Ok(device)
     }
 
-    /// The hub of a number, unless it is retired.
-    fn find_hub(&self, number: usize) -> Option<Arc<Hub>> {
-        self.hubs.borrow_mut().iter().find(|hub| hub.number() == number).cloned()
+    /// The device of a number, unless it is retired.
+    fn find_device(&self, number: usize) -> Option<Arc<SharedDevice>> {
+        self.devices.borrow_mut().iter().find(|device| device.number() == number).cloned()
     }
 
-    /// The hub at a place, in the order of their making.
-    fn nth_hub(&self, index: usize) -> Option<Arc<Hub>> {
-        self.hubs.borrow_mut().get(index).cloned()
+    /// The device at a place, in the order of their opening.
+    fn nth_device(&self, index: usize) -> Option<Arc<SharedDevice>> {
+        self.devices.borrow_mut().get(index).cloned()
     }
 
     /// The devices that have or had connections and are there, as `INFO rdma` shows them.
-    pub fn devices(&self) -> Vec<Reply> {
+    pub fn describe_devices(&self) -> Vec<Reply> {
         let endpoints = self.endpoints();
-        let hubs = self.hubs.borrow_mut().clone();
-        let describe = |hub: &Arc<Hub>| {
-            let own = endpoints.iter().filter(|endpoint| Arc::ptr_eq(&endpoint.hub(), hub));
+        let devices = self.devices.borrow_mut().clone();
+        let describe = |device: &Arc<SharedDevice>| {
+            let own = endpoints.iter().filter(|endpoint| Arc::ptr_eq(&endpoint.device(), device));
             let mut ports: Vec<u8> = own.map(|endpoint| endpoint.id().port()).collect();
             let connections = ports.len() as u64;
             ports.sort_unstable();
             ports.dedup();
-            hub.describe(&ports, connections)
+            device.describe(&ports, connections)
         };
-        hubs.iter().map(describe).collect()
+        devices.iter().map(describe).collect()
     }
 
     /// Makes an endpoint for `id` and enters it.
@@ -283,15 +282,15 @@ impl Poller {
     /// If a part of it can't be had.
     pub fn enter(&self, id: Id) -> Result<Arc<Endpoint>, Error> {
         let id = Arc::new(id);
-        let entered = self.enter_on(self.hub_of(&id)?, &id);
+        let entered = self.enter_on(self.device_of(&id)?, &id);
         if entered.is_err() {
-            // The hub may keep the id, and the peer would wait for an answer.
+            // The id may hold the device open, and the peer would wait for an answer.
             id.reject();
         }
         entered
     }
 
-    fn enter_on(&self, hub: Arc<Hub>, id: &Arc<Id>) -> Result<Arc<Endpoint>, Error> {
+    fn enter_on(&self, device: Arc<SharedDevice>, id: &Arc<Id>) -> Result<Arc<Endpoint>, Error> {
         teardown::help();
         let key = {
             let mut registry = self.registry.borrow_mut();
@@ -305,7 +304,7 @@ impl Poller {
         };
         let place = Place::new(key);
         let plan = Plan { key, place, receive_bytes, timing, now: time::now() };
-        let endpoint = Arc::new(Endpoint::new(Arc::clone(id), hub, plan)?);
+        let endpoint = Arc::new(Endpoint::new(Arc::clone(id), device, plan)?);
         self.registry.borrow_mut().enter(key, endpoint.id_key(), Arc::clone(&endpoint));
         endpoint.enter_stage(Stage::Handshaking);
         self.track_transient(&endpoint);
@@ -397,15 +396,15 @@ impl Poller {
         let unfinished = std::mem::take(&mut *self.unfinished.borrow_mut());
         for index in 0.. {
             // One that is retired meanwhile makes the others move up: the next pass has them.
-            let Some(hub) = self.nth_hub(index) else { break };
-            if !hub.is_armed() {
+            let Some(device) = self.nth_device(index) else { break };
+            if !device.is_armed() {
                 // First what is there, or the event would come at once.
-                let found = self.take_completions(&hub, Which::Fired) > 0;
-                hub.pace().looked_last(found);
-                self.arm(&hub);
-                self.take_completions(&hub, Which::Fired);
+                let found = self.take_completions(&device, Which::Fired) > 0;
+                device.pace().looked_last(found);
+                self.arm(&device);
+                self.take_completions(&device, Which::Fired);
             } else if unfinished {
-                self.take_completions(&hub, Which::Fired);
+                self.take_completions(&device, Which::Fired);
             }
         }
         let served = if self.is_pending() { self.serve_ready() } else { 0 };
@@ -413,39 +412,39 @@ impl Poller {
         served
     }
 
-    /// A pass for the completions of one hub.
-    fn run_completions(&self, hub: &Arc<Hub>) {
+    /// A pass for the completions of one device.
+    fn run_completions(&self, device: &Arc<SharedDevice>) {
         let _pass = self.pass();
-        let patience = hub.pace().patience(time::nanos());
+        let patience = device.pace().patience(time::nanos());
         let left = patience.is_some_and(|deadline| {
-            let found = self.wait_for_completions(hub, deadline);
-            hub.pace().looked(found, time::nanos())
+            let found = self.wait_for_completions(device, deadline);
+            device.pace().looked(found, time::nanos())
         });
         if !left {
-            self.take_events(hub);
+            self.take_events(device);
             // As a rule not yet: what completes until the server sleeps is found then,
             // and no event has to be made for it.
-            if hub.pace().is_alone() {
-                self.arm(hub);
+            if device.pace().is_alone() {
+                self.arm(device);
             }
-            self.take_completions(hub, Which::Fired);
+            self.take_completions(device, Which::Fired);
         }
-        if self.find_hub(hub.number()).is_some() {
+        if self.find_device(device.number()).is_some() {
             let busy = self.ready.borrow_mut().len();
-            self.wakeup_fds.borrow_mut().grow(hub.fd(), busy);
+            self.wakeup_fds.borrow_mut().grow(device.fd(), busy);
         }
         let served = self.serve_ready();
-        hub.pace().passed(served, time::nanos());
+        device.pace().passed(served, time::nanos());
     }
 
     /// Gives back completion queues that are not needed any more. Housekeeping timer.
-    pub fn shrink_hubs(&self) {
-        self.hubs.borrow_mut().iter().for_each(|hub| hub.shrink());
+    pub fn shrink_queues(&self) {
+        self.devices.borrow_mut().iter().for_each(|device| device.shrink());
     }
 
     /// Whether the housekeeping timer has something to look at.
     pub fn needs_clock(&self) -> bool {
-        self.count() > 0 || self.hubs.borrow_mut().iter().any(|hub| hub.is_shrinking())
+        self.count() > 0 || self.devices.borrow_mut().iter().any(|device| device.is_shrinking())
     }
 
     /// Lets go of descriptors that fire with a device's and were not needed since the
@@ -459,9 +458,9 @@ impl Poller {
         let _pass = self.pass();
         self.take_connection_events();
         if !self.leaving.borrow_mut().is_empty() {
-            let hubs = self.hubs.borrow_mut().clone();
-            for hub in &hubs {
-                self.take_completions(hub, Which::All);
+            let devices = self.devices.borrow_mut().clone();
+            for device in &devices {
+                self.take_completions(device, Which::All);
             }
         }
         self.serve_ready();
@@ -490,41 +489,41 @@ impl Poller {
         let all = self.take_connection_events();
         // Every queue is looked at, whatever a pass left over.
         *self.unfinished.borrow_mut() = false;
-        let hubs = self.hubs.borrow_mut().clone();
-        for hub in hubs {
-            hub.doubt();
-            self.look_at(&hub);
+        let devices = self.devices.borrow_mut().clone();
+        for device in devices {
+            device.doubt();
+            self.look_at(&device);
         }
         all && !self.is_behind()
     }
 
-    /// Takes what completed on the queues of a hub that fired, without calling any handler.
-    fn look_at(&self, hub: &Arc<Hub>) {
-        self.take_events(hub);
-        self.arm(hub);
-        self.take_completions(hub, Which::Fired);
+    /// Takes what completed on the queues of a device that fired, without calling any handler.
+    fn look_at(&self, device: &Arc<SharedDevice>) {
+        self.take_events(device);
+        self.arm(device);
+        self.take_completions(device, Which::Fired);
     }
 
-    fn take_events(&self, hub: &Arc<Hub>) {
-        if let Err(error) = hub.take_events() {
-            self.retire(hub, &error.to_string());
+    fn take_events(&self, device: &Arc<SharedDevice>) {
+        if let Err(error) = device.take_events() {
+            self.retire(device, &error.to_string());
         }
-        hub.pace().taken();
+        device.pace().taken();
     }
 
     /// What completes from here on fires the descriptor again; what completed before is to
     /// be taken now.
-    fn arm(&self, hub: &Arc<Hub>) {
-        if let Err(error) = hub.arm() {
-            self.retire(hub, &error.to_string());
+    fn arm(&self, device: &Arc<SharedDevice>) {
+        if let Err(error) = device.arm() {
+            self.retire(device, &error.to_string());
         }
     }
 
     /// The descriptors that become readable when [`catch_up`](Self::catch_up)
     /// has something to do.
     pub fn descriptors(&self) -> Vec<RawFd> {
-        let hubs = self.hubs.borrow_mut();
-        std::iter::once(self.channel.fd()).chain(hubs.iter().map(|hub| hub.fd())).collect()
+        let devices = self.devices.borrow_mut();
+        std::iter::once(self.channel.fd()).chain(devices.iter().map(|device| device.fd())).collect()
     }
 
     fn clear_wake(&self) {
@@ -560,14 +559,14 @@ unsafe extern "C" fn on_connection_event(_fd: c_int, _data: *mut c_void, _mask: 
 unsafe extern "C" fn on_completions(_fd: c_int, data: *mut c_void, mask: c_int) {
     guard("completion", || {
         let poller = Poller::get();
-        let Some(hub) = poller.find_hub(data as usize) else { return };
+        let Some(device) = poller.find_device(data as usize) else { return };
         // Nobody asked whether it is writable: so the event loop says that it is in error.
         if mask & raw::REDISMODULE_EVENTLOOP_WRITABLE as c_int != 0 {
             let _pass = poller.pass();
-            poller.retire(&hub, "its completion channel is closed");
+            poller.retire(&device, "its completion channel is closed");
             poller.serve_ready();
         } else {
-            poller.run_completions(&hub);
+            poller.run_completions(&device);
         }
     });
 }

@@ -174,7 +174,7 @@ unsafe extern "C" fn on_housekeeping(_ctx: *mut RedisModuleCtx, _data: *mut c_vo
     });
     // Whatever became of that, the clock goes on.
     let runs = guard("the housekeeping timer's next tick", || {
-        poller.shrink_hubs();
+        poller.shrink_queues();
         let runs = poller.needs_clock() || poller.upcalls().needs_housekeeping();
         // Without endpoints this clock stops: what it would let go of later goes now.
         poller.shrink_wakeup_fds(!runs);
