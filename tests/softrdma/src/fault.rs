@@ -31,9 +31,11 @@ pub enum Point {
     RemoveDevice,
     AddressChange,
     Poll,
+    CompletionQueueError,
+    AsyncEvent,
 }
 
-const NAMES: [(&str, Point); 17] = [
+const NAMES: [(&str, Point); 19] = [
     ("post-send", Point::PostSend),
     ("post-recv", Point::PostReceive),
     ("sq-full", Point::SendQueueFull),
@@ -51,6 +53,8 @@ const NAMES: [(&str, Point); 17] = [
     ("remove-device", Point::RemoveDevice),
     ("address-changes", Point::AddressChange),
     ("poll-fails", Point::Poll),
+    ("cq-err", Point::CompletionQueueError),
+    ("async-event", Point::AsyncEvent),
 ];
 
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -69,6 +73,24 @@ struct Fault {
     count: AtomicU64,
 }
 
+/// What the device does when a queue pair that is connected is given another RNR timer.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum RnrTimer {
+    /// It takes the value and stays at the one before.
+    Ignored,
+    /// It refuses.
+    Refused,
+}
+
+/// Which RDMA WRITEs of no bytes the device refuses to carry out.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum ZeroWrite {
+    /// Each.
+    Never,
+    /// Those without a key of the peer's.
+    Keyless,
+}
+
 /// What the variable asks for.
 #[derive(Debug, Default)]
 pub struct Plan {
@@ -78,6 +100,14 @@ pub struct Plan {
     pub memlock: Option<u64>,
     /// Bytes that a work request may carry in itself, whatever a queue pair asks for.
     pub inline: Option<u32>,
+    /// What becomes of an RNR timer that is set later, unless it holds.
+    pub rnr_timer: Option<RnrTimer>,
+    /// RDMA WRITEs of no bytes that fail.
+    pub zero_write: Option<ZeroWrite>,
+    /// An RDMA WRITE with immediate data can't be posted.
+    pub no_immediate: bool,
+    /// The device says that its transport is iWARP.
+    pub iwarp: bool,
     /// There is no device.
     pub no_device: bool,
     /// Milliseconds after which a device that was removed is back.
@@ -160,6 +190,12 @@ impl Plan {
             Some(("cq-fails-above", n)) => self.cq_most = Some(n.parse().ok()?),
             Some(("max-cqe", n)) => self.max_cqe = Some(n.parse().ok()?),
             Some(("inline", n)) => self.inline = Some(n.parse().ok()?),
+            Some(("rnr", "ignored")) => self.rnr_timer = Some(RnrTimer::Ignored),
+            Some(("rnr", "refused")) => self.rnr_timer = Some(RnrTimer::Refused),
+            Some(("zero-write", "never")) => self.zero_write = Some(ZeroWrite::Never),
+            Some(("zero-write", "keyed")) => self.zero_write = Some(ZeroWrite::Keyless),
+            Some(("imm", "none")) => self.no_immediate = true,
+            Some(("transport", "iwarp")) => self.iwarp = true,
             Some(("only", ip)) => self.only = Some(ip.parse().ok()?),
             _ if term == "no-device" => self.no_device = true,
             _ => self.faults.push(Fault::parse(term)?),
@@ -208,8 +244,12 @@ impl Fault {
             (Point::CompletionDelay | Point::CompletionBatch | Point::SendError, Some(v)) => {
                 v.parse().ok()?
             }
+            (Point::AsyncEvent, Some(v)) => {
+                v.parse().ok().filter(|kind| *kind < crate::removal::KINDS.len() as u64)?
+            }
             (Point::PostSend | Point::PostReceive | Point::Register, None)
-            | (Point::CompletionDelay | Point::CompletionBatch | Point::SendError, None)
+            | (Point::CompletionDelay | Point::CompletionBatch, None)
+            | (Point::SendError | Point::AsyncEvent, None)
             | (_, Some(_)) => return None,
             (_, None) => 0,
         };
@@ -258,6 +298,9 @@ mod tests {
         for bad in [
             "rnr@0",
             "rnr=1",
+            "imm",
+            "zero-write=always",
+            "async-event",
             "post-send",
             "wc-delay=x",
             "nothing",

@@ -508,6 +508,80 @@ fn large_completion_queues_can_not_be_had() {
 }
 
 #[test]
+fn a_completion_queue_fails() {
+    planned("a_completion_queue_fails", "cq-err@2", || {
+        let p = Pair::default();
+        p.client.post(Wr::write(1, &[], 0, 0));
+        p.client.done(1);
+        p.client.post(Wr::write(2, &[], 0, 0));
+        async_event(&p.client, p.client.cq, IBV_EVENT_CQ_ERR);
+        async_event(&p.client, p.client.qp, IBV_EVENT_QP_FATAL);
+        assert!(p.client.try_poll().is_none(), "it is silent from then on");
+    });
+}
+
+#[test]
+fn asynchronous_events_are_of_what_their_kind_says() {
+    let plan = "async-event=3@1 async-event=10@2 async-event=0@3";
+    planned("asynchronous_events_are_of_what_their_kind_says", plan, || {
+        let p = Pair::default();
+        (1..=3).for_each(|i| drop(p.client.post(Wr::write(i, &[], 0, 0))));
+        async_event(&p.client, p.client.qp, IBV_EVENT_QP_ACCESS_ERR);
+        async_event(&p.client, std::ptr::without_provenance_mut::<u8>(1), IBV_EVENT_PORT_ERR);
+        async_event(&p.client, p.client.cq, IBV_EVENT_CQ_ERR);
+        (1..=3).for_each(|i| drop(p.client.done(i)));
+    });
+}
+
+#[test]
+fn writes_with_immediate_can_not_be_posted() {
+    planned("writes_with_immediate_can_not_be_posted", "imm=none", || {
+        let p = Pair::default();
+        assert_eq!(p.client.post(Wr::write_imm(1, &[], 0, 0, 7)), libc::EINVAL);
+        p.server.recv(1, &[]);
+        p.client.post(Wr::send_imm(2, &[], 7));
+        p.client.done(2);
+    });
+}
+
+#[test]
+fn an_rnr_timer_that_is_set_later_does_not_hold() {
+    for plan in ["rnr=refused", "rnr=ignored"] {
+        planned("an_rnr_timer_that_is_set_later_does_not_hold", plan, || {
+            let p = Pair::default();
+            let refused = std::env::var("SOFTRDMA_FAULTS").as_deref() == Ok("rnr=refused");
+            let mask = ibv_qp_attr_mask::IBV_QP_MIN_RNR_TIMER;
+            let answer = p.client.modify(|attr| attr.min_rnr_timer = 12, mask);
+            assert_eq!(answer, if refused { libc::EINVAL } else { 0 });
+            assert_eq!(p.client.query().min_rnr_timer, 0);
+        });
+    }
+}
+
+#[test]
+fn writes_of_nothing_fail_without_a_key() {
+    planned("writes_of_nothing_fail_without_a_key", "zero-write=keyed", || {
+        let p = Pair::default();
+        p.client.post(Wr::write(1, &[], p.server.addr(0), p.server.rkey()));
+        p.client.done(1);
+        p.client.post(Wr::write(2, &[], 0, 0));
+        p.client.fails(2, IBV_WC_LOC_QP_OP_ERR);
+    });
+}
+
+#[test]
+fn writes_of_nothing_fail() {
+    planned("writes_of_nothing_fail", "zero-write=never transport=iwarp", || {
+        let p = Pair::default();
+        p.client.post(Wr::write(1, &[], p.server.addr(0), p.server.rkey()));
+        p.client.fails(1, IBV_WC_LOC_QP_OP_ERR);
+        // SAFETY: a live context.
+        let transport = unsafe { (*(*(*p.client.id).verbs).device).transport_type };
+        assert_eq!(transport, ibv_transport_type::IBV_TRANSPORT_IWARP);
+    });
+}
+
+#[test]
 fn there_is_no_device() {
     planned("there_is_no_device", "no-device", || {
         let mut n = 7;

@@ -52,7 +52,12 @@ impl Device {
         // SAFETY: all zeroes is a valid ibv_device.
         let mut c: ibv_device = unsafe { zeroed() };
         c.node_type = ibv_node_type::IBV_NODE_CA;
-        c.transport_type = ibv_transport_type::IBV_TRANSPORT_IB;
+        c.transport_type = if fault::plan().iwarp {
+            c.node_type = ibv_node_type::IBV_NODE_RNIC;
+            ibv_transport_type::IBV_TRANSPORT_IWARP
+        } else {
+            ibv_transport_type::IBV_TRANSPORT_IB
+        };
         super::context::copy_name(&mut c.name, "softrdma0");
         super::context::copy_name(&mut c.dev_name, "softrdma0");
         let index = NEXT.fetch_add(1, Ordering::Relaxed);

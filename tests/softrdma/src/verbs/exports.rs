@@ -801,7 +801,7 @@ unsafe extern "C" fn post_send(
             // SAFETY: see above.
             None => unsafe { qp.post_send(one, &mut inner) },
         };
-        removal::consider();
+        removal::consider(qp);
         if let Err(code) = posted {
             // SAFETY: see above.
             unsafe { bad.write(wr) };

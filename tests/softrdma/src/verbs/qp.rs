@@ -12,7 +12,7 @@ use super::responder::Inbound;
 use super::srq::Srq;
 use super::work::*;
 use crate::board::{self, Place};
-use crate::fault;
+use crate::fault::{self, RnrTimer};
 use crate::handle::{self, Acks};
 use crate::keys;
 use crate::link::{Link, want};
@@ -336,6 +336,14 @@ impl Qp {
         if mask & required != required {
             return libc::EINVAL;
         }
+        let mut mask = mask;
+        if from == RTS && mask & mask::MIN_RNR_TIMER != 0 {
+            match fault::plan().rnr_timer {
+                Some(RnrTimer::Refused) => return libc::EINVAL,
+                Some(RnrTimer::Ignored) => mask &= !mask::MIN_RNR_TIMER,
+                None => {}
+            }
+        }
         if to == RTR && from == INIT {
             let laid = LAID.lock().unwrap().get_or_insert_default().remove(&self.num);
             if let Some(link) = laid
@@ -541,6 +549,9 @@ impl Qp {
             IBV_WR_SEND | IBV_WR_SEND_WITH_IMM | IBV_WR_SEND_WITH_INV => {
                 header.kind = kind::SEND;
                 ibv_wc_opcode::IBV_WC_SEND
+            }
+            IBV_WR_RDMA_WRITE_WITH_IMM if fault::plan().no_immediate => {
+                return Err(libc::EINVAL);
             }
             IBV_WR_RDMA_WRITE | IBV_WR_RDMA_WRITE_WITH_IMM => {
                 header.kind = kind::WRITE;
