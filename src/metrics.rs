@@ -182,6 +182,10 @@ metrics! {
     keepalive_probes,
     /// Devices that were removed, or failed, while they were in use.
     devices_lost,
+    /// Completion queues that failed, and ended their connections.
+    queues_lost,
+    /// Asynchronous events of the devices in use.
+    device_events,
     /// Listening addresses whose device is gone, which are tried again, now.
     listeners_waiting,
 }

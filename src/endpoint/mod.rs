@@ -345,6 +345,11 @@ impl Endpoint {
         self.qp.detach();
     }
 
+    /// The number of its queue pair, by which the device tells of it.
+    pub fn queue_pair(&self) -> u32 {
+        self.qp.number()
+    }
+
     /// The device's number of its completion queue.
     pub fn queue(&self) -> usize {
         self.reservation.queue()

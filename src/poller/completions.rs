@@ -47,7 +47,13 @@ impl Poller {
         match progress {
             Ok(Progress::Empty) => {}
             Ok(Progress::More) => *self.unfinished.borrow_mut() = true,
-            Err(error) => self.retire(device, &error.to_string()),
+            Err((queue, error)) => {
+                // The device may say more of it: that it is about this queue alone.
+                self.take_device_events(device);
+                if !device.is_given_up(queue) {
+                    self.retire(device, &error.to_string());
+                }
+            }
         }
         count.get()
     }

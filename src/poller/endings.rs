@@ -8,6 +8,7 @@ use crate::endpoint::{Endpoint, PeerState, Reason, Stage};
 use crate::host::api;
 use crate::metrics::METRICS;
 use crate::panic::guard;
+use crate::poller::device_events::unwatch_events;
 use crate::poller::teardown;
 use crate::time;
 use log::Level;
@@ -80,11 +81,12 @@ impl Poller {
             devices.remove(index);
         }
         api::unwatch(device.fd());
+        unwatch_events(device);
         // Copies of that descriptor among them; they grow again as they are needed.
         self.wakeup_fds.borrow_mut().shrink(true);
         METRICS.devices_lost.add(1);
         let mut ended = 0;
-        for endpoint in self.endpoints().iter().filter(|it| Arc::ptr_eq(&it.device(), device)) {
+        for endpoint in &self.on_device(device) {
             self.lose(endpoint, PeerState::Disconnected, Reason::Error);
             ended += 1;
         }

@@ -19,10 +19,11 @@
 //! since the server asks only once before it sleeps whether anything is pending.
 //!
 //! Here is when a pass takes place. What it finds is in `completions`, whom it calls in
-//! `serving`, how connections end in `endings`, and which there are in `registry`.
+//! `serving`, what devices tell in `device_events`, how connections end in `endings`, and which there are in `registry`.
 
 mod completions;
 pub mod connection;
+mod device_events;
 mod endings;
 mod registry;
 mod serving;
@@ -246,6 +247,7 @@ impl Poller {
         if !api::watch(device.fd(), on_completions, device.number()) {
             return Err(Error { action: "watch the device's completions", errno: libc::ERANGE });
         }
+        self.watch_events(&device).inspect_err(|_| api::unwatch(device.fd()))?;
         log::debug!("device {} opened", device.name());
         devices.push(Arc::clone(&device));
         Ok(device)

@@ -5,7 +5,7 @@
 //! against. Then, as a connection needs them:
 //!
 //! * [`cm`]: the connection manager, with event channels and ids.
-//! * [`device`]: the devices that there are, and their limits.
+//! * [`device`]: the devices that there are, and their limits; [`events`], what they tell.
 //! * [`mr`]: protection domains and registered memory; [`account`], the sum of it.
 //! * [`cq`]: completion channels and queues.
 //! * [`qp`]: queue pairs and their work requests.
@@ -26,6 +26,7 @@ pub mod cq;
 mod descriptor;
 pub mod device;
 mod error;
+pub mod events;
 pub mod fork;
 pub mod library;
 pub mod mr;

@@ -103,6 +103,9 @@ functions! {
         ibv_destroy_comp_channel
         ibv_create_cq
         ibv_destroy_cq
+        ibv_get_async_event
+        ibv_ack_async_event
+        ibv_event_type_str
         ibv_get_cq_event
         ibv_ack_cq_events
         ibv_destroy_qp

@@ -88,6 +88,12 @@ impl QueuePair {
         create(INLINE).or_else(|_: Error| create(0))
     }
 
+    /// Its number, by which the device tells of it.
+    pub fn number(&self) -> u32 {
+        // SAFETY: live as long as `self`.
+        unsafe { (*self.raw).qp_num }
+    }
+
     /// Makes a peer that found no receive posted try again soon. Once connected.
     ///
     /// # Errors

@@ -560,7 +560,7 @@ fn an_rnr_timer_that_is_set_later_does_not_hold() {
 
 #[test]
 fn writes_of_nothing_fail_without_a_key() {
-    planned("writes_of_nothing_fail_without_a_key", "zero-write=keyed", || {
+    planned("writes_of_nothing_fail_without_a_key", "zero-write=needs-key", || {
         let p = Pair::default();
         p.client.post(Wr::write(1, &[], p.server.addr(0), p.server.rkey()));
         p.client.done(1);
@@ -571,7 +571,7 @@ fn writes_of_nothing_fail_without_a_key() {
 
 #[test]
 fn writes_of_nothing_fail() {
-    planned("writes_of_nothing_fail", "zero-write=never transport=iwarp", || {
+    planned("writes_of_nothing_fail", "zero-write=fails transport=iwarp", || {
         let p = Pair::default();
         p.client.post(Wr::write(1, &[], p.server.addr(0), p.server.rkey()));
         p.client.fails(1, IBV_WC_LOC_QP_OP_ERR);

@@ -12,7 +12,7 @@ use crate::cell::{Case, Cell};
 pub const CASES: &[Case] = &[Case::new("device-ways", ways).unstarted()];
 
 /// What a server with such a device has to do.
-type Way = fn(&mut Cell) -> Result<()>;
+pub(super) type Way = fn(&mut Cell) -> Result<()>;
 
 fn ways(cell: &mut Cell) -> Result<()> {
     let ways: [(&str, Way); 4] = [
@@ -22,8 +22,13 @@ fn ways(cell: &mut Cell) -> Result<()> {
         ("post-send=-EINVAL@2", unable),
         ("post-send=-EIO@4", refusing),
     ];
+    each(cell, &ways)
+}
+
+/// Each story with a server of its own, on a device with those faults.
+pub(super) fn each(cell: &mut Cell, ways: &[(&str, Way)]) -> Result<()> {
     for (faults, way) in ways {
-        cell.settings.environment = vec![("SOFTRDMA_FAULTS".to_owned(), faults.to_owned())];
+        cell.settings.environment = vec![("SOFTRDMA_FAULTS".to_owned(), (*faults).to_owned())];
         cell.start()?;
         way(cell).with_context(|| format!("where '{faults}'"))?;
         cell.stop()?;
@@ -84,7 +89,7 @@ fn ended(cell: &Cell, answers: usize) -> Result<()> {
 }
 
 /// The refusals are counted, and the log has a line with `words` about each.
-fn told(cell: &Cell, count: u64, words: &str) -> Result<()> {
+pub(super) fn told(cell: &Cell, count: u64, words: &str) -> Result<()> {
     cell.wait_info("the refusals to be counted", |info| {
         let ended = info.number("rdma_ended_by_error")?;
         Ok(info.number("rdma_posts_refused")? == count && ended == count)

@@ -11,6 +11,7 @@ mod config;
 mod counters;
 mod crowd;
 mod deadlock;
+mod device_events;
 mod devices;
 mod durable;
 mod endings;
@@ -37,6 +38,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         sizes::CASES,
         stock_clients::CASES,
         deadlock::CASES,
+        device_events::CASES,
         devices::CASES,
         durable::CASES,
         stalled::CASES,

@@ -45,7 +45,7 @@ const LINES: usize = 150;
 
 /// Turns of an idle event loop in a second, with plenty to spare: one that spins on a
 /// descriptor makes hundreds of thousands.
-const IDLE: f64 = 100.0;
+pub const IDLE: f64 = 100.0;
 
 fn faults(settings: &mut Settings, plan: &str) {
     settings.environment.push(("SOFTRDMA_FAULTS".to_owned(), plan.to_owned()));

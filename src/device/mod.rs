@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use verbs::Error;
 use verbs::cm::{Id, IdKey};
 use verbs::cq::{Batch, Completion, CompletionChannel, CompletionQueue};
-use verbs::device::Limits;
+use verbs::device::{Device, Limits};
 
 /// Entries of a device's queues, in the order in which they are made: for 77 connections,
 /// for 154 and so on, twice as many each time up to 2,473, or to the device's limit. Few
@@ -46,6 +46,7 @@ const FAILURES: u32 = 3;
 pub struct SharedDevice {
     queues: MainCell<Vec<Shared>>,
     channel: Arc<CompletionChannel>,
+    opened: Device,
     /// The id that it was opened for, which holds it open.
     anchor: Arc<Id>,
     /// Tells it from all others that were opened, the same device before among them.
@@ -101,11 +102,22 @@ struct Shared {
     taken: u64,
     /// Whether the next completion is told, or was and waits in the channel.
     armed: bool,
+    /// It failed: nothing is asked of it any more, and another takes its place with the next
+    /// connection.
+    failed: bool,
 }
 
 impl Shared {
-    fn is_due(&self) -> bool {
-        self.fired || !self.armed
+    fn is_due(&self, which: Which) -> bool {
+        !self.failed && (which == Which::All || self.fired || !self.armed)
+    }
+
+    fn is_free(&self) -> bool {
+        self.failed || self.reserved == 0
+    }
+
+    fn takes(&self, entries: u32) -> bool {
+        !self.failed && self.capacity - self.reserved >= entries
     }
 }
 
@@ -150,10 +162,11 @@ impl SharedDevice {
         Ok(Self {
             queues: MainCell::new(Vec::new()),
             channel: Arc::new(CompletionChannel::new(&device)?),
+            name: device.name(),
+            opened: device,
             anchor: Arc::clone(anchor),
             number,
             limits,
-            name: device.name(),
             vector,
             pace: MainCell::new(Pace::new(patience)),
             batch: MainCell::default(),
@@ -194,18 +207,38 @@ impl SharedDevice {
     /// What `INFO rdma` says of the device, whose connections use `ports`.
     pub fn describe(&self, ports: &[u8], connections: u64) -> Reply {
         let queues = self.queues.borrow_mut();
-        let sum =
-            |field: fn(&Shared) -> u32| queues.iter().map(|q| u64::from(field(q))).sum::<u64>();
+        let present = || queues.iter().filter(|shared| !shared.failed);
+        let sum = |field: fn(&Shared) -> u32| present().map(|q| u64::from(field(q))).sum::<u64>();
         Reply::Map(vec![
             ("name", self.name().into()),
             ("ports", Reply::List(ports.iter().map(|port| u64::from(*port).into()).collect())),
             ("connections", connections.into()),
             ("receive-slots", self.receive_slots().into()),
             ("completion-vector", u64::from(self.vector).into()),
-            ("completion-queues", (queues.len() as u64).into()),
+            ("completion-queues", (present().count() as u64).into()),
             ("completion-entries", sum(|queue| queue.capacity).into()),
             ("completion-entries-reserved", sum(|queue| queue.reserved).into()),
         ])
+    }
+
+    /// Gives up the queue of a number, which failed. `false` if that is known, or there is none.
+    pub fn give_up_queue(&self, number: usize) -> bool {
+        let mut queues = self.queues.borrow_mut();
+        let Some(shared) = queues.get_mut(number).filter(|shared| !shared.failed) else {
+            return false;
+        };
+        shared.failed = true;
+        true
+    }
+
+    /// Whether the queue of a number was given up.
+    pub fn is_given_up(&self, number: usize) -> bool {
+        self.queues.borrow_mut().get(number).is_some_and(|shared| shared.failed)
+    }
+
+    /// The device itself, which tells of what befalls it.
+    pub fn opened(&self) -> &Device {
+        &self.opened
     }
 
     /// Descriptor that polls readable when completions wait.
@@ -229,23 +262,29 @@ impl SharedDevice {
             let action = "reserve completion queue entries: the device's queues are too small";
             return Err(Error { action, errno: libc::ENOSPC });
         }
-        let free = |shared: &Shared| shared.capacity - shared.reserved >= entries;
         // The first, so that those made for a peak are empty some time after it.
-        let index = match queues.iter().position(free) {
+        let index = match queues.iter().position(|shared| shared.takes(entries)) {
             Some(index) => index,
             None => {
-                let wish = SIZES[queues.len().min(SIZES.len() - 1)].clamp(entries, most);
-                let (queue, capacity) = self.new_queue(queues.len(), wish, entries)?;
+                let failed = queues.iter().position(|shared| shared.failed);
+                let index = failed.unwrap_or(queues.len());
+                let wish = SIZES[index.min(SIZES.len() - 1)].clamp(entries, most);
+                let (queue, capacity) = self.new_queue(index, wish, entries)?;
                 queue.completions.arm()?;
-                queues.push(Shared {
+                let shared = Shared {
                     queue: Arc::new(queue),
                     capacity,
                     reserved: 0,
                     fired: false,
                     taken: 0,
                     armed: true,
-                });
-                queues.len() - 1
+                    failed: false,
+                };
+                match queues.get_mut(index) {
+                    Some(place) => *place = shared,
+                    None => queues.push(shared),
+                }
+                index
             }
         };
         let made = with(&queues[index].queue.completions)?;
@@ -274,7 +313,7 @@ impl SharedDevice {
     /// Gives back queues that were made for more connections than there are, but one.
     pub fn shrink(&self) {
         let mut queues = self.queues.borrow_mut();
-        while queues.len() > 1 && queues.last().is_some_and(|last| last.reserved == 0) {
+        while queues.len() > 1 && queues.last().is_some_and(Shared::is_free) {
             queues.pop();
         }
     }
@@ -282,7 +321,7 @@ impl SharedDevice {
     /// Whether there is something to be given back, now or after what waits.
     pub fn is_shrinking(&self) -> bool {
         let queues = self.queues.borrow_mut();
-        queues.len() > 1 || queues.iter().any(|shared| shared.reserved > 0)
+        queues.len() > 1 || queues.iter().any(|shared| !shared.is_free())
     }
 
     /// When so many completions of a queue were taken, those that are there now are among them.
@@ -326,7 +365,8 @@ impl SharedDevice {
     /// # Errors
     /// If the device is gone.
     pub fn arm(&self) -> Result<(), Error> {
-        for shared in self.queues.borrow_mut().iter_mut().filter(|shared| !shared.armed) {
+        let due = |shared: &&mut Shared| !shared.armed && !shared.failed;
+        for shared in self.queues.borrow_mut().iter_mut().filter(due) {
             shared.queue.completions.arm()?;
             shared.armed = true;
             shared.fired = true;
@@ -336,15 +376,19 @@ impl SharedDevice {
 
     /// Whether completions of each queue will be told.
     pub fn is_armed(&self) -> bool {
-        self.queues.borrow_mut().iter().all(|shared| shared.armed)
+        self.queues.borrow_mut().iter().all(|shared| shared.armed || shared.failed)
     }
 
     /// Takes all completions that are there, up to the bound of a pass, and hands
     /// them to `each`. A queue from which all were taken did not fire any more.
     ///
     /// # Errors
-    /// If a queue can't be polled: its connections are lost.
-    pub fn poll(&self, which: Which, mut each: impl FnMut(Completion)) -> Result<Progress, Error> {
+    /// If a queue can't be polled, with its number: its connections are lost.
+    pub fn poll(
+        &self,
+        which: Which,
+        mut each: impl FnMut(Completion),
+    ) -> Result<Progress, (usize, Error)> {
         let mut batch = self.batch.borrow_mut().take().unwrap_or_default();
         let progress = self.poll_into(&mut batch, which, &mut each);
         *self.batch.borrow_mut() = Some(batch);
@@ -356,11 +400,11 @@ impl SharedDevice {
         batch: &mut Batch,
         which: Which,
         each: &mut impl FnMut(Completion),
-    ) -> Result<Progress, Error> {
+    ) -> Result<Progress, (usize, Error)> {
         let mut progress = Progress::Empty;
         let count = self.queues.borrow_mut().len();
         for index in 0..count {
-            if which == Which::Fired && !self.queues.borrow_mut()[index].is_due() {
+            if !self.queues.borrow_mut()[index].is_due(which) {
                 continue;
             }
             let mut failures = 0;
@@ -376,7 +420,7 @@ impl SharedDevice {
                     METRICS.poll_failures.add(1);
                     failures += 1;
                     if failures == FAILURES {
-                        return Err(error);
+                        return Err((index, error));
                     }
                     continue;
                 }
