@@ -5,8 +5,11 @@
 //! `NAME[=VALUE][WHEN]`, where WHEN is `@N` (the Nth time, once), `/N` (every Nth
 //! time) or `%N` (one time in N, by a chance that only the seed and the count
 //! decide); without it, always. Each fault counts for itself in each process.
-//! README.md lists the names.
+//! README.md lists the names. The terms of the profile that `SOFTRDMA_DEVICE` names come
+//! before those of the list.
 
+use crate::habits::Habits;
+use crate::profiles;
 use std::net::IpAddr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -73,24 +76,6 @@ struct Fault {
     count: AtomicU64,
 }
 
-/// What the device does when a queue pair that is connected is given another RNR timer.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub enum RnrTimer {
-    /// It takes the value and stays at the one before.
-    Ignored,
-    /// It refuses.
-    Refused,
-}
-
-/// Which RDMA WRITEs of no bytes the device refuses to carry out.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub enum ZeroWrite {
-    /// Each.
-    Never,
-    /// Those without a key of the peer's.
-    Keyless,
-}
-
 /// What the variable asks for.
 #[derive(Debug, Default)]
 pub struct Plan {
@@ -98,26 +83,14 @@ pub struct Plan {
     faults: Vec<Fault>,
     /// Bytes that may be registered, as RLIMIT_MEMLOCK limits them on a device.
     pub memlock: Option<u64>,
-    /// Bytes that a work request may carry in itself, whatever a queue pair asks for.
-    pub inline: Option<u32>,
-    /// What becomes of an RNR timer that is set later, unless it holds.
-    pub rnr_timer: Option<RnrTimer>,
-    /// RDMA WRITEs of no bytes that fail.
-    pub zero_write: Option<ZeroWrite>,
-    /// An RDMA WRITE with immediate data can't be posted.
-    pub no_immediate: bool,
-    /// The device says that its transport is iWARP.
-    pub iwarp: bool,
     /// There is no device.
     pub no_device: bool,
     /// Milliseconds after which a device that was removed is back.
     pub device_returns: Option<u64>,
-    /// Most entries of a completion queue that can be had.
-    pub cq_most: Option<i32>,
-    /// Entries of the largest completion queue that the device says it can do.
-    pub max_cqe: Option<i32>,
     /// The only address that the device owns.
     pub only: Option<IpAddr>,
+    /// What the device does in its own way.
+    pub habits: Habits,
 }
 
 /// The process's plan. A plan that can't be understood ends the process: a test
@@ -125,9 +98,10 @@ pub struct Plan {
 pub fn plan() -> &'static Plan {
     static PLAN: OnceLock<Plan> = OnceLock::new();
     PLAN.get_or_init(|| {
-        let text = std::env::var("SOFTRDMA_FAULTS").unwrap_or_default();
-        Plan::parse(&text).unwrap_or_else(|term| {
-            eprintln!("softrdma: SOFTRDMA_FAULTS: can't understand '{term}'");
+        let variable = |name| std::env::var(name).unwrap_or_default();
+        let planned = Plan::of(&variable("SOFTRDMA_DEVICE"), &variable("SOFTRDMA_FAULTS"));
+        planned.unwrap_or_else(|error| {
+            eprintln!("softrdma: {error}");
             std::process::exit(2);
         })
     })
@@ -156,7 +130,7 @@ fn mix(n: u64) -> u64 {
 }
 
 /// Errnos by name, as far as the calls concerned return them.
-fn errno(name: &str) -> Option<u64> {
+pub fn errno(name: &str) -> Option<u64> {
     if let Some(positive) = name.strip_prefix('-') {
         return errno(positive).map(u64::wrapping_neg);
     }
@@ -165,6 +139,8 @@ fn errno(name: &str) -> Option<u64> {
         "EFAULT" => libc::EFAULT,
         "EINVAL" => libc::EINVAL,
         "EIO" => libc::EIO,
+        "ENOSPC" => libc::ENOSPC,
+        "EOPNOTSUPP" => libc::EOPNOTSUPP,
         "ENODEV" => libc::ENODEV,
         "ENOMEM" => libc::ENOMEM,
         "EPERM" => libc::EPERM,
@@ -174,10 +150,17 @@ fn errno(name: &str) -> Option<u64> {
 }
 
 impl Plan {
-    fn parse(text: &str) -> Result<Plan, String> {
+    /// The plan for a device of that profile, or of none if it is empty, with faults.
+    fn of(device: &str, faults: &str) -> Result<Plan, String> {
         let mut plan = Plan::default();
-        for term in text.split([',', ' ', '\n']).filter(|t| !t.is_empty()) {
-            plan.term(term).ok_or(term)?;
+        if !device.is_empty() {
+            for (term, _) in profiles::find(device)?.habits {
+                plan.term(term).ok_or_else(|| format!("{device}: can't understand '{term}'"))?;
+            }
+        }
+        for term in faults.split([',', ' ', '\n']).filter(|t| !t.is_empty()) {
+            let wrong = || format!("SOFTRDMA_FAULTS: can't understand '{term}'");
+            plan.term(term).ok_or_else(wrong)?;
         }
         Ok(plan)
     }
@@ -187,17 +170,9 @@ impl Plan {
             Some(("seed", n)) => self.seed = n.parse().ok()?,
             Some(("memlock", n)) => self.memlock = Some(n.parse().ok()?),
             Some(("device-returns", n)) => self.device_returns = Some(n.parse().ok()?),
-            Some(("cq-fails-above", n)) => self.cq_most = Some(n.parse().ok()?),
-            Some(("max-cqe", n)) => self.max_cqe = Some(n.parse().ok()?),
-            Some(("inline", n)) => self.inline = Some(n.parse().ok()?),
-            Some(("rnr", "ignored")) => self.rnr_timer = Some(RnrTimer::Ignored),
-            Some(("rnr", "refused")) => self.rnr_timer = Some(RnrTimer::Refused),
-            Some(("zero-write", "fails")) => self.zero_write = Some(ZeroWrite::Never),
-            Some(("zero-write", "needs-key")) => self.zero_write = Some(ZeroWrite::Keyless),
-            Some(("imm", "none")) => self.no_immediate = true,
-            Some(("transport", "iwarp")) => self.iwarp = true,
             Some(("only", ip)) => self.only = Some(ip.parse().ok()?),
             _ if term == "no-device" => self.no_device = true,
+            _ if self.habits.take(term) => {}
             _ => self.faults.push(Fault::parse(term)?),
         }
         Some(())
@@ -262,7 +237,7 @@ mod tests {
     use super::*;
 
     fn hits(text: &str, point: Point, tries: u64) -> Vec<u64> {
-        let plan = Plan::parse(text).expect("a plan");
+        let plan = Plan::of("", text).expect("a plan");
         (1..=tries).filter(|_| plan.strikes(point).is_some()).collect()
     }
 
@@ -284,17 +259,17 @@ mod tests {
 
     #[test]
     fn values_are_read_and_nonsense_is_not() {
-        let plan = Plan::parse("post-send=EIO@1,reg-mr=12 memlock=65536,only=::1").expect("a plan");
+        let read = |text| Plan::of("", text);
+        let plan = read("post-send=EIO@1,reg-mr=12 memlock=65536,only=::1").expect("a plan");
         assert_eq!(plan.strikes(Point::PostSend), Some(libc::EIO as u64));
         assert_eq!(plan.strikes(Point::Register), Some(12));
         assert_eq!(
             (plan.memlock, plan.only),
             (Some(65_536), Some("::1".parse().expect("an address")))
         );
-        let plan = Plan::parse("post-send=-EAGAIN post-recv=-22 inline=32").expect("a plan");
+        let plan = read("post-send=-EAGAIN post-recv=-22").expect("a plan");
         assert_eq!(plan.strikes(Point::PostSend).map(|code| code as i32), Some(-libc::EAGAIN));
         assert_eq!(plan.strikes(Point::PostReceive).map(|code| code as i32), Some(-22));
-        assert_eq!(plan.inline, Some(32));
         for bad in [
             "rnr@0",
             "rnr=1",
@@ -310,7 +285,19 @@ mod tests {
             "reg-mr=-12",
             "inline=-1",
         ] {
-            assert_eq!(Plan::parse(bad).unwrap_err(), bad);
+            let error = read(bad).unwrap_err();
+            assert_eq!(error, format!("SOFTRDMA_FAULTS: can't understand '{bad}'"));
         }
+    }
+
+    #[test]
+    fn every_profile_is_understood_and_terms_of_the_list_come_after_its_own() {
+        for profile in profiles::PROFILES {
+            Plan::of(profile.name, "").expect(profile.name);
+        }
+        let plan = Plan::of("erdma", "rnr=ignored").expect("a plan");
+        assert_eq!(plan.habits.rnr, crate::habits::Rnr::Ignored);
+        let error = Plan::of("mlx6", "").unwrap_err();
+        assert!(error.contains("'mlx6'") && error.contains("mlx5") && error.contains("qedr"));
     }
 }

@@ -9,26 +9,8 @@ use rdma_sys::ibv_event_type::*;
 use rdma_sys::ibv_wc_status::*;
 use rdma_sys::rdma_cm_event_type::*;
 use rdma_sys::*;
-use std::process::Command;
 use std::ptr::null_mut;
 use std::time::{Duration, Instant};
-
-const PART: &str = "SOFTRDMA_TEST_PART";
-
-/// Runs `body` in a process of its own with that plan.
-fn planned(name: &str, plan: &str, body: impl FnOnce()) {
-    if std::env::var(PART).as_deref() == Ok(name) {
-        return body();
-    }
-    let out = Command::new(std::env::current_exe().expect("this program"))
-        .args(["--exact", name, "--nocapture", "--test-threads=1"])
-        .env(PART, name)
-        .env("SOFTRDMA_FAULTS", plan)
-        .output()
-        .expect("the process");
-    let text = [out.stdout, out.stderr].concat();
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&text));
-}
 
 #[test]
 fn posts_fail_as_told() {
@@ -274,12 +256,7 @@ fn a_connection_is_lost_at_any_point_of_a_transfer() {
 /// What happened to each of 60 posts, as a line of text.
 fn refusals(plan: &str) -> String {
     const NAME: &str = "a_run_is_repeated_by_its_seed";
-    let out = Command::new(std::env::current_exe().expect("this program"))
-        .args(["--exact", NAME, "--nocapture", "--test-threads=1"])
-        .env(PART, NAME)
-        .env("SOFTRDMA_FAULTS", plan)
-        .output()
-        .expect("the process");
+    let out = again(NAME).env("SOFTRDMA_FAULTS", plan).output().expect("the process");
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     let line = text.lines().find_map(|line| line.split_once("refused: ")).expect("a result").1;
     line.to_owned()
@@ -428,12 +405,7 @@ fn a_device_comes_back() {
 
 /// A process of its own that uses what is closed, and what it said.
 fn aborts(name: &str, plan: &str, what: &str) {
-    let out = Command::new(std::env::current_exe().expect("this program"))
-        .args(["--exact", name, "--nocapture", "--test-threads=1"])
-        .env(PART, name)
-        .env("SOFTRDMA_FAULTS", plan)
-        .output()
-        .expect("the process");
+    let out = again(name).env("SOFTRDMA_FAULTS", plan).output().expect("the process");
     let said = String::from_utf8_lossy(&out.stderr);
     assert!(!out.status.success() && said.contains(what), "{} {said}", out.status);
 }
@@ -480,7 +452,7 @@ fn a_poll_fails_and_what_was_taken_is_there() {
         for i in 1..=4 {
             p.client.post(Wr::write(i, &[], 0, 0));
         }
-        std::thread::sleep(Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(500));
         // SAFETY: zeroes are valid completions, for which there is room.
         unsafe {
             let mut wc: [ibv_wc; 4] = std::mem::zeroed();
@@ -525,59 +497,13 @@ fn asynchronous_events_are_of_what_their_kind_says() {
     let plan = "async-event=3@1 async-event=10@2 async-event=0@3";
     planned("asynchronous_events_are_of_what_their_kind_says", plan, || {
         let p = Pair::default();
-        (1..=3).for_each(|i| drop(p.client.post(Wr::write(i, &[], 0, 0))));
+        (1..=3).for_each(|i| assert_eq!(p.client.post(Wr::write(i, &[], 0, 0)), 0));
         async_event(&p.client, p.client.qp, IBV_EVENT_QP_ACCESS_ERR);
         async_event(&p.client, std::ptr::without_provenance_mut::<u8>(1), IBV_EVENT_PORT_ERR);
         async_event(&p.client, p.client.cq, IBV_EVENT_CQ_ERR);
-        (1..=3).for_each(|i| drop(p.client.done(i)));
-    });
-}
-
-#[test]
-fn writes_with_immediate_can_not_be_posted() {
-    planned("writes_with_immediate_can_not_be_posted", "imm=none", || {
-        let p = Pair::default();
-        assert_eq!(p.client.post(Wr::write_imm(1, &[], 0, 0, 7)), libc::EINVAL);
-        p.server.recv(1, &[]);
-        p.client.post(Wr::send_imm(2, &[], 7));
-        p.client.done(2);
-    });
-}
-
-#[test]
-fn an_rnr_timer_that_is_set_later_does_not_hold() {
-    for plan in ["rnr=refused", "rnr=ignored"] {
-        planned("an_rnr_timer_that_is_set_later_does_not_hold", plan, || {
-            let p = Pair::default();
-            let refused = std::env::var("SOFTRDMA_FAULTS").as_deref() == Ok("rnr=refused");
-            let mask = ibv_qp_attr_mask::IBV_QP_MIN_RNR_TIMER;
-            let answer = p.client.modify(|attr| attr.min_rnr_timer = 12, mask);
-            assert_eq!(answer, if refused { libc::EINVAL } else { 0 });
-            assert_eq!(p.client.query().min_rnr_timer, 0);
-        });
-    }
-}
-
-#[test]
-fn writes_of_nothing_fail_without_a_key() {
-    planned("writes_of_nothing_fail_without_a_key", "zero-write=needs-key", || {
-        let p = Pair::default();
-        p.client.post(Wr::write(1, &[], p.server.addr(0), p.server.rkey()));
-        p.client.done(1);
-        p.client.post(Wr::write(2, &[], 0, 0));
-        p.client.fails(2, IBV_WC_LOC_QP_OP_ERR);
-    });
-}
-
-#[test]
-fn writes_of_nothing_fail() {
-    planned("writes_of_nothing_fail", "zero-write=fails transport=iwarp", || {
-        let p = Pair::default();
-        p.client.post(Wr::write(1, &[], p.server.addr(0), p.server.rkey()));
-        p.client.fails(1, IBV_WC_LOC_QP_OP_ERR);
-        // SAFETY: a live context.
-        let transport = unsafe { (*(*(*p.client.id).verbs).device).transport_type };
-        assert_eq!(transport, ibv_transport_type::IBV_TRANSPORT_IWARP);
+        for i in 1..=3 {
+            p.client.done(i);
+        }
     });
 }
 
@@ -617,12 +543,8 @@ fn the_device_owns_one_address() {
 
 #[test]
 fn a_plan_that_makes_no_sense_ends_the_process() {
-    let out = Command::new(std::env::current_exe().expect("this program"))
-        .args(["--exact", "there_is_no_device", "--nocapture"])
-        .env(PART, "there_is_no_device")
-        .env("SOFTRDMA_FAULTS", "no-devise")
-        .output()
-        .expect("the process");
+    let mut process = again("there_is_no_device");
+    let out = process.env("SOFTRDMA_FAULTS", "no-devise").output().expect("the process");
     assert_eq!(out.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&out.stderr).contains("can't understand 'no-devise'"));
 }

@@ -9,6 +9,7 @@ use super::id::CmId;
 use super::message::{self, Message};
 use crate::engine::{Source, Watch, engine};
 use crate::fault::{self, Point};
+use crate::habits::habits;
 use crate::link::Link;
 use crate::sys::{self, Fd};
 use crate::verbs::qp::Qp;
@@ -180,7 +181,11 @@ impl Connection {
                 {
                     qp.progress();
                 }
-                if let Some(id) = id {
+                let Some(id) = id else { return };
+                let late = habits().late_rtu;
+                if message.kind == message::kind::RTU && !late.is_zero() {
+                    engine().after(late, move || id.message(message));
+                } else {
                     id.message(message);
                 }
             }

@@ -95,7 +95,10 @@ pub fn acquire() -> Result<Reference, i32> {
     }
     let entry = entries.iter_mut().find(|entry| known(entry)).ok_or(libc::ENODEV)?;
     let context = entry.context()?;
-    let pd = entry.pd.get_or_insert_with(|| Pd::new(context.clone()));
+    if entry.pd.is_none() {
+        entry.pd = Some(Pd::new(context.clone())?);
+    }
+    let pd = entry.pd.as_ref().expect("made above");
     let pd = (&raw const pd.c).cast_mut();
     entry.references += 1;
     Ok(Reference { device, verbs: context.as_c(), pd })

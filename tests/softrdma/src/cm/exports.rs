@@ -483,10 +483,16 @@ pub unsafe extern "C" fn rdma_init_qp_attr(
     }
 }
 
-/// COMM_EST needs no help here: RTU can't be lost.
 #[unsafe(no_mangle)]
-pub extern "C" fn rdma_notify(_id: *mut rdma_cm_id, _event: u32) -> c_int {
-    0
+pub unsafe extern "C" fn rdma_notify(id: *mut rdma_cm_id, event: u32) -> c_int {
+    const ESTABLISHED: u32 = ibv_event_type::IBV_EVENT_COMM_EST as u32;
+    // SAFETY: see above.
+    unsafe {
+        result(on(id).and_then(|object| match event {
+            ESTABLISHED => object.communication_established(),
+            _ => Err(libc::EINVAL),
+        }))
+    }
 }
 
 // Names.

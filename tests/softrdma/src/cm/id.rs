@@ -7,6 +7,7 @@ use super::connection::{Connection, Listener};
 use super::devices::{self, Reference};
 use super::message::{Message, kind, reason};
 use crate::engine::engine;
+use crate::habits::habits;
 use crate::handle::{self, Acks};
 use crate::link::{self, Link};
 use crate::sys::{self, Fd};
@@ -31,8 +32,6 @@ const REQ_TIMEOUT: Duration = Duration::from_secs(68);
 const DREQ_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long an ended connection rests before TIMEWAIT_EXIT.
 const TIME_WAIT: Duration = Duration::from_secs(1);
-/// Local ACK timeout of queue pairs connected here: 4.096 us * 2^14, 67 ms.
-const ACK_TIMEOUT: u8 = 14;
 
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum State {
@@ -129,7 +128,7 @@ impl CmId {
             retry_count: 7,
             initiator_depth: 0,
             responder_resources: 0,
-            ack_timeout: ACK_TIMEOUT,
+            ack_timeout: habits().ack_timeout,
         };
         let id = Arc::new_cyclic(|weak| CmId {
             c: UnsafeCell::new(c),
@@ -182,7 +181,10 @@ impl CmId {
                 && device.is_none()
                 && let Ok(reference) = devices::acquire()
             {
-                (c.verbs, c.pd) = (reference.verbs, reference.pd);
+                // librdmacm finds the device by its GUID, if that is one.
+                if habits().has_guid {
+                    (c.verbs, c.pd) = (reference.verbs, reference.pd);
+                }
                 c.port_num = 1;
                 *device = Some(reference);
             }
@@ -446,6 +448,12 @@ impl CmId {
         let (link, memory) = Link::create().map_err(code)?;
         let socket = inner.socket.take().ok_or(libc::EINVAL)?;
         inner.state = State::Connecting;
+        if !habits().loopback && is_own_listener(remote.port()) {
+            inner.state = State::Ended;
+            drop(inner);
+            self.push(RDMA_CM_EVENT_UNREACHABLE, -libc::ETIMEDOUT, None);
+            return Ok(());
+        }
         let found = address::listener_names(remote)
             .iter()
             .any(|name| sys::connect_abstract(&socket, name).is_ok());
@@ -514,6 +522,19 @@ impl CmId {
             inner.connection.clone().ok_or(libc::ENOTCONN)?
         };
         self.rtu(&connection);
+        Ok(())
+    }
+
+    /// rdma_notify: the application has received something, so the other side is ready.
+    pub fn communication_established(&self) -> Result<(), i32> {
+        let mut inner = self.inner.lock().unwrap();
+        match inner.state {
+            State::Accepted => inner.state = State::Connected,
+            State::Connected => return Err(libc::EISCONN),
+            _ => return Err(libc::EINVAL),
+        }
+        drop(inner);
+        self.push(RDMA_CM_EVENT_ESTABLISHED, 0, None);
         Ok(())
     }
 
@@ -882,6 +903,16 @@ pub fn device_added() {
     for id in all() {
         id.listen_again();
     }
+}
+
+/// Whether this process listens at that port.
+fn is_own_listener(port: u16) -> bool {
+    all().iter().any(|id| {
+        // Who asks holds the lock of its own identifier, which does not listen.
+        id.inner.try_lock().is_ok_and(|inner| {
+            inner.state == State::Listening && inner.local.is_some_and(|at| at.port() == port)
+        })
+    })
 }
 
 static IDS: Mutex<Vec<Weak<CmId>>> = Mutex::new(Vec::new());

@@ -5,6 +5,7 @@ use super::cq::{Channel, Cq};
 use super::device::Device;
 use super::qp::Qp;
 use super::srq::Srq;
+use crate::habits::habits;
 use crate::notice::Notices;
 use rdma_sys::*;
 use std::mem::{offset_of, size_of, zeroed};
@@ -14,6 +15,8 @@ use std::sync::{Arc, Mutex, Weak};
 /// What the device can do; a request beyond one of these fails.
 pub mod limit {
     pub const QP: i32 = 65_536;
+    pub const PD: i32 = 65_536;
+    pub const MR: i32 = 1 << 20;
     pub const QP_WR: u32 = 16_384;
     pub const SGE: u32 = 32;
     pub const INLINE: u32 = 512;
@@ -168,11 +171,11 @@ pub fn device_attributes(a: &mut ibv_device_attr) {
     // SAFETY: all zeroes is a valid ibv_device_attr.
     *a = unsafe { zeroed() };
     copy_name(&mut a.fw_ver, "softrdma");
-    a.node_guid = GUID.to_be();
+    a.node_guid = node_guid();
     a.sys_image_guid = GUID.to_be();
     a.max_mr_size = limit::MR_SIZE;
     a.page_size_cap = 0xffff_f000;
-    a.max_qp = limit::QP;
+    a.max_qp = habits().max_qp;
     a.max_qp_wr = limit::QP_WR as i32;
     a.device_cap_flags = ibv_device_cap_flags::IBV_DEVICE_MEM_WINDOW.0
         | ibv_device_cap_flags::IBV_DEVICE_MEM_WINDOW_TYPE_2B.0
@@ -182,9 +185,9 @@ pub fn device_attributes(a: &mut ibv_device_attr) {
     a.max_sge = limit::SGE as i32;
     a.max_sge_rd = limit::SGE as i32;
     a.max_cq = 65_536;
-    a.max_cqe = crate::fault::plan().max_cqe.unwrap_or(limit::CQE);
-    a.max_mr = 1 << 20;
-    a.max_pd = 65_536;
+    a.max_cqe = habits().max_cqe;
+    a.max_mr = habits().max_mr;
+    a.max_pd = habits().max_pd;
     a.max_qp_rd_atom = i32::from(limit::READS);
     a.max_res_rd_atom = i32::from(limit::READS) * limit::QP;
     a.max_qp_init_rd_atom = i32::from(limit::READS);
@@ -198,7 +201,12 @@ pub fn device_attributes(a: &mut ibv_device_attr) {
     a.phys_port_cnt = 1;
 }
 
-pub const GUID: u64 = 0x0250_5eff_fe50_f700;
+const GUID: u64 = 0x0250_5eff_fe50_f700;
+
+/// The node's GUID in network order, or 0.
+pub fn node_guid() -> u64 {
+    if habits().has_guid { GUID.to_be() } else { 0 }
+}
 
 pub fn port_attributes(a: &mut ibv_port_attr) {
     // SAFETY: all zeroes is a valid ibv_port_attr.

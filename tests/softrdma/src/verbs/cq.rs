@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Completion queues and completion channels.
 
-use super::context::{About, Context, limit, unique};
+use super::context::{About, Context, unique};
 use super::qp::{self, Qp};
 use crate::board::{self, Mood, Place};
 use crate::engine::engine;
 use crate::fault::{self, Point};
 use crate::fork;
+use crate::habits::habits;
 use crate::handle::Acks;
 use crate::notice::Notices;
 use rdma_sys::*;
@@ -74,6 +75,8 @@ pub struct Completion {
     pub qp: u32,
     /// The peer asked for a solicited event, or this is an error.
     pub solicited: bool,
+    /// It raises no event.
+    pub quiet: bool,
     /// The send queue whose slots up to this number are free once this is polled.
     pub frees: Option<(Arc<AtomicU64>, u64)>,
 }
@@ -92,6 +95,8 @@ struct Inner {
     overrun: bool,
     /// Polls of a queue that is dead find nothing, where others say that it is.
     silent: bool,
+    /// How it is to be armed by the next poll or post.
+    deferred: Armed,
     /// Completions that a planned fault holds back.
     held: VecDeque<Completion>,
 }
@@ -125,10 +130,10 @@ impl Cq {
         user: *mut std::ffi::c_void,
         channel: Option<Arc<Channel>>,
     ) -> Result<Arc<Cq>, i32> {
-        if !(1..=fault::plan().max_cqe.unwrap_or(limit::CQE)).contains(&cqe) {
+        if !(1..=habits().max_cqe).contains(&cqe) {
             return Err(libc::EINVAL);
         }
-        if fault::plan().cq_most.is_some_and(|most| cqe > most) {
+        if habits().cq_most.is_some_and(|most| cqe > most) {
             return Err(libc::ENOMEM);
         }
         // SAFETY: all zeroes is a valid ibv_cq (an initialised mutex and condition).
@@ -144,6 +149,7 @@ impl Cq {
             armed: Armed::No,
             overrun: false,
             silent: false,
+            deferred: Armed::No,
             held: VecDeque::new(),
         };
         let cq = Arc::new_cyclic(|weak| Cq {
@@ -239,6 +245,7 @@ impl Cq {
             Armed::Solicited => completion.solicited,
             Armed::Any => true,
         };
+        let fire = fire && !completion.quiet;
         inner.queue.push_back(completion);
         if fire {
             self.fire(inner, Notices::push_signalled);
@@ -255,6 +262,9 @@ impl Cq {
         }
         let told = board::own().board.set_mood(self.hook, Mood::Told) == Mood::Told;
         if let (Some(channel), Some(cq)) = (&self.channel, self.weak.upgrade()) {
+            for _ in 1..habits().events {
+                channel.notices.push(cq.clone());
+            }
             let push = if told { signalled } else { Notices::push };
             push(&channel.notices, cq);
         }
@@ -329,12 +339,13 @@ impl Cq {
             return -1;
         }
         // SAFETY: the caller's word, here and below.
-        let taken = unsafe { self.take(n, out) };
-        if taken != 0 {
-            return taken;
+        let mut taken = unsafe { self.take(n, out) };
+        if taken == 0 && self.look(false) {
+            // SAFETY: as above.
+            taken = unsafe { self.take(n, out) };
         }
-        // SAFETY: as above.
-        if self.look(false) { unsafe { self.take(n, out) } } else { 0 }
+        self.arm_deferred();
+        taken
     }
 
     unsafe fn take(&self, n: i32, out: *mut ibv_wc) -> i32 {
@@ -358,11 +369,40 @@ impl Cq {
 
     /// Arms the queue for one event (11.4.2.2 "Request Completion Notification").
     pub fn arm(&self, solicited_only: bool) {
+        let how = if solicited_only { Armed::Solicited } else { Armed::Any };
+        if habits().deferred_arm {
+            let mut inner = self.inner.lock().unwrap();
+            if inner.deferred != Armed::Any {
+                inner.deferred = how;
+            }
+            return;
+        }
+        self.arm_now(how);
+    }
+
+    /// Arms the queue if that was put off. What is there already raises the event at once: by
+    /// its arming a device learns how far the application has polled.
+    pub fn arm_deferred(&self) {
+        if !habits().deferred_arm {
+            return;
+        }
+        let how = std::mem::replace(&mut self.inner.lock().unwrap().deferred, Armed::No);
+        if how == Armed::No {
+            return;
+        }
+        self.arm_now(how);
+        let mut inner = self.inner.lock().unwrap();
+        if inner.armed != Armed::No && !inner.queue.is_empty() {
+            self.fire(&mut inner, Notices::push_signalled);
+        }
+    }
+
+    fn arm_now(&self, how: Armed) {
         {
             let mut inner = self.inner.lock().unwrap();
             // A request for any completion is not weakened by a later one.
-            if !(solicited_only && inner.armed == Armed::Any) {
-                inner.armed = if solicited_only { Armed::Solicited } else { Armed::Any };
+            if inner.armed != Armed::Any {
+                inner.armed = how;
             }
             self.armed.store(true, Ordering::SeqCst);
             if self.channel.is_none() {
@@ -370,7 +410,7 @@ impl Cq {
             }
             // Another process can't know what a planned fault or a request for
             // solicited completions makes of its message.
-            let direct = inner.armed == Armed::Any && !fault::planned();
+            let direct = inner.armed == Armed::Any && !fault::planned() && habits().events == 1;
             let mood = if direct { Mood::Armed } else { Mood::Indirect };
             board::own().board.set_mood(self.hook, mood);
         }

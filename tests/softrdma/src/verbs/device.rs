@@ -2,8 +2,9 @@
 //! The device. There is one at a time at most: a planned fault removes it, and another one
 //! with the same name and GUID may take its place, as after a reset or a driver's reload.
 
-use super::context::GUID;
+use super::context::node_guid;
 use crate::fault;
+use crate::habits::habits;
 use rdma_sys::*;
 use std::mem::zeroed;
 use std::sync::Mutex;
@@ -51,13 +52,13 @@ impl Device {
         static NEXT: AtomicI32 = AtomicI32::new(0);
         // SAFETY: all zeroes is a valid ibv_device.
         let mut c: ibv_device = unsafe { zeroed() };
-        c.node_type = ibv_node_type::IBV_NODE_CA;
-        c.transport_type = if fault::plan().iwarp {
+        if habits().iwarp {
             c.node_type = ibv_node_type::IBV_NODE_RNIC;
-            ibv_transport_type::IBV_TRANSPORT_IWARP
+            c.transport_type = ibv_transport_type::IBV_TRANSPORT_IWARP;
         } else {
-            ibv_transport_type::IBV_TRANSPORT_IB
-        };
+            c.node_type = ibv_node_type::IBV_NODE_CA;
+            c.transport_type = ibv_transport_type::IBV_TRANSPORT_IB;
+        }
         super::context::copy_name(&mut c.name, "softrdma0");
         super::context::copy_name(&mut c.dev_name, "softrdma0");
         let index = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -78,7 +79,7 @@ impl Device {
     }
 
     pub fn guid(&self) -> u64 {
-        GUID.to_be()
+        node_guid()
     }
 
     /// Whether it was removed.

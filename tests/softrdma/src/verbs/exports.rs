@@ -15,6 +15,7 @@ use super::srq::Srq;
 use super::strings;
 use super::work::RecvWork;
 use crate::fault::{self, Point};
+use crate::habits::habits;
 use crate::sys::set_errno;
 use crate::{fork, handle, removal};
 use rdma_sys::*;
@@ -297,7 +298,7 @@ unsafe extern "C" fn ibv_alloc_pd(context: *mut ibv_context) -> *mut ibv_pd {
         return pointer(Err(code));
     }
     // SAFETY: see above.
-    handle::into_c(Pd::new(unsafe { Context::share(context) }))
+    pointer(Pd::new(unsafe { Context::share(context) }).map(handle::into_c))
 }
 
 #[unsafe(no_mangle)]
@@ -673,10 +674,10 @@ unsafe extern "C" fn post_srq_recv(
         let code = if let Some(code) = fault::strikes(Point::PostReceive) {
             code as c_int
         } else if one.num_sge as u32 > srq.max_sge {
-            libc::EINVAL
+            habits().as_returned(libc::EINVAL)
         // SAFETY: see above.
         } else if !srq.post(unsafe { receive(one) }) {
-            libc::ENOMEM
+            habits().as_returned(habits().full)
         } else {
             0
         };
@@ -805,12 +806,14 @@ unsafe extern "C" fn post_send(
         if let Err(code) = posted {
             // SAFETY: see above.
             unsafe { bad.write(wr) };
-            result = code;
+            result = habits().as_returned(code);
             break;
         }
         wr = one.next;
     }
     qp.run(&mut inner);
+    drop(inner);
+    qp.arm_deferred();
     result
 }
 
@@ -826,6 +829,7 @@ unsafe extern "C" fn post_recv(
     let qp = unsafe { handle::borrow::<Qp, _>(qp) };
     qp.context.check_open("ibv_post_recv");
     let mut inner = qp.lock();
+    let mut result = 0;
     while !wr.is_null() {
         // SAFETY: see above.
         let one = unsafe { &*wr };
@@ -837,11 +841,14 @@ unsafe extern "C" fn post_recv(
         if let Err(code) = posted {
             // SAFETY: see above.
             unsafe { bad.write(wr) };
-            return code;
+            result = habits().as_returned(code);
+            break;
         }
         wr = one.next;
     }
-    0
+    drop(inner);
+    qp.arm_deferred();
+    result
 }
 
 // Asynchronous events.

@@ -3,11 +3,12 @@
 
 use super::context::{Context, limit, unique};
 use crate::fault::{self, Point};
+use crate::habits::habits;
 use crate::handle;
 use crate::keys::{self, Grant};
 use rdma_sys::*;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 
 /// A protection domain.
 #[repr(C)]
@@ -50,16 +51,44 @@ impl Drop for InPd {
 }
 
 impl Pd {
-    pub fn new(context: Arc<Context>) -> Arc<Pd> {
+    pub fn new(context: Arc<Context>) -> Result<Arc<Pd>, i32> {
+        PDS.add(habits().max_pd)?;
         let id = unique();
         let c = ibv_pd { context: context.as_c(), handle: id as u32 };
-        Arc::new(Pd { c, id, context, users: AtomicUsize::new(0) })
+        Ok(Arc::new(Pd { c, id, context, users: AtomicUsize::new(0) }))
     }
 
     pub fn busy(&self) -> bool {
         self.users.load(Ordering::Relaxed) > 0
     }
 }
+
+impl Drop for Pd {
+    fn drop(&mut self) {
+        PDS.remove();
+    }
+}
+
+/// How many of a limited resource the process has.
+struct Count(AtomicI32);
+
+impl Count {
+    /// One more, unless that were more than there may be.
+    fn add(&self, most: i32) -> Result<(), i32> {
+        let add = |count| (count < most).then_some(count + 1);
+        match self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(habits().at_limit),
+        }
+    }
+
+    fn remove(&self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+static PDS: Count = Count(AtomicI32::new(0));
+static MRS: Count = Count(AtomicI32::new(0));
 
 /// A memory region.
 #[repr(C)]
@@ -120,6 +149,9 @@ pub fn register(
         LOCKED.fetch_sub(length as u64, Ordering::Relaxed);
         return Err(libc::ENOMEM);
     }
+    MRS.add(habits().max_mr).inspect_err(|_| {
+        LOCKED.fetch_sub(length as u64, Ordering::Relaxed);
+    })?;
     let iova = if access & keys::ZERO_BASED != 0 { 0 } else { iova };
     let key = keys::insert(Some(Grant {
         pd: pd.id,
@@ -156,6 +188,7 @@ pub unsafe fn deregister(mr: *mut ibv_mr) -> i32 {
         return libc::EBUSY;
     }
     LOCKED.fetch_sub(object.c.length as u64, Ordering::Relaxed);
+    MRS.remove();
     // SAFETY: as above.
     drop(unsafe { handle::take::<Mr, _>(mr) });
     0

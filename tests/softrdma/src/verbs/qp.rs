@@ -12,7 +12,7 @@ use super::responder::Inbound;
 use super::srq::Srq;
 use super::work::*;
 use crate::board::{self, Place};
-use crate::fault::{self, RnrTimer};
+use crate::habits::{Inline, Rnr, habits};
 use crate::handle::{self, Acks};
 use crate::keys;
 use crate::link::{Link, want};
@@ -24,8 +24,9 @@ use std::cell::UnsafeCell;
 use std::collections::{HashMap, VecDeque};
 use std::mem::zeroed;
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock, Weak};
+use std::time::Instant;
 
 pub use ibv_qp_state::{
     IBV_QPS_ERR as ERR, IBV_QPS_INIT as INIT, IBV_QPS_RESET as RESET, IBV_QPS_RTR as RTR,
@@ -82,6 +83,8 @@ pub struct Qp {
     /// The send queue's slots up to this number are free.
     pub released: Arc<AtomicU64>,
     pub async_acks: Acks,
+    /// Something of it was flushed.
+    flushed: AtomicBool,
     link: OnceLock<Arc<Link>>,
     ends: Mutex<Vec<End>>,
     inner: Mutex<Inner>,
@@ -178,10 +181,15 @@ impl Qp {
         {
             return Err(libc::EINVAL);
         }
-        // As Soft-RoCE does: inline data may fill the room of the gather list.
-        cap.max_inline_data = cap.max_inline_data.max(cap.max_send_sge * 16);
-        if let Some(inline) = fault::plan().inline {
-            cap.max_inline_data = inline;
+        cap.max_inline_data = match habits().inline {
+            // As Soft-RoCE does: inline data may fill the room of the gather list.
+            Inline::Granted => cap.max_inline_data.max(cap.max_send_sge * 16),
+            Inline::Clamped(bytes) => bytes,
+            Inline::Limited(most) if cap.max_inline_data > most => return Err(libc::EINVAL),
+            Inline::Limited(_) | Inline::Ignored => cap.max_inline_data,
+        };
+        if QPS.lock().unwrap().as_ref().is_some_and(|qps| qps.len() >= habits().max_qp as usize) {
+            return Err(habits().at_limit);
         }
         // SAFETY: the application passes live objects of ours.
         let (send_cq, recv_cq, srq) = unsafe {
@@ -238,6 +246,7 @@ impl Qp {
             sig_all: init.sq_sig_all != 0,
             released: Arc::new(AtomicU64::new(0)),
             async_acks: Acks::default(),
+            flushed: AtomicBool::new(false),
             link: OnceLock::new(),
             ends: Mutex::new(Vec::new()),
             inner: Mutex::new(inner),
@@ -258,6 +267,11 @@ impl Qp {
 
     /// Ends the queue pair: nothing more is sent, received or completed.
     pub fn destroy(&self) {
+        let cost = habits().destroy_cost * self.recv_cq.c.cqe as u32;
+        let started = Instant::now();
+        while started.elapsed() < cost {
+            std::hint::spin_loop();
+        }
         {
             let mut inner = self.inner.lock().unwrap();
             if let Some(link) = self.link.get() {
@@ -336,13 +350,12 @@ impl Qp {
         if mask & required != required {
             return libc::EINVAL;
         }
-        let mut mask = mask;
-        if from == RTS && mask & mask::MIN_RNR_TIMER != 0 {
-            match fault::plan().rnr_timer {
-                Some(RnrTimer::Refused) => return libc::EINVAL,
-                Some(RnrTimer::Ignored) => mask &= !mask::MIN_RNR_TIMER,
-                None => {}
-            }
+        if (from, to) == (RTS, RTS) && habits().rnr == Rnr::Refused {
+            return libc::EINVAL;
+        }
+        if (from, to) == (RTS, RTS) && mask & mask::STATE == 0 && habits().modify_resets {
+            self.enter_reset(&mut inner);
+            return 0;
         }
         if to == RTR && from == INIT {
             let laid = LAID.lock().unwrap().get_or_insert_default().remove(&self.num);
@@ -466,6 +479,7 @@ impl Qp {
         if !work.signaled && !error {
             return;
         }
+        let quiet = self.is_quiet(status);
         self.send_cq.push(Completion {
             wr_id: work.wr_id,
             status,
@@ -478,11 +492,20 @@ impl Qp {
             flags: 0,
             qp: self.num,
             solicited: error,
+            quiet,
             frees: Some((self.released.clone(), work.index)),
         });
     }
 
+    /// Whether a completion is found by polling alone.
+    fn is_quiet(&self, status: ibv_wc_status::Type) -> bool {
+        habits().flush_on_poll
+            && status == ibv_wc_status::IBV_WC_WR_FLUSH_ERR
+            && self.flushed.swap(true, Ordering::Relaxed)
+    }
+
     pub fn fail_recv(&self, wr_id: u64, status: ibv_wc_status::Type) {
+        let quiet = self.is_quiet(status);
         self.recv_cq.push(Completion {
             wr_id,
             status,
@@ -492,6 +515,7 @@ impl Qp {
             flags: 0,
             qp: self.num,
             solicited: true,
+            quiet,
             frees: None,
         });
     }
@@ -504,10 +528,13 @@ impl Qp {
         if !matches!(inner.state, RTS | SQD | ERR) {
             return Err(libc::EINVAL);
         }
+        if let (ERR, Some(code)) = (inner.state, habits().dead) {
+            return Err(code);
+        }
         let held = inner.posted - self.released.load(Ordering::Relaxed);
         // A slot is free again once a completion at or after it was polled.
         if held >= u64::from(self.cap.max_send_wr) {
-            return Err(libc::ENOMEM);
+            return Err(habits().full);
         }
         // SAFETY: the caller's word.
         let mut work = unsafe { self.translate(wr)? };
@@ -550,9 +577,6 @@ impl Qp {
                 header.kind = kind::SEND;
                 ibv_wc_opcode::IBV_WC_SEND
             }
-            IBV_WR_RDMA_WRITE_WITH_IMM if fault::plan().no_immediate => {
-                return Err(libc::EINVAL);
-            }
             IBV_WR_RDMA_WRITE | IBV_WR_RDMA_WRITE_WITH_IMM => {
                 header.kind = kind::WRITE;
                 (header.addr, header.rkey) = (rdma.remote_addr, rdma.rkey);
@@ -575,6 +599,9 @@ impl Qp {
             _ => return Err(libc::EOPNOTSUPP),
         };
         if matches!(wr.opcode, IBV_WR_SEND_WITH_IMM | IBV_WR_RDMA_WRITE_WITH_IMM) {
+            if !habits().immediate {
+                return Err(libc::EINVAL);
+            }
             header.flags |= flag::IMM;
             header.imm = imm;
         }
@@ -582,9 +609,13 @@ impl Qp {
             header.flags |= flag::INVALIDATE;
             header.imm = imm;
         }
-        let inline = if flags & ibv_send_flags::IBV_SEND_INLINE.0 != 0 {
-            if header.kind == kind::READ || len > u64::from(self.cap.max_inline_data) {
+        let inline = flags & ibv_send_flags::IBV_SEND_INLINE.0 != 0;
+        let inline = if inline && habits().inline != Inline::Ignored {
+            if header.kind == kind::READ {
                 return Err(libc::EINVAL);
+            }
+            if len > u64::from(self.cap.max_inline_data) {
+                return Err(habits().inline_error);
             }
             let mut data = Vec::with_capacity(len as usize);
             for sge in &sges {
@@ -644,15 +675,24 @@ impl Qp {
         {
             return Err(libc::EINVAL);
         }
+        if let (ERR, Some(code)) = (inner.state, habits().dead) {
+            return Err(code);
+        }
         if inner.state == ERR {
             self.fail_recv(work.wr_id, ibv_wc_status::IBV_WC_WR_FLUSH_ERR);
             return Ok(());
         }
         if inner.rq.len() >= self.cap.max_recv_wr as usize {
-            return Err(libc::ENOMEM);
+            return Err(habits().full);
         }
         inner.rq.push_back(work);
         Ok(())
+    }
+
+    /// After a post: its completion queues are armed, if that was put off.
+    pub fn arm_deferred(&self) {
+        self.send_cq.arm_deferred();
+        self.recv_cq.arm_deferred();
     }
 
     /// The wire, once there is one.
@@ -737,13 +777,16 @@ impl Inner {
             RNR_RETRY => rnr_retry;
             RQ_PSN => rq_psn;
             MAX_QP_RD_ATOMIC => max_rd_atomic;
-            MIN_RNR_TIMER => min_rnr_timer;
             SQ_PSN => sq_psn;
             MAX_DEST_RD_ATOMIC => max_dest_rd_atomic;
             DEST_QPN => dest_qp_num;
         }
         if mask & mask::RNR_RETRY != 0 {
             self.rnr_left = from.rnr_retry;
+        }
+        let has_timer = matches!(habits().rnr, Rnr::Timed | Rnr::Refused);
+        if mask & mask::MIN_RNR_TIMER != 0 && has_timer {
+            to.min_rnr_timer = from.min_rnr_timer;
         }
     }
 

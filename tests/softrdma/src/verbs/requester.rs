@@ -6,7 +6,8 @@ use super::qp::{ERR, Inner, Qp, RTS, SQD};
 use super::responder::Inbound;
 use super::work::*;
 use crate::engine::engine;
-use crate::fault::{self, Point, ZeroWrite};
+use crate::fault::{self, Point};
+use crate::habits::{ZeroWrite, habits};
 use crate::keys::{self, Grant};
 use crate::link::{Link, want};
 use rdma_sys::ibv_wc_status::{self, *};
@@ -72,8 +73,14 @@ impl Inner {
             if ring.room() < HEADER {
                 return Step::Blocked;
             }
-            if header.kind == kind::WRITE && is_refused(&header) {
-                return Step::Failed(IBV_WC_LOC_QP_OP_ERR);
+            if header.is_write_of_nothing() {
+                match habits().zero_write {
+                    ZeroWrite::Arrives => {}
+                    ZeroWrite::NeedsKey if header.rkey != 0 => {}
+                    ZeroWrite::NeedsKey | ZeroWrite::Fails => {
+                        return Step::Failed(IBV_WC_LOC_QP_OP_ERR);
+                    }
+                }
             }
             // A gather list that is not allowed fails before anything is sent.
             if work.inline.is_none() {
@@ -324,17 +331,6 @@ impl Qp {
             inner.fail_front(self, IBV_WC_RETRY_EXC_ERR);
         }
     }
-}
-
-/// Whether the device refuses to carry out a WRITE, as a planned fault.
-fn is_refused(write: &Header) -> bool {
-    let nothing = write.len == 0 && write.flags & flag::IMM == 0;
-    nothing
-        && match fault::plan().zero_write {
-            Some(ZeroWrite::Never) => true,
-            Some(ZeroWrite::Keyless) => write.rkey == 0,
-            None => false,
-        }
 }
 
 fn nak_status(nak: u32) -> ibv_wc_status::Type {

@@ -6,6 +6,7 @@ use super::cq::Completion;
 use super::qp::{Inner, Qp, RTR, RTS, SQD, right};
 use super::work::*;
 use crate::fault::{self, Point};
+use crate::habits::{Rnr, habits};
 use crate::keys;
 use crate::link::{Link, want};
 use rdma_sys::{ibv_event_type, ibv_wc_flags, ibv_wc_opcode, ibv_wc_status};
@@ -58,6 +59,12 @@ const TOO_LONG: Violation =
     Violation { local: ibv_wc_status::IBV_WC_LOC_LEN_ERR, nak: nak::INVALID_REQUEST, event: None };
 const BAD_RECEIVE: Violation =
     Violation { local: ibv_wc_status::IBV_WC_LOC_PROT_ERR, nak: nak::OPERATIONAL, event: None };
+/// As iWARP has it, where nothing is ever tried again.
+const NO_RECEIVE: Violation = Violation {
+    local: ibv_wc_status::IBV_WC_FATAL_ERR,
+    nak: nak::OPERATIONAL,
+    event: Some(ibv_event_type::IBV_EVENT_QP_FATAL),
+};
 /// Soft-RoCE checks a shared receive's buffers against the queue pair's domain.
 const FOREIGN_RECEIVE: Violation =
     Violation { local: ibv_wc_status::IBV_WC_LOC_QP_OP_ERR, nak: nak::OPERATIONAL, event: None };
@@ -121,6 +128,9 @@ impl Inner {
                     self.put_back(qp, recv.take());
                 }
                 let Some(work) = &recv else {
+                    if habits().rnr == Rnr::Missing {
+                        return Err((NO_RECEIVE, None));
+                    }
                     let n = link.not_ready(self.attr.min_rnr_timer);
                     self.inbound = Inbound::NotReady(n);
                     *rang = want::ALL;
@@ -228,6 +238,9 @@ impl Inner {
             recv = self.next_recv(qp);
             if recv.is_none() || fault::strikes(Point::ReceiverNotReady).is_some() {
                 self.put_back(qp, recv.take());
+                if habits().rnr == Rnr::Missing {
+                    return Err((NO_RECEIVE, None));
+                }
                 let n = link.not_ready(self.attr.min_rnr_timer);
                 self.inbound = Inbound::NotReadyAtEnd(n, header);
                 *rang = want::ALL;
@@ -258,6 +271,7 @@ impl Inner {
                 flags,
                 qp: qp.num,
                 solicited: header.flags & flag::SOLICITED != 0,
+                quiet: false,
                 frees: None,
             });
         }

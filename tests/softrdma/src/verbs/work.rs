@@ -67,6 +67,13 @@ pub struct Header {
 
 pub const HEADER: usize = size_of::<Header>();
 
+impl Header {
+    /// Whether it is a WRITE that brings nothing, no immediate data either.
+    pub fn is_write_of_nothing(&self) -> bool {
+        self.kind == kind::WRITE && self.len == 0 && self.flags & flag::IMM == 0
+    }
+}
+
 /// Negative acknowledgements, as they stand in [`crate::link::Link::nak`].
 pub mod nak {
     pub const INVALID_REQUEST: u32 = 1;

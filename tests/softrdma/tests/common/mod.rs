@@ -12,6 +12,7 @@ use rdma_sys::*;
 use softrdma as _;
 use std::ffi::{c_int, c_void};
 use std::mem::zeroed;
+use std::process::Command;
 use std::ptr::{null, null_mut};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -109,6 +110,26 @@ pub struct CmEvent {
     pub status: i32,
     pub id: *mut rdma_cm_id,
     pub private: Vec<u8>,
+}
+
+/// Names the test that a process of its own is for.
+pub const PART: &str = "SOFTRDMA_TEST_PART";
+
+/// This program as a process of its own for that test.
+pub fn again(name: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().expect("this program"));
+    command.args(["--exact", name, "--nocapture", "--test-threads=1"]).env(PART, name);
+    command
+}
+
+/// Runs `body` in a process of its own with that plan: a plan is the process's.
+pub fn planned(name: &str, plan: &str, body: impl FnOnce()) {
+    if std::env::var(PART).as_deref() == Ok(name) {
+        return body();
+    }
+    let out = again(name).env("SOFTRDMA_FAULTS", plan).output().expect("the process");
+    let text = [out.stdout, out.stderr].concat();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&text));
 }
 
 pub fn errno() -> i32 {
