@@ -452,7 +452,7 @@ fn a_poll_fails_and_what_was_taken_is_there() {
         for i in 1..=4 {
             p.client.post(Wr::write(i, &[], 0, 0));
         }
-        std::thread::sleep(Duration::from_millis(500));
+        std::thread::sleep(Duration::from_millis(200));
         // SAFETY: zeroes are valid completions, for which there is room.
         unsafe {
             let mut wc: [ibv_wc; 4] = std::mem::zeroed();

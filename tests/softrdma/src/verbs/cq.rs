@@ -334,6 +334,7 @@ impl Cq {
         if fault::strikes(Point::Poll).is_some() {
             // As providers do that meet one they can't make sense of: what they took before is
             // there, and how much that was is not told.
+            self.look(true);
             // SAFETY: the caller's word.
             unsafe { self.take(n - 1, out) };
             return -1;
