@@ -20,7 +20,7 @@
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-passed=0 failed=0 skipped=0
+passed=0 failed=0 skipped=0 guests=0
 
 main() {
     local level=quick log server='' parts=(fuzz servers clients guest)
@@ -60,6 +60,13 @@ main() {
         guest_limit=14400
     fi
 
+    # Beside what follows: an emulated machine waits for much of its time. A process group of
+    # its own, so that all of it ends with this script.
+    set -m
+    in_guests "$log" "$@" </dev/null &
+    guests=$!
+    set +m
+    trap 'kill -- "-$guests" 2>/dev/null || true' EXIT
     if ((!$#)) && [[ -z $server ]]; then
         say "Unit tests"
         tests "cargo test" "$log/units" cargo test --locked --workspace --no-fail-fast
@@ -68,16 +75,19 @@ main() {
         say "Programs that nobody here wrote, on the software fabric"
         "$repo/tests/softrdma/programs.sh" "$level" </dev/null | tee "$log/programs" >&2 || true
         add_sum "$log/programs" 1
+        package "$level" "$log/package"
+        demo "$log/demo"
     fi
-    run_cells soft "$log/soft" "$@"
-    run_cells vm "$log/vm" "$@"
-    run_cells vm-new "$log/vm-new" "$@"
+    wait "$guests"
+    trap - EXIT
+    add_cells vm "$log" "$@"
+    add_cells vm-new "$log" "$@"
+    run_cells soft "$log" "$@"
+    add_cells soft "$log" "$@"
     if ((!$#)) && [[ -z $server ]]; then
         say "The benchmark, in a few short runs"
         "$repo/scripts/bench.sh" smoke </dev/null >"$log/bench" || true
         add_sum "$log/bench" 3
-        package "$level" "$log/package"
-        demo "$log/demo"
     fi
     if [[ $level == full && -z $server ]] && ((!$#)); then
         say "Sanitizers"
@@ -179,18 +189,28 @@ explorations() {
     add_sum "$log/fuzz" 2
 }
 
+# The cells in virtual machines, each line with the name of its fabric before it.
+in_guests() {
+    local log=$1 fabric
+    shift
+    for fabric in vm vm-new; do
+        run_cells "$fabric" "$log" "$@" 2> >(sed -u "s/^/$fabric: /" >&2)
+    done
+}
+
 # run_cells FABRIC LOG SELECTOR… — the chosen cells of a fabric, shown as they end.
 run_cells() {
-    local fabric=$1 log=$2 start=$SECONDS count where=() jobs=1 shown=()
+    local fabric=$1 log=$2 start=$SECONDS where=() jobs=1 shown=() count
     shift 2
     [[ -z $server ]] || shown=(--ro "${server%/*}")
-    count=$("${cells[@]}" --fabric "$fabric" --list "$@" | wc -l)
+    count=$(count_cells "$fabric" "$@")
     ((count)) || return 0
     case $fabric in
     soft)
         say "Cells on the software fabric: $count"
         where=("$repo/scripts/softrdma.sh")
-        jobs=$(nproc)
+        # Most cells wait for most of their time.
+        jobs=$((3 * $(nproc)))
         ;;
     vm)
         say "Cells in a virtual machine: $count"
@@ -204,11 +224,21 @@ run_cells() {
         [[ ! -d $cache/cells ]] || where+=(--rw "$cache/cells")
         ;;
     esac
-    "${where[@]}" "${cells[@]}" --fabric "$fabric" --jobs "$jobs" "$@" </dev/null | tee "$log" >&2 || true
+    "${where[@]}" "${cells[@]}" --fabric "$fabric" --jobs "$jobs" "$@" </dev/null |
+        tee "$log/$fabric" >&2 || true
     say "  $((SECONDS - start)) s"
-    local before=$((passed + failed + skipped))
-    add_sum "$log" "$count"
-    # What the sum does not account for did not pass.
+}
+
+count_cells() { "${cells[@]}" --fabric "$1" --list "${@:2}" | wc -l; }
+
+# add_cells FABRIC LOG SELECTOR… — counts how they ended. What their sum does not account for
+# did not pass.
+add_cells() {
+    local fabric=$1 log=$2 count before=$((passed + failed + skipped))
+    count=$(count_cells "$fabric" "${@:3}")
+    ((count)) || return 0
+    touch "$log/$fabric"
+    add_sum "$log/$fabric" "$count"
     ((failed += before + count - passed - failed - skipped)) || true
 }
 

@@ -30,7 +30,7 @@ fn guard(cell: &mut Cell) -> Result<()> {
     cell.start()?;
     let pinger = Pinger::start(cell, PING_LIMIT)?;
     let load = load(2000, 10, 40 << 10);
-    let loaded = cell.benchmark(&load, Duration::from_secs(60));
+    let loaded = cell.benchmark(&load, PING_LIMIT * 2);
     let pinged = pinger.stop(cell);
     // Nothing but force ends it.
     drop(cell.take_server()?);
