@@ -16,6 +16,7 @@ use redis_module::raw::RedisModuleCtx;
 use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::io::IoSlice;
+use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -332,15 +333,17 @@ pub fn sync_write(
 }
 
 /// A read that waits for as long as it takes. Main thread.
-pub fn blocking_read(poller: &Poller, endpoint: &Endpoint, to: &mut [u8]) -> ReadOutcome {
+pub fn blocking_read(
+    poller: &Poller,
+    endpoint: &Endpoint,
+    to: &mut [MaybeUninit<u8>],
+) -> ReadOutcome {
     loop {
-        let outcome = wait_for(poller, later(Duration::from_secs(3600)), || {
-            // SAFETY: a slice.
-            match unsafe { endpoint.read(to.as_mut_ptr(), to.len()) } {
+        let outcome =
+            wait_for(poller, later(Duration::from_secs(3600)), || match endpoint.read(to) {
                 ReadOutcome::Again => None,
                 outcome => Some(outcome),
-            }
-        });
+            });
         if let Some(outcome) = outcome {
             return outcome;
         }
@@ -354,15 +357,13 @@ pub fn blocking_read(poller: &Poller, endpoint: &Endpoint, to: &mut [u8]) -> Rea
 pub fn sync_read(
     poller: &Poller,
     endpoint: &Arc<Endpoint>,
-    to: &mut [u8],
+    to: &mut [MaybeUninit<u8>],
     timeout: Duration,
 ) -> Result<(), Failed> {
     let mut done = 0;
     wait_for(poller, later(timeout), || {
         while done < to.len() {
-            let rest = &mut to[done..];
-            // SAFETY: a piece of a slice.
-            match unsafe { endpoint.read(rest.as_mut_ptr(), rest.len()) } {
+            match endpoint.read(&mut to[done..]) {
                 ReadOutcome::Bytes(count) => {
                     done += count;
                     if is_main_thread() {
@@ -387,25 +388,28 @@ pub fn sync_read(
 pub fn sync_readline(
     poller: &Poller,
     endpoint: &Arc<Endpoint>,
-    to: &mut [u8],
+    to: &mut [MaybeUninit<u8>],
     timeout: Duration,
 ) -> Result<usize, Failed> {
     let deadline = later(timeout);
     let mut length = 0;
+    let mut before = 0;
     while length + 1 < to.len() {
         let left = deadline.saturating_duration_since(Instant::now());
-        let mut byte = [0];
-        sync_read(poller, endpoint, &mut byte, left)?;
-        if byte[0] == b'\n' {
-            to[length] = 0;
-            if length > 0 && to[length - 1] == b'\r' {
-                to[length - 1] = 0;
+        let place = &mut to[length..=length];
+        sync_read(poller, endpoint, place, left)?;
+        // SAFETY: it was read.
+        let byte = unsafe { place[0].assume_init() };
+        if byte == b'\n' {
+            to[length].write(0);
+            if before == b'\r' {
+                to[length - 1].write(0);
             }
             return Ok(length);
         }
-        to[length] = byte[0];
+        before = byte;
         length += 1;
-        to[length] = 0;
+        to[length].write(0);
     }
     Ok(length)
 }

@@ -26,6 +26,7 @@ use crate::poller::connection::RdmaConnection;
 use libc::{iovec, ssize_t};
 use std::ffi::{CStr, c_char, c_int, c_longlong, c_void};
 use std::io::IoSlice;
+use std::mem::MaybeUninit;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -380,12 +381,12 @@ unsafe extern "C" fn read(connection: *mut Connection, to: *mut c_void, length: 
                 return ERR;
             };
             let length = length.min(c_int::MAX as usize);
-            let mut outcome = endpoint.read(to.cast(), length);
+            let to = std::slice::from_raw_parts_mut(to.cast::<MaybeUninit<u8>>(), length);
+            let mut outcome = endpoint.read(to);
             if matches!(outcome, ReadOutcome::Again)
                 && is_main_thread()
                 && (*ours(connection)).is_blocking()
             {
-                let to = std::slice::from_raw_parts_mut(to.cast::<u8>(), length);
                 outcome = outgoing::blocking_read(Poller::get(), endpoint, to);
             }
             match outcome {
@@ -500,7 +501,7 @@ unsafe extern "C" fn sync_read(
 ) -> ssize_t {
     guard_on("sync_read", connection, || {
         // SAFETY: the server passes a live connection and `size` writable bytes.
-        let to = unsafe { std::slice::from_raw_parts_mut(to.cast::<u8>(), size.max(0) as usize) };
+        let to = unsafe { std::slice::from_raw_parts_mut(to.cast(), size.max(0) as usize) };
         blocking(connection, |endpoint| {
             outgoing::sync_read(Poller::get(), endpoint, to, millis(timeout)).map(|()| to.len())
         })
@@ -516,7 +517,7 @@ unsafe extern "C" fn sync_readline(
 ) -> ssize_t {
     guard_on("sync_readline", connection, || {
         // SAFETY: the server passes a live connection and `size` writable bytes.
-        let to = unsafe { std::slice::from_raw_parts_mut(to.cast::<u8>(), size.max(0) as usize) };
+        let to = unsafe { std::slice::from_raw_parts_mut(to.cast(), size.max(0) as usize) };
         blocking(connection, |endpoint| {
             outgoing::sync_readline(Poller::get(), endpoint, to, millis(timeout))
         })

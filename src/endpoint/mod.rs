@@ -3,8 +3,8 @@
 //!
 //! An endpoint outlives the server's `connection` on both sides: it exists while
 //! the handshake is going on, and it lingers while the last bytes are delivered.
-//! [`Endpoint::read`] and [`Endpoint::write`] may be called on any thread, one of
-//! each at a time; everything else is the main thread's.
+//! [`Endpoint::read`] and [`Endpoint::write`] may be called on any thread; who finds another
+//! one at it comes again. Everything else is the main thread's.
 //!
 //! Memory of an endpoint: one *control* region (receive slots, slots for our own
 //! control messages, a little staging memory), one *receive* region that the peer

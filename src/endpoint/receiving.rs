@@ -10,6 +10,7 @@ use crate::time;
 use proto::send_queue::PostError;
 use proto::session::{Lost, MessageAction, Millis, Session, TimeoutAction};
 use proto::stream::Stream;
+use std::mem::MaybeUninit;
 use std::ptr;
 use verbs::Error;
 use verbs::mr::Region;
@@ -142,19 +143,17 @@ impl Endpoint {
         self.stream.is_readable()
     }
 
-    /// Copies received bytes to `to`. Any thread, one at a time.
-    ///
-    /// # Safety
-    /// `to` is writable for `length` bytes.
-    pub unsafe fn read(&self, to: *mut u8, length: usize) -> ReadOutcome {
-        let outcome = self.stream.read(length, |address, count| {
+    /// Copies received bytes to the start of `to`. Any thread; who reads while somebody else
+    /// does is told to come again.
+    pub fn read(&self, to: &mut [MaybeUninit<u8>]) -> ReadOutcome {
+        let outcome = self.stream.read(to.len(), |address, count| {
             // SAFETY: the window says that these bytes of the receive buffer arrived and
-            // were not read. Until they are consumed the buffer is not freed nor announced,
-            // and the peer may not write there (one that does spoils its own request); `to`
-            // is the caller's.
+            // were not read, and gives the right to read them to one. Until they are consumed
+            // the buffer is not freed nor announced, and the peer may not write there (one that
+            // does spoils its own request). There are no more than `to` has room for.
             unsafe {
-                let from = ptr::with_exposed_provenance::<u8>(address as usize);
-                ptr::copy_nonoverlapping(from, to, count);
+                let from = ptr::with_exposed_provenance(address as usize);
+                ptr::copy_nonoverlapping(from, to.as_mut_ptr(), count);
             };
         });
         if let ReadOutcome::Bytes(count) = outcome {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! The bytes of one connection, both ways: what its reader, its writer and the poller share.
 //!
-//! The server may read and write on any of its threads, one of each at a time. The poller
-//! puts in what completions and messages say. Nothing here waits, and nothing allocates but
+//! The server may read and write on any of its threads. Who reads while somebody else does, or
+//! writes, is told to come again. The poller puts in what completions and messages say. Nothing here waits, and nothing allocates but
 //! the regions that a write [registers](Transmit::register).
 
 use crate::send_queue::{SendQueue, Shortage, Transmit};
@@ -15,7 +15,7 @@ use crate::window::{PeerState, ReceiveWindow, SharedPeerState};
 pub enum ReadOutcome {
     /// So many bytes.
     Bytes(usize),
-    /// None yet.
+    /// None yet, or somebody else is reading at this moment.
     Again,
     /// None any more.
     End,
@@ -57,8 +57,8 @@ impl<R> Stream<R> {
         }
     }
 
-    /// Reader: has `copy` take received bytes, at most `length`: it is told where they stand
-    /// and how many they are. One at a time.
+    /// Has `copy` take received bytes, at most `length`: it is told where they stand and how
+    /// many they are. Nobody else reads meanwhile.
     #[inline]
     pub fn read(&self, length: usize, copy: impl FnOnce(u64, usize)) -> ReadOutcome {
         // First, and the bytes afterwards: those that came before the end are read.
@@ -69,7 +69,8 @@ impl<R> Stream<R> {
         if self.is_shut() {
             return ReadOutcome::End;
         }
-        let Some((address, waiting)) = self.inbound.readable() else {
+        let Some(mut reader) = self.inbound.reader() else { return ReadOutcome::Again };
+        let Some((address, waiting)) = reader.readable() else {
             let over = peer == PeerState::Disconnected;
             return if over { ReadOutcome::End } else { ReadOutcome::Again };
         };
@@ -78,7 +79,7 @@ impl<R> Stream<R> {
             return ReadOutcome::Again;
         }
         copy(address, count);
-        self.inbound.consume(count);
+        reader.consume(count);
         ReadOutcome::Bytes(count)
     }
 

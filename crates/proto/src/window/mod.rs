@@ -2,7 +2,8 @@
 //! The hand-overs between the poller and whoever reads or writes a connection.
 //!
 //! The poller is the server's main thread; the reader and the writer are the
-//! main thread or any of its I/O threads, at most one of each at a time. Each
+//! main thread or any of its I/O threads, at most one of each at a time: who reads has a
+//! [`Reader`], who writes a [`Writer`], and there is no second one meanwhile. Each
 //! type here has one producer and one consumer, and every field has one owner
 //! who stores into it; the other side only loads. ([`SharedPeerState`] alone may be stored
 //! to by all, since it only ever grows.) Nothing here does I/O, blocks
@@ -23,5 +24,5 @@ pub(crate) mod sync;
 
 pub use ledger::{Chunk, SendLedger, Writer};
 pub use peer_state::{PeerState, SharedPeerState};
-pub use receive::{Overrun, ReceiveWindow};
+pub use receive::{Overrun, Reader, ReceiveWindow};
 pub use send::{Announcement, Refused, SendWindow};

@@ -9,12 +9,17 @@
 //! the connection began and never wrap in practice (u64), so that "empty" and "full"
 //! can't be confused and a new announcement resets nothing that the reader may be
 //! looking at.
+//!
+//! The window also decides who reads. The server calls a connection's `read` from one
+//! thread at a time, but that is its promise, not ours: [`ReceiveWindow::reader`] takes
+//! the number of the buffer that is read, and whoever finds it taken comes back later.
 
 use super::sync::{AtomicU64, Ordering, own};
 use std::fmt;
 
-/// See the module's text. `arrived` and `announce` belong to the poller,
-/// `readable` and `consume` to the reader; the rest may be called from anywhere.
+/// The receive buffers of one connection, as poller and reader share them. The methods of
+/// the poller say so; a [`Reader`] has those of the reader; the rest may be called from
+/// anywhere.
 #[derive(Debug)]
 pub struct ReceiveWindow {
     /// Bytes that arrived; stored by the poller.
@@ -26,9 +31,13 @@ pub struct ReceiveWindow {
     buffers: [Buffer; 2],
     /// Number of the last buffer that was announced; used by the poller alone.
     announced: AtomicU64,
-    /// Number of the buffer that the byte at `head` stands in; used by the reader alone.
+    /// Number of the buffer that the byte at `head` stands in, or [`TAKEN`] while a
+    /// [`Reader`] exists, which has it.
     reading: AtomicU64,
 }
+
+/// No buffer's number.
+const TAKEN: u64 = 0;
 
 /// One buffer, as a range of the connection's bytes.
 #[derive(Debug)]
@@ -135,30 +144,17 @@ impl ReceiveWindow {
         Ok(())
     }
 
-    /// Reader: where unread bytes stand, as address and length.
-    pub fn readable(&self) -> Option<(u64, usize)> {
-        let tail = self.tail.load(Ordering::Acquire);
-        let head = own(&self.head);
-        if tail == head {
+    /// The right to read, unless somebody has it at this moment. Never waits.
+    #[inline]
+    pub fn reader(&self) -> Option<Reader<'_>> {
+        let reading = self.reading.load(Ordering::Relaxed);
+        if reading == TAKEN {
             return None;
         }
-        // What follows in the next buffer is for the next time.
-        let buffer = self.buffer(own(&self.reading));
-        let end = tail.min(buffer.end.load(Ordering::Relaxed));
-        let origin = buffer.origin.load(Ordering::Relaxed);
-        Some((origin.wrapping_add(head), (end - head) as usize))
-    }
-
-    /// Reader: `count` bytes of [`readable`](Self::readable) were copied out.
-    pub fn consume(&self, count: usize) {
-        let head = own(&self.head) + count as u64;
-        let reading = own(&self.reading);
-        if head == self.buffer(reading).end.load(Ordering::Relaxed) {
-            // Before the poller may learn that it is done with, and replace it.
-            self.reading.store(reading + 1, Ordering::Relaxed);
-        }
-        // Release: the copies are over before the poller may reuse the buffer.
-        self.head.store(head, Ordering::Release);
+        self.reading
+            .compare_exchange(reading, TAKEN, Ordering::Acquire, Ordering::Relaxed)
+            .ok()
+            .map(|_| Reader { window: self, reading })
     }
 
     /// Bytes that wait for the reader at this moment.
@@ -180,6 +176,49 @@ impl ReceiveWindow {
     }
 }
 
+/// The right to read from one connection; dropping it gives it back.
+#[derive(Debug)]
+pub struct Reader<'a> {
+    window: &'a ReceiveWindow,
+    /// Number of the buffer that the next byte stands in.
+    reading: u64,
+}
+
+impl Reader<'_> {
+    /// Where unread bytes stand, as address and length.
+    #[inline]
+    pub fn readable(&self) -> Option<(u64, usize)> {
+        let tail = self.window.tail.load(Ordering::Acquire);
+        let head = own(&self.window.head);
+        if tail == head {
+            return None;
+        }
+        // What follows in the next buffer is for the next time.
+        let buffer = self.window.buffer(self.reading);
+        let end = tail.min(buffer.end.load(Ordering::Relaxed));
+        let origin = buffer.origin.load(Ordering::Relaxed);
+        Some((origin.wrapping_add(head), (end - head) as usize))
+    }
+
+    /// `count` bytes of [`readable`](Self::readable) were copied out.
+    #[inline]
+    pub fn consume(&mut self, count: usize) {
+        let head = own(&self.window.head) + count as u64;
+        // Before the poller may learn that the buffer is done with, and replace it.
+        if head == self.window.buffer(self.reading).end.load(Ordering::Relaxed) {
+            self.reading += 1;
+        }
+        // Release: the copies are over before the poller may reuse the buffer.
+        self.window.head.store(head, Ordering::Release);
+    }
+}
+
+impl Drop for Reader<'_> {
+    fn drop(&mut self) {
+        self.window.reading.store(self.reading, Ordering::Release);
+    }
+}
+
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
@@ -189,18 +228,18 @@ mod tests {
         let window = ReceiveWindow::new();
         assert!(window.is_consumed());
         window.announce(1000, 10);
-        assert_eq!(window.readable(), None);
+        assert_eq!(window.reader().unwrap().readable(), None);
         window.arrived(4).unwrap();
-        assert_eq!(window.readable(), Some((1000, 4)));
-        window.consume(3);
+        assert_eq!(window.reader().unwrap().readable(), Some((1000, 4)));
+        window.reader().unwrap().consume(3);
         window.arrived(6).unwrap();
-        assert_eq!(window.readable(), Some((1003, 7)));
+        assert_eq!(window.reader().unwrap().readable(), Some((1003, 7)));
         assert!(!window.is_consumed());
-        window.consume(7);
+        window.reader().unwrap().consume(7);
         assert!(window.is_consumed());
         window.announce(0, 5);
         window.arrived(5).unwrap();
-        assert_eq!(window.readable(), Some((0, 5)));
+        assert_eq!(window.reader().unwrap().readable(), Some((0, 5)));
         assert_eq!(window.total_read(), 10);
     }
 
@@ -210,26 +249,30 @@ mod tests {
         window.announce(1000, 4);
         window.arrived(4).unwrap();
         assert!(window.is_full() && window.is_other_free() && !window.is_consumed());
-        window.consume(1);
+        window.reader().unwrap().consume(1);
         window.announce(2000, 3);
         assert!(!window.is_other_free(), "three bytes of the first are unread");
         window.arrived(2).unwrap();
-        assert_eq!(window.readable(), Some((1001, 3)), "up to its end and no further");
-        window.consume(3);
+        assert_eq!(
+            window.reader().unwrap().readable(),
+            Some((1001, 3)),
+            "up to its end and no further"
+        );
+        window.reader().unwrap().consume(3);
         assert!(window.is_other_free() && !window.is_full());
-        assert_eq!(window.readable(), Some((2000, 2)));
-        window.consume(2);
-        assert_eq!(window.readable(), None);
+        assert_eq!(window.reader().unwrap().readable(), Some((2000, 2)));
+        window.reader().unwrap().consume(2);
+        assert_eq!(window.reader().unwrap().readable(), None);
         window.arrived(1).unwrap();
         window.announce(1000, 4);
         window.arrived(4).unwrap();
         assert!(!window.is_other_free());
         assert_eq!(window.unread(), 5);
-        assert_eq!(window.readable(), Some((2002, 1)));
-        window.consume(1);
-        assert_eq!(window.readable(), Some((1000, 4)));
+        assert_eq!(window.reader().unwrap().readable(), Some((2002, 1)));
+        window.reader().unwrap().consume(1);
+        assert_eq!(window.reader().unwrap().readable(), Some((1000, 4)));
         assert_eq!(window.position(), (4, 4));
-        window.consume(4);
+        window.reader().unwrap().consume(4);
         assert!(window.is_consumed());
     }
 
@@ -249,8 +292,21 @@ mod tests {
         let window = ReceiveWindow::new();
         window.announce(0, 8);
         window.arrived(5).unwrap();
-        window.consume(5);
+        window.reader().unwrap().consume(5);
         assert!(!window.is_consumed(), "three bytes are still the peer's to write");
         assert_eq!(window.position(), (5, 8));
+    }
+
+    #[test]
+    fn the_right_to_read_is_one_reader_s() {
+        let window = ReceiveWindow::new();
+        window.announce(1000, 4);
+        window.arrived(4).unwrap();
+        let mut reader = window.reader().unwrap();
+        assert!(window.reader().is_none() && window.reader().is_none());
+        reader.consume(1);
+        assert_eq!(reader.readable(), Some((1001, 3)));
+        drop(reader);
+        assert_eq!(window.reader().unwrap().readable(), Some((1001, 3)));
     }
 }
