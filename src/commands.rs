@@ -9,7 +9,7 @@
 use crate::conntype::listener::Listening;
 use crate::endpoint::status;
 use crate::endpoint::wr_id::MAX_ENDPOINTS;
-use crate::host::api;
+use crate::host::api::{self, Unsupported};
 use crate::host::reply::Reply;
 use crate::metrics::METRICS;
 use crate::panic::guard;
@@ -63,11 +63,11 @@ const COMMANDS: [Command; 2] = [
 /// Registers the commands, while the module loads.
 ///
 /// # Errors
-/// In words, if the server does not take one.
+/// If the server does not take one, or does not tell of its clients.
 ///
 /// # Safety
 /// `ctx` is the context that the server passed while loading.
-pub unsafe fn register(ctx: *mut raw::RedisModuleCtx) -> Result<(), String> {
+pub unsafe fn register(ctx: *mut raw::RedisModuleCtx) -> Result<(), Unsupported> {
     // SAFETY: by the caller's promise; C strings.
     unsafe {
         api::on_client(ctx, |client| {
@@ -87,7 +87,7 @@ unsafe fn enter(
     ctx: *mut raw::RedisModuleCtx,
     command: &Command,
     categories: &CStr,
-) -> Result<(), String> {
+) -> Result<(), Unsupported> {
     let version = raw::RedisModuleCommandInfoVersion {
         version: 1,
         sizeof_historyentry: size_of::<raw::RedisModuleCommandHistoryEntry>(),
@@ -126,8 +126,7 @@ unsafe fn enter(
                     ) == OK
             }
     };
-    let refused = || format!("the server takes no command {}", command.name.to_string_lossy());
-    done.then_some(()).ok_or_else(refused)
+    done.then_some(()).ok_or(Unsupported::Command(command.name))
 }
 
 unsafe extern "C" fn clients(

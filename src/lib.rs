@@ -14,7 +14,7 @@
 //! * [`conntype`]: the connection type that the server calls.
 //! * [`commands`]: what an operator may ask.
 //! * [`namesake`]: another module of our name.
-//! * [`module`]: loading and `INFO`.
+//! * [`module`]: loading and `INFO`; [`refusal`]: why it is not loaded.
 
 #![deny(missing_docs, unreachable_pub)]
 
@@ -37,6 +37,7 @@ pub mod module;
 pub mod namesake;
 pub mod panic;
 pub mod poller;
+pub mod refusal;
 #[cfg(feature = "test-panics")]
 mod test_panics;
 pub mod time;

@@ -7,6 +7,7 @@ use crate::conntype;
 use crate::conntype::listener::Listening;
 use crate::conntype::rebind;
 use crate::conntype::table;
+use crate::host::difference::Difference;
 use crate::host::line::{Layout, Line, Version};
 use crate::host::main_cell::{declare_main_thread, is_main_thread};
 use crate::host::symbols::{self, Symbols, server_has_own_rdma};
@@ -14,6 +15,7 @@ use crate::host::{api, fingerprint, probe};
 use crate::namesake;
 use crate::panic::{guard, log_panics};
 use crate::poller::Poller;
+use crate::refusal::Refusal;
 use redis_module::raw;
 use std::ffi::{CString, c_char, c_int};
 use verbs::{account, fork, library};
@@ -121,7 +123,7 @@ unsafe fn load(
     ctx: *mut raw::RedisModuleCtx,
     argv: *mut *mut raw::RedisModuleString,
     argc: c_int,
-) -> Result<(), String> {
+) -> Result<(), Refusal> {
     // SAFETY: by the caller's promise.
     let (version, arguments) = unsafe {
         (
@@ -130,40 +132,19 @@ unsafe fn load(
         )
     };
     if !api::is_starting() {
-        return Err(String::from(
-            "a connection type can be loaded only while the server starts: \
-             put `loadmodule` into its configuration file and restart it",
-        ));
+        return Err(Refusal::TooLate);
     }
-    let line = Line::of(version).ok_or_else(|| {
-        format!(
-            "the server is {version}; this module supports the lines {}: run it in a server of \
-             one of these, or get a version of the module that supports this one",
-            Line::SUPPORTED
-        )
-    })?;
+    let line = Line::of(version).ok_or(Refusal::Line(version))?;
     if server_has_own_rdma() {
-        return Err(String::from(
-            "this server was built with an RDMA transport of its own; use that one, or a server \
-             without it",
-        ));
+        return Err(Refusal::OwnTransport);
     }
-    let settings = Settings::from_arguments(arguments.iter().map(String::as_str))
-        .map_err(|error| error.to_string())?;
+    let settings = Settings::from_arguments(arguments.iter().map(String::as_str))?;
     let known = Layout::of(version);
     if known.is_none() && settings.refuse_unknown {
-        return Err(format!(
-            "the server is {version}, and {} is the last release of its line that this module \
-             knows: without unknown-release=refuse it is accepted if it is like that one",
-            line.last_known()
-        ));
+        return Err(Refusal::Release(version, line));
     }
     // SAFETY: the server's, whose release is of this line.
-    let symbols = unsafe { probed(line, known) }.map_err(|what| {
-        format!(
-            "the server says it is {version}, but {what}; it is no build that this module knows"
-        )
-    })?;
+    let symbols = unsafe { probed(line, known) }.map_err(|what| Refusal::Differs(version, what))?;
     if known.is_none() {
         log::info!(
             "valkey-server {version} is newer than {}, the last release of its line that this \
@@ -171,12 +152,11 @@ unsafe fn load(
             line.last_known()
         );
     }
-    library::load().map_err(|error| error.to_string())?;
-    fork::prepare().map_err(|error| error.to_string())?;
+    library::load()?;
+    fork::prepare()?;
     account::limit_registered(settings.max_registered_memory);
 
-    let (poller, listening) =
-        conntype::start(line, symbols, settings).map_err(|error| error.to_string())?;
+    let (poller, listening) = conntype::start(line, symbols, settings)?;
     if line.wakes_threads_by_descriptors() {
         // 9.0 can change the number while it runs.
         // SAFETY: by the caller's promise.
@@ -188,11 +168,11 @@ unsafe fn load(
         }
     }
     if !poller.watch() {
-        return Err(String::from("the server's event loop takes no more descriptors (maxclients)"));
+        return Err(Refusal::EventLoop);
     }
-    if !line.has_directives() {
-        // SAFETY: the server's context.
-        unsafe { rebind::register(ctx) }?;
+    // SAFETY: the server's context.
+    if !line.has_directives() && !unsafe { rebind::register(ctx) } {
+        return Err(Refusal::Setting);
     }
     // SAFETY: the server's context.
     unsafe { commands::register(ctx) }?;
@@ -205,7 +185,7 @@ unsafe fn load(
     // SAFETY: the line's table, which lives for ever; the listener is our type's own.
     unsafe {
         if !symbols.register(kind) {
-            return Err(String::from("the server has a connection type \"rdma\" already"));
+            return Err(Refusal::TypeTaken);
         }
         listening.configure(symbols.listener(), kind);
         raw::RedisModule_RegisterInfoFunc.expect("server API")(ctx, Some(info));
@@ -224,19 +204,18 @@ unsafe fn load(
 ///
 /// # Safety
 /// Main thread, at load.
-unsafe fn probed(line: Line, known: Option<Layout>) -> Result<Symbols, String> {
-    let symbols = Symbols::find(line).map_err(|name| format!("it exports no function {name}"))?;
+unsafe fn probed(line: Line, known: Option<Layout>) -> Result<Symbols, Difference> {
+    let symbols = Symbols::find(line)?;
     let tcp = symbols.tcp_table();
     // SAFETY: the server's own tables.
     unsafe {
-        fingerprint::check_live(line, tcp).map_err(|mismatch| mismatch.to_string())?;
+        fingerprint::check_live(line, tcp)?;
         probe::tcp(line, tcp)?;
         if let Some(tls) = symbols::tls_table(line) {
             let layouts = known.map_or_else(|| line.layouts(), |layout| vec![layout]);
-            fingerprint::tail_live(line, &layouts, tls).ok_or_else(|| {
-                let names: Vec<_> = layouts.iter().map(|layout| layout.name()).collect();
-                format!("its TLS connection type does not end as that of {}", names.join(" or "))
-            })?;
+            if fingerprint::tail_live(line, &layouts, tls).is_none() {
+                return Err(Difference::Tail(layouts));
+            }
         }
     }
     Ok(symbols)

@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Addresses as the operator writes them.
 
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 
 /// The address behind a name; `*` and `::*` are all of a family.
-pub fn resolve(name: &str, port: u16) -> Result<SocketAddr, String> {
+///
+/// # Errors
+/// If the name has none.
+pub fn resolve(name: &str, port: u16) -> io::Result<SocketAddr> {
     match name {
         "*" => return Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port)),
         "::*" => return Ok(SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)),
         _ => {}
     }
-    let mut found = (name, port).to_socket_addrs().map_err(|error| error.to_string())?;
-    found.next().ok_or_else(|| String::from("the name has no address"))
+    let mut found = (name, port).to_socket_addrs()?;
+    found.next().ok_or_else(|| io::Error::other("the name has no address"))
 }
 
 #[cfg(test)]

@@ -10,8 +10,9 @@
 
 use crate::config::Settings;
 use crate::conntype::address::resolve;
+use crate::conntype::listen_error::{Devices, ListenError};
 use crate::conntype::relisten;
-use crate::endpoint::Endpoint;
+use crate::endpoint::{Endpoint, NoMemory};
 use crate::host::layout::{ConnectionType90, Listener81, MAX_BINDS, RdmaSettings};
 use crate::host::main_cell::MainPtr;
 use crate::host::symbols::Symbols;
@@ -21,6 +22,7 @@ use crate::metrics::METRICS;
 use crate::poller::Poller;
 use once_cell::sync::OnceCell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -137,9 +139,9 @@ impl Listeners {
     ///
     /// # Safety
     /// `listener` is the server's own, of our type.
-    unsafe fn give(&mut self, listener: *mut Listener81) -> Result<(), String> {
+    unsafe fn give(&mut self, listener: *mut Listener81) -> Result<(), ListenError> {
         let copies = self.open.iter().map(|it| duplicate(it.channel.fd()));
-        let copies = copies.collect::<Result<Vec<_>, _>>()?;
+        let copies = copies.collect::<Result<Vec<_>, _>>().map_err(ListenError::Descriptor)?;
         for (index, (ours, copy)) in self.open.iter_mut().zip(copies).enumerate() {
             ours.given = copy.into_raw_fd();
             self.pointers[index] = MainPtr(ours.name.as_ptr().cast_mut());
@@ -161,8 +163,8 @@ impl Listeners {
     /// gap.
     ///
     /// # Errors
-    /// In words. Then it listens where it did before.
-    fn change(&mut self, binds: &[String], port: u16) -> Result<(), String> {
+    /// Why not all could be had. Then it listens where it did before.
+    fn change(&mut self, binds: &[String], port: u16) -> Result<(), ListenError> {
         // The server has closed its descriptors: their numbers are free for others.
         self.open.iter_mut().for_each(|it| it.given = -1);
         let mut change = Change::default();
@@ -183,8 +185,13 @@ impl Listeners {
     /// Opens what is missing, and says which addresses are wanted.
     ///
     /// # Errors
-    /// In words.
-    fn choose(&mut self, binds: &[String], port: u16, change: &mut Change) -> Result<(), String> {
+    /// Of the first that can't be had.
+    fn choose(
+        &mut self,
+        binds: &[String],
+        port: u16,
+        change: &mut Change,
+    ) -> Result<(), ListenError> {
         for bind in binds {
             let (optional, name) = match bind.strip_prefix('-') {
                 Some(rest) => (true, rest),
@@ -195,12 +202,11 @@ impl Listeners {
                 Err(why) if optional => {
                     log::debug!("not listening on {name} port {port}, which is optional: {why}");
                 }
-                Err(why) => return Err(format!("cannot listen on {name} port {port}: {why}")),
+                Err(why) => return Err(ListenError::Address(name.to_owned(), port, why.into())),
             }
         }
         if change.chosen.is_empty() {
-            let hint = device_hint();
-            return Err(format!("none of the optional addresses could be listened on ({hint})"));
+            return Err(ListenError::NoneOptional(Devices::now()));
         }
         if !self.memory_tried {
             if change.opened.iter().any(|it| it.device().is_none()) {
@@ -214,21 +220,21 @@ impl Listeners {
     /// The address of a name, which is listened on if it was not.
     ///
     /// # Errors
-    /// In words.
+    /// Why it is not.
     fn find_or_open(
         &mut self,
         name: &str,
         port: u16,
         change: &mut Change,
-    ) -> Result<SocketAddr, String> {
-        let address = resolve(name, port)?;
+    ) -> Result<SocketAddr, ListenError> {
+        let address = resolve(name, port).map_err(ListenError::Resolve)?;
         if change.chosen.contains(&address) {
-            return Err(String::from("the address is named twice"));
+            return Err(ListenError::Twice);
         }
         if self.open.iter().any(|it| it.address == address) {
             return Ok(address);
         }
-        let channel = Arc::new(EventChannel::new().map_err(|error| error.to_string())?);
+        let channel = Arc::new(EventChannel::new().map_err(ListenError::Verbs)?);
         let id = listening(&channel, address).or_else(|error| {
             // All addresses and one of them can't be listened on at a time; the kernel has
             // either word for it.
@@ -240,8 +246,8 @@ impl Listeners {
             }
         });
         let id = id.map_err(|error| match error.errno {
-            libc::EADDRINUSE => error.to_string(),
-            _ => format!("{error} ({})", device_hint()),
+            libc::EADDRINUSE => ListenError::Verbs(error),
+            _ => ListenError::Device(error, Devices::now()),
         })?;
         if let (Some(device), false) = (id.device(), self.memory_tried) {
             Endpoint::try_memory(&device)?;
@@ -314,8 +320,8 @@ impl Listener {
 /// Whether a client could be served by one device at least. What the others lack is said.
 ///
 /// # Errors
-/// In words, of the first, if none can.
-fn try_all_devices() -> Result<(), String> {
+/// Of the first, if none can.
+fn try_all_devices() -> Result<(), NoMemory> {
     let (mut fit, mut unfit) = (false, Vec::new());
     for device in Device::all() {
         match Endpoint::try_memory(&device) {
@@ -323,13 +329,11 @@ fn try_all_devices() -> Result<(), String> {
             Err(why) => unfit.push(why),
         }
     }
-    match unfit.first() {
-        Some(why) if !fit => Err(why.clone()),
-        _ => {
-            unfit.iter().for_each(|why| log::warn!("{why}"));
-            Ok(())
-        }
+    if !fit && !unfit.is_empty() {
+        return Err(unfit.swap_remove(0));
     }
+    unfit.iter().for_each(|why| log::warn!("{why}"));
+    Ok(())
 }
 
 /// An attempt to listen where a device was removed. Returns whether that is to be tried again.
@@ -420,7 +424,7 @@ impl Listening {
     pub unsafe fn listen(&self, listener: *mut Listener81) -> bool {
         let was_by_own = self.listeners.borrow_mut().by_own;
         // SAFETY: by the caller's promise.
-        let result = unsafe { self.close_on_error(listener) };
+        let result = unsafe { self.listen_as_told(listener) };
         if let Err(why) = &result {
             log::error!("{why}");
             // After a setting that did not work the server goes back to the one before. Until
@@ -439,11 +443,11 @@ impl Listening {
     /// Listens on what the server or the module was told.
     ///
     /// # Errors
-    /// In words. What was listened on before is listened on still.
+    /// Why not. What was listened on before is listened on still.
     ///
     /// # Safety
     /// As [`listen`].
-    unsafe fn close_on_error(&self, listener: *mut Listener81) -> Result<(), String> {
+    unsafe fn listen_as_told(&self, listener: *mut Listener81) -> Result<(), ListenError> {
         // SAFETY: by the caller's promise; the fields are those of all lines.
         let (port, server_binds) = unsafe { ((*listener).port, self.server_binds(listener)) };
         // SAFETY: as above.
@@ -605,19 +609,6 @@ impl Listening {
     }
 }
 
-/// What is there to listen on, in words.
-fn device_hint() -> String {
-    let names: Vec<_> = Device::all().iter().map(Device::name).collect();
-    if names.is_empty() {
-        String::from("this machine has no RDMA device; see `rdma link`")
-    } else {
-        format!(
-            "RDMA devices: {}; see `rdma link` and `ip addr` for their addresses",
-            names.join(", ")
-        )
-    }
-}
-
 /// An id that listens, and tells the channel.
 fn listening(channel: &Arc<EventChannel>, address: SocketAddr) -> Result<Arc<Id>, Error> {
     let id = Arc::new(Id::new(channel)?);
@@ -634,9 +625,7 @@ impl Drop for Listener {
 }
 
 /// Another descriptor of the same.
-fn duplicate(fd: RawFd) -> Result<OwnedFd, String> {
+fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: an open descriptor of a channel that outlives this call.
-    unsafe { BorrowedFd::borrow_raw(fd) }
-        .try_clone_to_owned()
-        .map_err(|error| format!("no descriptor left: {error}"))
+    unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()
 }

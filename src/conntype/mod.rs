@@ -2,7 +2,8 @@
 //! The connection type: what the server calls, and what it is told.
 //!
 //! * [`table`]: the functions of `ConnectionType`, the door to C.
-//! * [`listener`]: listening; `relisten`: again, where the device was removed.
+//! * [`listener`]: listening; [`listen_error`]: why not; `relisten`: again, where the device
+//!   was removed.
 //! * [`rebind`]: the settings that change what is listened on in 8.0.
 //! * [`accept`]: connections that clients open.
 //! * [`outgoing`]: connections that this server opens, and the calls that block.
@@ -13,6 +14,7 @@
 pub mod accept;
 pub mod address;
 pub mod dual_channel;
+pub mod listen_error;
 pub mod listener;
 pub mod outgoing;
 pub mod rebind;

@@ -15,7 +15,8 @@ use crate::poller::connection::{RdmaConnection, call_handler};
 use redis_module::raw::RedisModuleCtx;
 use std::collections::VecDeque;
 use std::ffi::c_void;
-use std::io::IoSlice;
+use std::fmt;
+use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
@@ -59,10 +60,38 @@ pub unsafe fn connect(
             base.set_state(State::Connecting);
             true
         }
-        Err((errno, why)) => {
-            log::debug!("cannot connect to {to} port {port}: {why}");
-            base.fail(errno);
+        Err(error) => {
+            log::debug!("cannot connect to {to} port {port}: {error}");
+            base.fail(error.errno());
             false
+        }
+    }
+}
+
+/// Why no connection is under way.
+#[derive(Debug)]
+enum ConnectError {
+    /// The name has no address.
+    Resolve(io::Error),
+    /// The connection manager did not begin.
+    Verbs(Error),
+}
+
+impl ConnectError {
+    /// What the server is told.
+    fn errno(&self) -> i32 {
+        match self {
+            Self::Resolve(_) => libc::EADDRNOTAVAIL,
+            Self::Verbs(error) => error.errno,
+        }
+    }
+}
+
+impl fmt::Display for ConnectError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Resolve(error) => write!(f, "{error}"),
+            Self::Verbs(error) => write!(f, "{error}"),
         }
     }
 }
@@ -73,15 +102,15 @@ fn start(
     to: &str,
     port: u16,
     from: Option<&str>,
-) -> Result<(), (i32, String)> {
-    let target = resolve(to, port).map_err(|why| (libc::EADDRNOTAVAIL, why))?;
+) -> Result<(), ConnectError> {
+    let target = resolve(to, port).map_err(ConnectError::Resolve)?;
     // As for TCP, a source that can't be had is no reason not to connect.
     let source = from.and_then(|name| resolve(name, 0).ok());
     let id = resolving(poller, source, target)
         .or_else(
             |error| if source.is_some() { resolving(poller, None, target) } else { Err(error) },
         )
-        .map_err(|error| (error.errno, error.to_string()))?;
+        .map_err(ConnectError::Verbs)?;
     RESOLVING.borrow_mut().push(Resolving { id, connection: MainPtr(connection) });
     Ok(())
 }

@@ -82,14 +82,12 @@ fn apply((bind, port): (Vec<String>, u16)) -> Result<(), RedisError> {
     Err(RedisError::Str("cannot listen there; the server's log says why"))
 }
 
-/// Registers the two settings and takes over what the configuration file says.
-///
-/// # Errors
-/// If the server does not take them.
+/// Registers the two settings and takes over what the configuration file says. Returns whether
+/// that can be used; the server has said why not.
 ///
 /// # Safety
 /// `ctx` is the context that the server passed while loading.
-pub unsafe fn register(ctx: *mut raw::RedisModuleCtx) -> Result<(), String> {
+pub unsafe fn register(ctx: *mut raw::RedisModuleCtx) -> bool {
     let context = Context::new(ctx);
     let (bind, port) = Listening::get().own();
     let (port, bind) = (i64::from(port), bind.join(" "));
@@ -98,9 +96,5 @@ pub unsafe fn register(ctx: *mut raw::RedisModuleCtx) -> Result<(), String> {
     register_string_configuration(&context, "bind", &Bind, &bind, flags(), None);
     // SAFETY: by the caller's promise.
     let loaded = unsafe { raw::RedisModule_LoadConfigs.expect("server API")(ctx) };
-    if loaded == raw::REDISMODULE_OK as c_int {
-        Ok(())
-    } else {
-        Err(String::from("a value of rdma.port or rdma.bind can't be used; see the line above"))
-    }
+    loaded == raw::REDISMODULE_OK as c_int
 }

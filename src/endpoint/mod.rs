@@ -43,6 +43,7 @@ pub use proto::stream::ReadOutcome;
 use proto::stream::Stream;
 pub use proto::window::PeerState;
 pub use sending::WriteOutcome;
+use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicI32;
@@ -175,6 +176,28 @@ impl Stage {
     }
 }
 
+/// The memory that a connection begins with can't be had on a device.
+#[derive(Debug)]
+pub struct NoMemory {
+    device: String,
+    error: Error,
+}
+
+impl fmt::Display for NoMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "cannot serve clients: a connection begins with {} bytes of registered memory, but on \
+             {} the server {}",
+            CONTROL_BYTES + buffer_size::FIRST as usize,
+            self.device,
+            self.error
+        )
+    }
+}
+
+impl std::error::Error for NoMemory {}
+
 /// What an endpoint is made with.
 #[derive(Debug)]
 pub struct Plan {
@@ -195,21 +218,14 @@ impl Endpoint {
     /// back: so that a limit which admits no client shows before the first one comes.
     ///
     /// # Errors
-    /// In words.
-    pub fn try_memory(device: &Device) -> Result<(), String> {
+    /// If it can't be had.
+    pub fn try_memory(device: &Device) -> Result<(), NoMemory> {
         account::uncounted(|| {
             let domain = Arc::new(ProtectionDomain::new(device)?);
             let _control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
             Region::new(&domain, buffer_size::FIRST as usize, Access::RemoteWrite).map(drop)
         })
-        .map_err(|error| {
-            format!(
-                "cannot serve clients: a connection begins with {} bytes of registered memory, but \
-                 on {} the server {error}",
-                CONTROL_BYTES + buffer_size::FIRST as usize,
-                device.name(),
-            )
-        })
+        .map_err(|error| NoMemory { device: device.name(), error })
     }
 
     /// Makes the endpoint of a connection request or of a resolved id.

@@ -5,6 +5,7 @@ use super::MainCell;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use redis_module::raw;
 use std::ffi::{CStr, CString, c_int, c_void};
+use std::fmt;
 use std::os::fd::RawFd;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
@@ -87,6 +88,28 @@ pub fn unwatch(fd: RawFd) {
     unsafe { raw::RedisModule_EventLoopDel.expect("server API")(fd, readable) };
 }
 
+/// What the server does not do for a module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unsupported {
+    /// It does not tell of this.
+    Event(&'static str),
+    /// It does not take the command of this name.
+    Command(&'static CStr),
+}
+
+impl fmt::Display for Unsupported {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Event(what) => write!(f, "the server does not tell {what}"),
+            Self::Command(name) => {
+                write!(f, "the server takes no command {}", name.to_string_lossy())
+            }
+        }
+    }
+}
+
+impl std::error::Error for Unsupported {}
+
 /// What a timer calls.
 pub type OnTimer = unsafe extern "C" fn(*mut raw::RedisModuleCtx, *mut c_void);
 
@@ -120,7 +143,7 @@ static EXITS: AtomicBool = AtomicBool::new(false);
 ///
 /// # Safety
 /// `ctx` is the context that the server passed while loading.
-pub unsafe fn note_exit(ctx: *mut raw::RedisModuleCtx) -> Result<(), String> {
+pub unsafe fn note_exit(ctx: *mut raw::RedisModuleCtx) -> Result<(), Unsupported> {
     unsafe extern "C" fn exits(
         _ctx: *mut raw::RedisModuleCtx,
         _event: raw::RedisModuleEvent,
@@ -141,7 +164,7 @@ pub unsafe fn note_exit(ctx: *mut raw::RedisModuleCtx) -> Result<(), String> {
     }
     // SAFETY: by the caller's promise.
     unsafe { subscribe(ctx, raw::REDISMODULE_EVENT_SHUTDOWN, exits) }
-        .ok_or_else(|| String::from("the server does not tell when it exits"))
+        .ok_or(Unsupported::Event("when it exits"))
 }
 
 /// Whether the server is about to exit.
@@ -157,12 +180,15 @@ pub fn let_go() {
 /// Calls `callback` with the number of each new client, on the main thread, while the
 /// server accepts it.
 ///
+/// # Errors
+/// If the server does not tell.
+///
 /// # Safety
 /// `ctx` is the context that the server passed while loading.
 pub unsafe fn on_client(
     ctx: *mut raw::RedisModuleCtx,
     callback: fn(client: u64),
-) -> Result<(), String> {
+) -> Result<(), Unsupported> {
     static CALLBACK: OnceLock<fn(u64)> = OnceLock::new();
     unsafe extern "C" fn changed(
         _ctx: *mut raw::RedisModuleCtx,
@@ -180,7 +206,7 @@ pub unsafe fn on_client(
     let _ = CALLBACK.set(callback);
     // SAFETY: by the caller's promise.
     unsafe { subscribe(ctx, raw::REDISMODULE_EVENT_CLIENT_CHANGE, changed) }
-        .ok_or_else(|| String::from("the server does not tell of its clients"))
+        .ok_or(Unsupported::Event("of its clients"))
 }
 
 /// What [`on_setting`] calls, with a context.
@@ -197,7 +223,7 @@ pub unsafe fn on_setting(
     ctx: *mut raw::RedisModuleCtx,
     name: &'static CStr,
     callback: OnSetting,
-) -> Result<(), String> {
+) -> Result<(), Unsupported> {
     static CALLBACK: OnceLock<(&CStr, OnSetting)> = OnceLock::new();
     unsafe extern "C" fn set(
         ctx: *mut raw::RedisModuleCtx,
@@ -219,7 +245,7 @@ pub unsafe fn on_setting(
     let _ = CALLBACK.set((name, callback));
     // SAFETY: by the caller's promise.
     unsafe { subscribe(ctx, raw::REDISMODULE_EVENT_CONFIG, set) }
-        .ok_or_else(|| String::from("the server does not tell of its settings"))
+        .ok_or(Unsupported::Event("of its settings"))
 }
 
 /// Has the server call `callback` at each event of the kind `id`, in version 1 of its data.

@@ -12,12 +12,14 @@
 //! * [`symbols`]: the functions that the executable exports.
 //! * [`fingerprint`]: whether the running server's tables have the shape of its line.
 //! * [`probe`]: whether it does what its line does.
+//! * [`difference`]: how it differs from its line.
 //! * [`api`]: the public module API: event loop, timers, log.
 //! * [`filter`]: a look at each command, while somebody needs it.
 //! * [`reply`]: replies of commands, as values.
 
 pub mod api;
 pub mod connection;
+pub mod difference;
 pub mod filter;
 pub mod fingerprint;
 pub mod layout;

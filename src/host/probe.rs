@@ -8,12 +8,13 @@
 //! a wrong address with an error.
 
 use super::connection::{Connection, State};
+use super::difference::Difference;
 use super::fingerprint::executable;
 use super::line::Line;
 use redis_module::raw;
 use std::ffi::c_void;
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::mem::offset_of;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr::null_mut;
@@ -31,11 +32,11 @@ type Slot<T> = unsafe extern "C" fn(*mut Connection, *mut c_void, usize, usize, 
 /// Asks the TCP type of a server of `line` what it is and for a new connection.
 ///
 /// # Errors
-/// What is not as the line has it.
+/// The first [`Difference`].
 ///
 /// # Safety
 /// `table` is the server's TCP table, which has passed its fingerprint. Main thread.
-pub unsafe fn tcp(line: Line, table: *const c_void) -> Result<(), String> {
+pub unsafe fn tcp(line: Line, table: *const c_void) -> Result<(), Difference> {
     // SAFETY: functions of the server, as the fingerprint has made sure; see the module's text.
     unsafe {
         let get_type: Slot<usize> = slot(line, table, "get_type");
@@ -62,7 +63,7 @@ pub unsafe fn tcp(line: Line, table: *const c_void) -> Result<(), String> {
 unsafe fn sizes(
     make: impl Fn() -> *mut Connection,
     close: impl Fn(*mut Connection),
-) -> Result<(), String> {
+) -> Result<(), Difference> {
     // SAFETY: pointers that the server has set before it called us.
     let functions = unsafe {
         (raw::RedisModule_MallocUsableSize, raw::RedisModule_Alloc, raw::RedisModule_Free)
@@ -110,7 +111,7 @@ unsafe fn slot<F>(line: Line, table: *const c_void, name: &str) -> F {
 }
 
 /// Whether `get_type` has answered as the TCP type does: with its number or its name.
-fn says_tcp(line: Line, answer: usize) -> Result<(), String> {
+fn says_tcp(line: Line, answer: usize) -> Result<(), Difference> {
     let readable = |address: usize| {
         executable(libc::PF_R).iter().any(|it| it.start <= address && address + 4 <= it.end)
     };
@@ -123,10 +124,7 @@ fn says_tcp(line: Line, answer: usize) -> Result<(), String> {
     };
     match right {
         true => Ok(()),
-        false => Err(format!(
-            "its TCP connection type says that it is {answer:#x}, and not {}",
-            if line.numbers_types() { "number 0" } else { "\"tcp\"" }
-        )),
+        false => Err(Difference::Type { answer, numbered: line.numbers_types() }),
     }
 }
 
@@ -134,11 +132,11 @@ fn says_tcp(line: Line, answer: usize) -> Result<(), String> {
 type Bytes = [u8; size_of::<Connection>()];
 
 /// Whether a connection is as `conn_create` of the TCP type makes it.
-fn is_new(bytes: &Bytes, table: *const c_void) -> Result<(), String> {
+fn is_new(bytes: &Bytes, table: *const c_void) -> Result<(), Difference> {
     let long = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
     let int = |at: usize| i32::from_ne_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
     let short = |at: usize| i16::from_ne_bytes(bytes[at..at + 2].try_into().expect("2 bytes"));
-    let members: [(&str, i64, i64); 11] = [
+    let members: [(&'static str, i64, i64); 11] = [
         ("type", long(offset_of!(Connection, kind)) as i64, table as i64),
         ("state", int(offset_of!(Connection, state)).into(), State::None as i64),
         ("last_errno", int(offset_of!(Connection, last_errno)).into(), 0),
@@ -151,11 +149,9 @@ fn is_new(bytes: &Bytes, table: *const c_void) -> Result<(), String> {
         ("write_handler", long(offset_of!(Connection, write_handler)) as i64, 0),
         ("read_handler", long(offset_of!(Connection, read_handler)) as i64, 0),
     ];
-    match members.iter().find(|(_, found, expected)| found != expected) {
+    match members.into_iter().find(|(_, found, expected)| found != expected) {
         None => Ok(()),
-        Some((name, found, expected)) => {
-            Err(format!("`{name}` of its new TCP connection is {found} instead of {expected}"))
-        }
+        Some((member, found, expected)) => Err(Difference::Connection { member, found, expected }),
     }
 }
 
@@ -163,25 +159,23 @@ fn is_new(bytes: &Bytes, table: *const c_void) -> Result<(), String> {
 /// for that size (`ours`) and of the server's requests (`theirs`), in bytes. It may make
 /// more than one size of the same request: glibc adds a remnant of up to 16 bytes that is
 /// too small for a piece of its own. So the smallest of theirs has to be one that ours can have.
-fn same_size(ours: [usize; SAMPLES], theirs: [usize; SAMPLES]) -> Result<(), String> {
+fn same_size(ours: [usize; SAMPLES], theirs: [usize; SAMPLES]) -> Result<(), Difference> {
     let size = size_of::<Connection>();
     let smallest = theirs.into_iter().min().expect("some samples");
     let largest = ours.into_iter().max().expect("some samples");
     match (size..=largest).contains(&smallest) {
         true => Ok(()),
-        false => Err(format!(
-            "its TCP connections have {smallest} bytes instead of {size} (the allocator makes {largest} of them)"
-        )),
+        false => Err(Difference::Size { found: smallest, expected: largest }),
     }
 }
 
 /// The memory at an address, or that it is no memory.
-fn copy(from: *const Connection) -> Result<Bytes, String> {
+fn copy(from: *const Connection) -> Result<Bytes, Difference> {
     let mut ends = [0; 2];
     // SAFETY: a place for two descriptors, which are new and nobody else's.
     let (mut reader, writer) = unsafe {
         if libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) != 0 {
-            return Err(format!("a pipe can't be had: {}", std::io::Error::last_os_error()));
+            return Err(Difference::NoPipe(io::Error::last_os_error().raw_os_error().unwrap_or(0)));
         }
         (File::from_raw_fd(ends[0]), File::from_raw_fd(ends[1]))
     };
@@ -189,9 +183,7 @@ fn copy(from: *const Connection) -> Result<Bytes, String> {
     // SAFETY: the kernel looks whether the memory is there.
     let written = unsafe { libc::write(writer.as_raw_fd(), from.cast(), bytes.len()) };
     if written != bytes.len() as isize || reader.read_exact(&mut bytes).is_err() {
-        return Err(format!(
-            "its TCP connection type makes a connection at {from:p}, where nothing is"
-        ));
+        return Err(Difference::NoConnection(from.addr()));
     }
     Ok(bytes)
 }
@@ -232,14 +224,14 @@ mod tests {
         ] {
             let mut other = good;
             other[at] ^= 0x55;
-            let why = is_new(&other, table()).unwrap_err();
+            let why = is_new(&other, table()).unwrap_err().to_string();
             assert!(why.contains(&format!("`{name}`")), "{at}: {why}");
         }
         // A member more in front of the descriptor.
         let mut moved = good;
         moved.copy_within(16..56, 24);
         moved[16..24].fill(0);
-        assert!(is_new(&moved, table()).unwrap_err().contains("`fd`"));
+        assert!(is_new(&moved, table()).unwrap_err().to_string().contains("`fd`"));
     }
 
     #[test]

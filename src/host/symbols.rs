@@ -3,6 +3,7 @@
 //! build, found by name.
 
 use super::connection::Connection;
+use super::difference::Difference;
 use super::layout::Listener81;
 use super::line::Line;
 use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
@@ -102,9 +103,10 @@ impl Symbols {
     /// Finds the functions in the running executable.
     ///
     /// # Errors
-    /// The name of the first that is missing.
-    pub fn find(line: Line) -> Result<Self, &'static str> {
-        let need = |name: &'static CStr| find(name).ok_or(name.to_str().unwrap_or("?"));
+    /// The first that is missing.
+    pub fn find(line: Line) -> Result<Self, Difference> {
+        let missing = |name: &'static CStr| Difference::Function(name.to_str().unwrap_or("?"));
+        let need = |name| find(name).ok_or_else(|| missing(name));
         // Not called: it tells the two kinds of I/O threads from each other.
         need(if line.wakes_threads_by_descriptors() {
             c"adjustIOThreadsByEventLoad"
