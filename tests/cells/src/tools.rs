@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use crate::cell::Cell;
+use crate::info::Info;
 use crate::process::{Output, Process, run_beside, tail};
 use crate::server::host;
 
@@ -80,7 +81,8 @@ impl Cell<'_> {
         Ok(rows)
     }
 
-    /// Starts `valkey-benchmark --rdma` on a load that lasts until it is dropped.
+    /// Starts `valkey-benchmark --rdma` on a load that lasts until it is dropped, and waits until
+    /// all its clients are connected: it crashes where one can't connect.
     pub fn traffic(&self, clients: usize, size: usize) -> Result<Traffic> {
         let load = Load {
             tests: vec!["set", "get"],
@@ -93,7 +95,11 @@ impl Cell<'_> {
         command.arg("-l");
         let output = std::fs::File::create(self.folder().join("traffic"))?;
         command.stdin(std::process::Stdio::null()).stdout(output.try_clone()?).stderr(output);
-        Ok(Traffic(Process::spawn(&mut command)?))
+        let established = |info: &Info| info.number("rdma_connections_established");
+        let before = established(&self.info()?)?;
+        let traffic = Traffic(Process::spawn(&mut command)?);
+        self.wait_info("its clients", |info| Ok(established(info)? >= before + clients as u64))?;
+        Ok(traffic)
     }
 
     /// Starts `valkey-benchmark --rdma` with so many clients that do nothing until it is dropped.
