@@ -22,6 +22,7 @@ pub enum Point {
     SendQueueFull,
     Register,
     SendError,
+    ReceiveError,
     CompletionDelay,
     CompletionBatch,
     EventLost,
@@ -38,12 +39,13 @@ pub enum Point {
     AsyncEvent,
 }
 
-const NAMES: [(&str, Point); 19] = [
+const NAMES: [(&str, Point); 20] = [
     ("post-send", Point::PostSend),
     ("post-recv", Point::PostReceive),
     ("sq-full", Point::SendQueueFull),
     ("reg-mr", Point::Register),
     ("wc-error", Point::SendError),
+    ("recv-error", Point::ReceiveError),
     ("wc-delay", Point::CompletionDelay),
     ("wc-batch", Point::CompletionBatch),
     ("event-lost", Point::EventLost),
@@ -216,15 +218,14 @@ impl Fault {
             (Point::PostSend | Point::PostReceive, Some(v)) => errno(v)?,
             (Point::Register, Some(v)) if !v.starts_with('-') => errno(v)?,
             // Microseconds; completions; a completion status.
-            (Point::CompletionDelay | Point::CompletionBatch | Point::SendError, Some(v)) => {
-                v.parse().ok()?
-            }
+            (Point::CompletionDelay | Point::CompletionBatch, Some(v))
+            | (Point::SendError | Point::ReceiveError, Some(v)) => v.parse().ok()?,
             (Point::AsyncEvent, Some(v)) => {
                 v.parse().ok().filter(|kind| *kind < crate::removal::KINDS.len() as u64)?
             }
             (Point::PostSend | Point::PostReceive | Point::Register, None)
             | (Point::CompletionDelay | Point::CompletionBatch, None)
-            | (Point::SendError | Point::AsyncEvent, None)
+            | (Point::SendError | Point::ReceiveError | Point::AsyncEvent, None)
             | (_, Some(_)) => return None,
             (_, None) => 0,
         };

@@ -89,6 +89,8 @@ pub struct Habits {
     pub late_rtu: Duration,
     /// It is an iWARP device by its transport type.
     pub iwarp: bool,
+    /// Its vendor's number.
+    pub vendor: u32,
 }
 
 impl Default for Habits {
@@ -118,6 +120,7 @@ impl Default for Habits {
             loopback: true,
             late_rtu: Duration::ZERO,
             iwarp: false,
+            vendor: 0,
         }
     }
 }
@@ -176,6 +179,7 @@ impl Habits {
             ("loopback", "no") => self.loopback = false,
             ("late-rtu", _) => self.late_rtu = Duration::from_millis(value.parse().ok()?),
             ("transport", "iwarp") => self.iwarp = true,
+            ("vendor", _) => self.vendor = value.parse().ok()?,
             _ => return None,
         }
         Some(())

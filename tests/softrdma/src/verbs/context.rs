@@ -175,6 +175,7 @@ pub fn device_attributes(a: &mut ibv_device_attr) {
     a.sys_image_guid = GUID.to_be();
     a.max_mr_size = limit::MR_SIZE;
     a.page_size_cap = 0xffff_f000;
+    a.vendor_id = habits().vendor;
     a.max_qp = habits().max_qp;
     a.max_qp_wr = limit::QP_WR as i32;
     a.device_cap_flags = ibv_device_cap_flags::IBV_DEVICE_MEM_WINDOW.0

@@ -247,6 +247,12 @@ impl Inner {
                 return Ok(());
             }
         }
+        if recv.is_some()
+            && let Some(status) = fault::strikes(Point::ReceiveError)
+        {
+            let local = status as ibv_wc_status::Type;
+            return Err((Violation { local, nak: nak::OPERATIONAL, event: None }, recv));
+        }
         let mut flags = 0;
         if with_imm {
             flags |= ibv_wc_flags::IBV_WC_WITH_IMM.0;
