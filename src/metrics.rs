@@ -182,6 +182,8 @@ metrics! {
     keepalive_probes,
     /// Devices that were removed, or failed, while they were in use.
     devices_lost,
+    /// Devices that were found unable to serve clients: they refuse what the protocol needs.
+    devices_unfit,
     /// Completion queues that failed, and ended their connections.
     queues_lost,
     /// Asynchronous events of the devices in use.

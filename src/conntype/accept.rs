@@ -30,7 +30,7 @@ impl Listening {
             .migrate(self.poller.channel())
             .and_then(|()| self.poller.enter(id))
             .and_then(|endpoint| {
-                let accepted = endpoint.id().accept();
+                let accepted = self.poller.accept(&endpoint);
                 if accepted.is_err() {
                     endpoint.id().reject();
                     self.poller.remove(endpoint, Reason::Error);

@@ -14,6 +14,10 @@
 //! librdmacm must not close the device, nor later while nobody is connected: so the id of the
 //! connection that it was opened for is kept, which is bound to the device.
 
+pub mod abilities;
+
+use abilities::Abilities;
+
 use crate::host::MainCell;
 use crate::host::reply::Reply;
 use crate::metrics::METRICS;
@@ -23,7 +27,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use verbs::Error;
 use verbs::cm::{Id, IdKey};
 use verbs::cq::{Batch, Completion, CompletionChannel, CompletionQueue};
-use verbs::device::{Device, Limits};
+use verbs::device::{BROADCOM, Device, Limits};
 
 /// Entries of a device's queues, in the order in which they are made: for 77 connections,
 /// for 154 and so on, twice as many each time up to 2,473, or to the device's limit. Few
@@ -31,6 +35,16 @@ use verbs::device::{Device, Limits};
 /// for 10,000 connections. One less than a power of two, since providers keep one free and
 /// round up (`rxe_queue_init` of the kernel, mlx5's `create_cq`).
 const SIZES: [u32; 6] = [8191, 16_383, 32_767, 65_535, 131_071, 262_143];
+
+/// The largest where that is not for free: to destroy a queue pair, Broadcom's library looks at
+/// each entry of its completion queue (`bnxt_re_cleanup_cq`), twice as many as were asked for.
+const LARGEST_SCANNED: u32 = 16_383;
+
+/// Entries that the queue of a number is to have.
+fn size(number: usize, vendor: u32) -> u32 {
+    let size = SIZES[number.min(SIZES.len() - 1)];
+    if vendor == BROADCOM { size.min(LARGEST_SCANNED) } else { size }
+}
 
 /// Completions taken from a queue in one pass, in batches: enough for any burst,
 /// few enough that the event loop gets its turn.
@@ -55,6 +69,7 @@ pub struct SharedDevice {
     name: String,
     vector: u32,
     pace: MainCell<Pace>,
+    abilities: MainCell<Abilities>,
     /// Where completions are taken to, unless that is being done.
     batch: MainCell<Option<Box<Batch>>>,
 }
@@ -151,8 +166,7 @@ impl SharedDevice {
         completion_vector: i32,
         patience: Nanos,
     ) -> Result<Self, Error> {
-        let device =
-            anchor.device().ok_or(Error { action: "find the device", errno: libc::ENODEV })?;
+        let device = anchor.device().ok_or(Error { action: verbs::FIND, errno: libc::ENODEV })?;
         let limits = device.limits()?;
         let vector = match u32::try_from(completion_vector) {
             Ok(vector) => vector % limits.vectors,
@@ -169,6 +183,7 @@ impl SharedDevice {
             limits,
             vector,
             pace: MainCell::new(Pace::new(patience)),
+            abilities: MainCell::default(),
             batch: MainCell::default(),
         })
     }
@@ -176,6 +191,23 @@ impl SharedDevice {
     /// When the next completions are expected.
     pub fn pace(&self) -> std::cell::RefMut<'_, Pace> {
         self.pace.borrow_mut()
+    }
+
+    /// What it turned out to be able to do.
+    pub fn abilities(&self) -> std::cell::RefMut<'_, Abilities> {
+        self.abilities.borrow_mut()
+    }
+
+    /// Whether a message that is longer than its receive may show as a failed operation of our
+    /// own, which a receive that makes sense does not show elsewhere.
+    pub fn hides_length(&self) -> bool {
+        self.limits.is_soft_roce()
+    }
+
+    /// Receives that a connection of it is to have.
+    pub fn receives(&self) -> u16 {
+        let most = u16::try_from(self.limits.work_requests).unwrap_or(u16::MAX);
+        self.abilities().receives().min(most)
     }
 
     /// Whether the id is bound to this device.
@@ -268,7 +300,7 @@ impl SharedDevice {
             None => {
                 let failed = queues.iter().position(|shared| shared.failed);
                 let index = failed.unwrap_or(queues.len());
-                let wish = SIZES[index.min(SIZES.len() - 1)].clamp(entries, most);
+                let wish = size(index, self.limits.vendor).clamp(entries, most);
                 let (queue, capacity) = self.new_queue(index, wish, entries)?;
                 queue.completions.arm()?;
                 let shared = Shared {
@@ -442,5 +474,18 @@ impl SharedDevice {
             }
         }
         Ok(progress)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queues_that_are_scanned_stay_small() {
+        let sizes = |vendor| (0..8).map(|number| size(number, vendor)).collect::<Vec<_>>();
+        assert_eq!(sizes(0x2c9)[..6], SIZES);
+        assert_eq!(sizes(0x2c9)[6..], [262_143; 2]);
+        assert_eq!(sizes(BROADCOM), [[8191].as_slice(), &[16_383; 7]].concat());
     }
 }

@@ -7,22 +7,46 @@ use crate::endpoint::wr_id::WrKind;
 use crate::metrics::METRICS;
 use proto::send_queue::PostError;
 use proto::session::Port;
+use proto::window::Announcement;
 use proto::wire::{MESSAGE_LEN, Memory, Message};
 use verbs::Error;
 use verbs::mr::{Access, Region};
+use verbs::qp::RemoteBuf;
 
-/// Receives that a peer finds posted: each of its writes and messages uses one
-/// until the next pass. A peer that is ahead waits, by RNR, for 0.64 ms.
-pub(super) const RECEIVE_SLOTS: u16 = 64;
 /// Control messages of ours that may be in flight.
 pub(super) const CONTROL_SLOTS: u16 = 8;
 
-/// The control region: four pages.
-pub(super) const CONTROL_BYTES: usize = 16 * 1024;
-const CONTROL_SLOTS_AT: usize = RECEIVE_SLOTS as usize * MESSAGE_LEN;
-pub(super) const STAGING_AT: usize = CONTROL_SLOTS_AT + CONTROL_SLOTS as usize * MESSAGE_LEN;
-/// Staging memory that every endpoint has.
-pub(super) const SMALL_STAGING: usize = CONTROL_BYTES - STAGING_AT;
+/// Least staging memory that every endpoint has: four pages are full with the fewest receives.
+const LEAST_STAGING: usize = 14_080;
+const PAGE: usize = 4096;
+
+/// What is where in a control region, by how many receives there are.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Layout {
+    pub(super) receives: u16,
+}
+
+impl Layout {
+    /// Bytes of the whole.
+    pub(super) const fn bytes(self) -> usize {
+        (self.staging_at() + LEAST_STAGING).next_multiple_of(PAGE)
+    }
+
+    /// Where our own messages begin.
+    const fn messages_at(self) -> usize {
+        self.receives as usize * MESSAGE_LEN
+    }
+
+    /// Where the staging memory begins.
+    pub(super) const fn staging_at(self) -> usize {
+        self.messages_at() + CONTROL_SLOTS as usize * MESSAGE_LEN
+    }
+
+    /// Bytes of the staging memory.
+    pub(super) const fn staging(self) -> usize {
+        self.bytes() - self.staging_at()
+    }
+}
 
 /// What the session of an endpoint posts and registers through.
 pub(super) struct Ports<'a>(pub(super) &'a Endpoint);
@@ -38,7 +62,7 @@ impl Port for Ports<'_> {
     }
 
     fn post_message(&mut self, slot: u16, message: Message) -> Result<(), PostError<Error>> {
-        let offset = offset(CONTROL_SLOTS_AT, slot);
+        let offset = offset(self.0.layout.messages_at(), slot);
         // SAFETY: a slot of the control region, which is free and so ours alone.
         unsafe {
             let place = self.0.control.start().add(offset);
@@ -53,8 +77,15 @@ impl Port for Ports<'_> {
         Ok(())
     }
 
-    fn post_probe(&mut self, next: u32) -> Result<(), PostError<Error>> {
-        self.0.qp.post_probe(self.0.key.wr_id(WrKind::Probe(next))).map_err(post_error)?;
+    fn post_probe(&mut self, next: u32, at: Option<Announcement>) -> Result<(), PostError<Error>> {
+        if !self.0.device().abilities().carries_probes(at.is_some()) {
+            return Err(PostError::Full);
+        }
+        let at = at
+            .map_or(RemoteBuf { address: 0, rkey: 0 }, |Announcement { address, rkey, .. }| {
+                RemoteBuf { address, rkey }
+            });
+        self.0.qp.post_probe(self.0.key.wr_id(WrKind::Probe(next)), at).map_err(post_error)?;
         METRICS.keepalive_probes.add(1);
         Ok(())
     }
@@ -79,7 +110,7 @@ impl Port for Ports<'_> {
 impl Endpoint {
     /// The bytes of the SEND that arrived in a receive slot, and how many they are.
     pub(super) fn received(&self, slot: u16, length: u32) -> ([u8; MESSAGE_LEN], usize) {
-        let offset = offset(0, slot.min(RECEIVE_SLOTS - 1));
+        let offset = offset(0, slot.min(self.layout.receives - 1));
         // SAFETY: inside the control region; the receive completed and is not posted, so the
         // device does not write there.
         let copy = unsafe {
@@ -110,10 +141,14 @@ pub(super) fn post_error(error: Error) -> PostError<Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::abilities::{FEW_RECEIVES, MANY_RECEIVES};
 
     #[test]
     fn the_parts_of_the_control_region_fit() {
-        const { assert!(STAGING_AT + SMALL_STAGING == CONTROL_BYTES) };
-        const { assert!(SMALL_STAGING > 8 * 1024) };
+        let few = Layout { receives: FEW_RECEIVES };
+        assert_eq!((few.bytes(), few.staging()), (16_384, 14_080), "four pages, all of them used");
+        let many = Layout { receives: MANY_RECEIVES };
+        assert_eq!((many.bytes(), many.staging_at()), (49_152, 33_024));
+        assert!(many.staging() >= few.staging());
     }
 }

@@ -30,12 +30,13 @@ use activity::Activity;
 use place::Place;
 use watch::Watch;
 
+use crate::device::abilities::FEW_RECEIVES;
 use crate::device::{Reservation, SharedDevice};
 use crate::endpoint::wr_id::EndpointId;
 use crate::host::main_cell::MainPtr;
 use crate::host::{Connection, MainCell};
 use crate::metrics::{Counter, METRICS};
-use control::{CONTROL_BYTES, CONTROL_SLOTS, RECEIVE_SLOTS, SMALL_STAGING};
+use control::{CONTROL_SLOTS, Layout};
 use proto::buffer_size;
 use proto::session::{Millis, Session, Timing};
 use proto::staging::STEPS;
@@ -59,9 +60,10 @@ const PAYLOAD_DEPTH: usize = 32;
 /// Probes that may be in flight, with one to spare.
 const PROBES: u32 = 2;
 
+/// The control region of a connection with the fewest receives.
+const LEAST_CONTROL: usize = Layout { receives: FEW_RECEIVES }.bytes();
+
 const SEND_DEPTH: u32 = PAYLOAD_DEPTH as u32 + CONTROL_SLOTS as u32 + PROBES;
-/// Completions that an endpoint can cause at a time.
-const ENTRIES: u32 = SEND_DEPTH + RECEIVE_SLOTS as u32;
 
 /// See the module's text.
 #[derive(Debug)]
@@ -71,6 +73,7 @@ pub struct Endpoint {
     /// The windows, and larger staging memory.
     stream: Stream<Region>,
     control: Region,
+    layout: Layout,
     /// The error number with which the send queue refused a write for good, for the log; 0 for
     /// none.
     refusal: AtomicI32,
@@ -101,6 +104,8 @@ pub struct MainState {
     pub parked: bool,
     /// The poller's turn in which commands of the connection were carried out last.
     pub carried_out: Option<u64>,
+    /// Whether its RNR timer was set.
+    pub rnr_timer_set: bool,
     /// Whether it is among those that are to be removed.
     pub doomed: bool,
     /// Why it ends, once that is known.
@@ -189,7 +194,7 @@ impl fmt::Display for NoMemory {
             f,
             "cannot serve clients: a connection begins with {} bytes of registered memory, but on \
              {} the server {}",
-            CONTROL_BYTES + buffer_size::FIRST as usize,
+            LEAST_CONTROL + buffer_size::FIRST as usize,
             self.device,
             self.error
         )
@@ -222,7 +227,7 @@ impl Endpoint {
     pub fn try_memory(device: &Device) -> Result<(), NoMemory> {
         account::uncounted(|| {
             let domain = Arc::new(ProtectionDomain::new(device)?);
-            let _control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
+            let _control = Region::new(&domain, LEAST_CONTROL, Access::Local)?;
             Region::new(&domain, buffer_size::FIRST as usize, Access::RemoteWrite).map(drop)
         })
         .map_err(|error| NoMemory { device: device.name(), error })
@@ -233,18 +238,22 @@ impl Endpoint {
     /// # Errors
     /// The first of its parts that could not be had.
     pub fn new(id: Arc<Id>, device: Arc<SharedDevice>, plan: Plan) -> Result<Self, Error> {
-        let opened = id.device().ok_or(Error { action: "find the device", errno: libc::ENODEV })?;
+        let opened = id.device().ok_or(Error { action: verbs::FIND, errno: libc::ENODEV })?;
         let domain = Arc::new(ProtectionDomain::new(&opened)?);
-        let control = Region::new(&domain, CONTROL_BYTES, Access::Local)?;
+        let layout = Layout { receives: device.receives() };
+        let control = Region::new(&domain, layout.bytes(), Access::Local)?;
         let first = buffer_size::FIRST.min(plan.receive_bytes);
         let region = Region::new(&domain, first as usize, Access::RemoteWrite)?;
-        let (reservation, qp) = device.reserve(ENTRIES, |queue| {
-            QueuePair::new(&id, &domain, queue, SEND_DEPTH, u32::from(RECEIVE_SLOTS))
+        let receives = u32::from(layout.receives);
+        // As many completions as it can cause at a time.
+        let (reservation, qp) = device.reserve(SEND_DEPTH + receives, |queue| {
+            QueuePair::new(&id, &domain, queue, SEND_DEPTH, receives)
         })?;
         let endpoint = Self {
             qp,
-            stream: Stream::new(PAYLOAD_DEPTH, SMALL_STAGING, STEPS),
+            stream: Stream::new(PAYLOAD_DEPTH, layout.staging(), STEPS),
             control,
+            layout,
             refusal: AtomicI32::new(0),
             activity: Activity::new(plan.now),
             key: plan.key,
@@ -262,6 +271,7 @@ impl Endpoint {
                 queued: false,
                 parked: false,
                 carried_out: None,
+                rnr_timer_set: false,
                 doomed: false,
                 reason: None,
                 failure: libc::ECONNREFUSED,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! What completed on the endpoint's queue pair, and the copy out of the receive buffers.
 
-use super::control::{Ports, RECEIVE_SLOTS};
+use super::control::Ports;
 use super::{Endpoint, ReadOutcome};
 use crate::endpoint::wr_id::WrKind;
 use crate::host::main_cell::is_main_thread;
@@ -29,7 +29,8 @@ impl Endpoint {
     /// # Errors
     /// If the queue pair does not take one.
     pub(super) fn post_receives(&self) -> Result<(), Error> {
-        self.with_session(|session, _, ports| session.post_receives(ports, RECEIVE_SLOTS)).map_err(
+        let receives = self.layout.receives;
+        self.with_session(|session, _, ports| session.post_receives(ports, receives)).map_err(
             |error| match error {
                 PostError::Full => Error { action: "post a receive", errno: libc::ENOMEM },
                 PostError::Failed(error) => error,
@@ -78,15 +79,24 @@ impl Endpoint {
         })
     }
 
+    /// Makes the peer wait for a short time only where it finds no receive posted, once the queue
+    /// pair is ready to send. Returns whether that holds, unless nobody can tell. Main thread.
+    pub fn shorten_rnr_timer(&self) -> Option<bool> {
+        if let Err(error) = self.qp.shorten_rnr_timer() {
+            log::debug!("connection of {}: {error}", self.peer_text());
+        }
+        if self.device().abilities().knows_receives() {
+            return None;
+        }
+        self.qp.is_rnr_timer_short()
+    }
+
     /// The connection manager has established the connection. Returns whether the handshake
     /// is complete by that. Main thread.
     ///
     /// # Errors
     /// If the first announcement can't be posted.
     pub fn establish(&self) -> Result<bool, Error> {
-        if let Err(error) = self.qp.shorten_rnr_timer() {
-            log::debug!("connection of {}: {error}", self.peer_text());
-        }
         self.with_session(|session, stream, ports| session.establish(stream, ports, time::now()))
     }
 
@@ -135,7 +145,7 @@ impl Endpoint {
 
     /// Receives that are posted for the peer.
     pub fn receive_slots(&self) -> u16 {
-        RECEIVE_SLOTS
+        self.layout.receives
     }
 
     /// Whether the read handler has something to do.

@@ -2,7 +2,7 @@
 //! What is written to the peer: the memory that the send loop copies into, and the work
 //! requests that it posts.
 
-use super::control::{SMALL_STAGING, STAGING_AT, post_error};
+use super::control::post_error;
 use super::{Endpoint, activity};
 use crate::endpoint::wr_id::WrKind;
 use crate::host::main_cell::is_main_thread;
@@ -102,10 +102,9 @@ impl Transmit<Region> for Sender<'_> {
     fn copy(&mut self, region: Option<&Region>, chunk: Chunk) -> Sge<'static> {
         let (region, start) = match region {
             Some(region) => (region, 0),
-            None => (&self.endpoint.control, STAGING_AT),
+            None => (&self.endpoint.control, self.endpoint.layout.staging_at()),
         };
-        let length = if start == 0 { region.length() } else { SMALL_STAGING };
-        debug_assert!(chunk.offset + chunk.length <= length);
+        debug_assert!(start + chunk.offset + chunk.length <= region.length());
         let offset = start + chunk.offset;
         // SAFETY: the chunk lies in the staging memory and is nobody else's until its
         // completion. The writer gives up no region between this call and the next, which

@@ -7,6 +7,7 @@ use crate::endpoint::wr_id::{EndpointId, WrKind};
 use crate::endpoint::{Endpoint, PeerState, Reason};
 use crate::metrics::METRICS;
 use crate::time;
+use log::Level;
 use proto::busy_poll::Nanos;
 use proto::session::{Lost, MessageAction, Violation};
 use std::cell::Cell;
@@ -108,12 +109,17 @@ impl Poller {
 
     /// A work request failed, and with it the queue pair.
     fn failed(&self, endpoint: &Arc<Endpoint>, work: WrKind, status: Status) {
-        if matches!(work, WrKind::Receive(_)) && status.is_too_long() {
+        let is_too_long = status.is_too_long()
+            || (status.is_local_operation() && endpoint.device().hides_length());
+        if matches!(work, WrKind::Receive(_)) && is_too_long {
             self.violate(endpoint, Violation::TooLong);
             return;
         }
         if !status.is_flush() {
             METRICS.failed(status.failure());
+        }
+        if matches!(work, WrKind::Probe(_)) && status.is_local_operation() {
+            self.doubt_probes(endpoint);
         }
         // Of a peer that has left nothing else is to be expected.
         let left = endpoint.main_state().reason == Some(Reason::Client);
@@ -130,6 +136,22 @@ impl Poller {
             self.say_lost(endpoint, &why);
         }
         self.lose(endpoint, PeerState::Disconnected, Reason::Error);
+    }
+
+    /// The device did not carry out a probe. From now on it is asked for none of that sort:
+    /// its other connections are to live.
+    fn doubt_probes(&self, endpoint: &Arc<Endpoint>) {
+        let keyed = endpoint.stream().outbound().announced().is_some();
+        let device = endpoint.device();
+        if device.abilities().fails_probe(keyed) {
+            let how = if keyed { "" } else { " without a key" };
+            let what = format!(
+                "device {} can't carry out RDMA writes of no bytes{how}: silent clients are not \
+                 probed that way from now on",
+                device.name()
+            );
+            self.say_trouble(Level::Warn, &what);
+        }
     }
 
     fn end_by(&self, endpoint: &Arc<Endpoint>, lost: Lost<Error>) {

@@ -39,11 +39,7 @@ impl Poller {
             return;
         };
         match event.kind {
-            EventKind::Established => match endpoint.establish() {
-                Ok(true) => self.mark_ready(&endpoint),
-                Ok(false) => {}
-                Err(error) => self.close_on_error(&endpoint, Err(error)),
-            },
+            EventKind::Established => self.establish(&endpoint),
             EventKind::Disconnected | EventKind::TimewaitExit => {
                 endpoint.main_state().reason.get_or_insert(Reason::Client);
                 let horizon = endpoint.device().horizon(endpoint.queue());
@@ -67,6 +63,16 @@ impl Poller {
             | EventKind::ConnectRequest
             | EventKind::DeviceRemoval
             | EventKind::Other => {}
+        }
+    }
+
+    /// The connection manager has established a connection.
+    fn establish(&self, endpoint: &Arc<Endpoint>) {
+        self.shorten_rnr_timer(endpoint);
+        match endpoint.establish() {
+            Ok(true) => self.mark_ready(endpoint),
+            Ok(false) => {}
+            Err(error) => self.close_on_error(endpoint, Err(error)),
         }
     }
 
@@ -125,6 +131,9 @@ impl Poller {
         }
         .add(1);
         endpoint.enter_stage(Stage::Ending);
+        if endpoint.stream().outbound().total_posted() > 0 {
+            endpoint.device().abilities().writes();
+        }
         endpoint.detach();
         teardown::hand_over(endpoint, |why| self.say_trouble(Level::Warn, why));
     }
@@ -167,22 +176,37 @@ impl Poller {
         }
     }
 
-    /// Says that the device refused a write, which any thread may have found, once.
+    /// Says that the device refused a write, which any thread may have found, once, and minds
+    /// what that tells of the device.
     pub(super) fn say_refusal(&self, endpoint: &Endpoint) {
         if let Some(errno) = endpoint.take_refusal() {
-            self.say_refused(endpoint, Error { action: "post a work request", errno });
+            let error = Error { action: "post a work request", errno };
+            self.say_refused(endpoint, error);
+            if endpoint.stream().outbound().total_posted() == 0 && error.is_unsupported() {
+                self.doubt_device(&endpoint.device(), error);
+            }
         }
     }
 
     fn say_refused(&self, endpoint: &Endpoint, error: Error) {
-        let device = endpoint.device();
-        let why = format!("{error}; device {}", device.name());
-        if endpoint.stream().outbound().total_posted() == 0 && error.is_unsupported() {
-            let hint = "if no client is answered, the device can't do RDMA writes with \
-                        immediate data, which the protocol needs";
-            self.say_lost(endpoint, &format!("{why}; {hint}"));
-        } else {
-            self.say_lost(endpoint, &why);
+        self.say_lost(endpoint, &format!("{error}; device {}", endpoint.device().name()));
+    }
+
+    /// A device refused a connection's first write as something that there is not. If none has
+    /// ever written there, nobody can be served by it.
+    fn doubt_device(&self, device: &Arc<SharedDevice>, error: Error) {
+        let has_written = |it: &Arc<Endpoint>| it.stream().outbound().total_posted() > 0;
+        if self.on_device(device).iter().any(has_written) {
+            device.abilities().writes();
+        }
+        if device.abilities().refuses_write() {
+            METRICS.devices_unfit.add(1);
+            let what = format!(
+                "device {} can't serve clients: it refuses RDMA writes with immediate data, which \
+                 the protocol needs ({error}); they are refused from now on",
+                device.name()
+            );
+            self.say_trouble(Level::Warn, &what);
         }
     }
 

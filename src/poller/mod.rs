@@ -25,6 +25,7 @@ mod completions;
 pub mod connection;
 mod device_events;
 mod endings;
+mod receives;
 mod registry;
 mod serving;
 mod teardown;
@@ -249,6 +250,7 @@ impl Poller {
         }
         self.watch_events(&device).inspect_err(|_| api::unwatch(device.fd()))?;
         log::debug!("device {} opened", device.name());
+        self.choose_receives(&device);
         devices.push(Arc::clone(&device));
         Ok(device)
     }
@@ -293,6 +295,11 @@ impl Poller {
     }
 
     fn enter_on(&self, device: Arc<SharedDevice>, id: &Arc<Id>) -> Result<Arc<Endpoint>, Error> {
+        if !device.abilities().serves() {
+            let action =
+                "serve clients on its device, which refuses RDMA writes with immediate data";
+            return Err(Error { action, errno: libc::EOPNOTSUPP });
+        }
         teardown::help();
         let key = {
             let mut registry = self.registry.borrow_mut();

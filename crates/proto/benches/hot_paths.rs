@@ -130,7 +130,7 @@ impl Port for Queue {
         Ok(())
     }
 
-    fn post_probe(&mut self, _next: u32) -> Result<(), PostError<()>> {
+    fn post_probe(&mut self, _next: u32, _at: Option<Announcement>) -> Result<(), PostError<()>> {
         Ok(())
     }
 

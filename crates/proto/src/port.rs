@@ -2,6 +2,7 @@
 //! What the poller's half of a connection posts and registers through.
 
 use crate::send_queue::PostError;
+use crate::window::Announcement;
 use crate::wire::{Memory, Message};
 
 /// What a session needs of the owner of queue pair, control region and receive memory.
@@ -23,11 +24,17 @@ pub trait Port {
     /// [`PostError`] if the queue pair does not take it.
     fn post_message(&mut self, slot: u16, message: Message) -> Result<(), PostError<Self::Error>>;
 
-    /// Posts a probe, which bears the number of the next payload.
+    /// Posts a probe, which bears the number of the next payload and names the buffer that the
+    /// peer announced last, if it announced one.
     ///
     /// # Errors
-    /// [`PostError`] if the queue pair does not take it.
-    fn post_probe(&mut self, next: u32) -> Result<(), PostError<Self::Error>>;
+    /// [`PostError`] if the queue pair does not take it, [`PostError::Full`] too if there are
+    /// to be no probes.
+    fn post_probe(
+        &mut self,
+        next: u32,
+        at: Option<Announcement>,
+    ) -> Result<(), PostError<Self::Error>>;
 
     /// A receive buffer of `length` bytes, if it can be had.
     fn register(&mut self, length: u32) -> Option<Self::Buffer>;

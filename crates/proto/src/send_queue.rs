@@ -213,6 +213,11 @@ impl<R> SendQueue<R> {
         self.ledger.retire(sequence)
     }
 
+    /// Poller: the buffer that the peer announced last, whatever is left of it.
+    pub fn announced(&self) -> Option<Announcement> {
+        self.window.announced()
+    }
+
     /// Posts a probe, whose completion says that all before it has arrived. `post` is told
     /// the number of the next work request, and may not write. `None` if somebody is writing
     /// at this moment.

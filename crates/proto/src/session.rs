@@ -378,7 +378,8 @@ impl<B> Session<B> {
         stream: &Stream<R>,
         port: &mut P,
     ) -> Result<(), P::Error> {
-        match stream.outbound().probe(|next| port.post_probe(next)) {
+        let at = stream.outbound().announced();
+        match stream.outbound().probe(|next| port.post_probe(next, at)) {
             Some(Ok(())) => Ok(()),
             // Somebody writes at this moment, or there is no room.
             None | Some(Err(PostError::Full)) => {
@@ -612,7 +613,11 @@ mod tests {
             Ok(())
         }
 
-        fn post_probe(&mut self, _next: u32) -> Result<(), PostError<&'static str>> {
+        fn post_probe(
+            &mut self,
+            _next: u32,
+            _at: Option<Announcement>,
+        ) -> Result<(), PostError<&'static str>> {
             Err(PostError::Failed("no probes here"))
         }
 

@@ -126,10 +126,14 @@ impl Status {
     }
 
     /// Whether a message was longer than the receive that it found, if this is the status
-    /// of a receive. Soft-RoCE says so by "local QP operation error", as it does of
-    /// receives that make no sense, and ours do.
+    /// of a receive.
     pub fn is_too_long(self) -> bool {
-        matches!(self.0, ibv_wc_status::IBV_WC_LOC_LEN_ERR | ibv_wc_status::IBV_WC_LOC_QP_OP_ERR)
+        self.0 == ibv_wc_status::IBV_WC_LOC_LEN_ERR
+    }
+
+    /// Whether our own device could not carry out a work request.
+    pub fn is_local_operation(self) -> bool {
+        self.0 == ibv_wc_status::IBV_WC_LOC_QP_OP_ERR
     }
 
     /// What kind of failure it is.

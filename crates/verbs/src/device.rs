@@ -45,13 +45,30 @@ impl Drop for List {
     }
 }
 
+/// Broadcom's number.
+pub const BROADCOM: u32 = 0x14e4;
+
+/// Soft-RoCE's numbers, of older kernels and of newer ones (`RXE_VENDOR_ID`).
+const SOFT_ROCE: [u32; 2] = [0, 0xff_ffff];
+
 /// What a device can do, as far as this crate needs it.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Most entries of one completion queue.
     pub completion_entries: u32,
+    /// Most work requests of one queue of a queue pair.
+    pub work_requests: u32,
     /// Completion vectors, at least 1.
     pub vectors: u32,
+    /// The vendor's number.
+    pub vendor: u32,
+}
+
+impl Limits {
+    /// Whether it is the kernel's Soft-RoCE.
+    pub fn is_soft_roce(&self) -> bool {
+        SOFT_ROCE.contains(&self.vendor)
+    }
 }
 
 impl Device {
@@ -91,6 +108,14 @@ impl Device {
         }
     }
 
+    /// Whether its transport is iWARP.
+    pub fn is_iwarp(&self) -> bool {
+        // SAFETY: a live context has a live device.
+        unsafe {
+            (*(*self.context).device).transport_type == ibv_transport_type::IBV_TRANSPORT_IWARP
+        }
+    }
+
     /// Asks the device for its limits.
     ///
     /// # Errors
@@ -109,7 +134,9 @@ impl Device {
         let vectors = unsafe { (*self.context).num_comp_vectors };
         Ok(Limits {
             completion_entries: attributes.max_cqe.max(0) as u32,
+            work_requests: attributes.max_qp_wr.max(0) as u32,
             vectors: vectors.max(1) as u32,
+            vendor: attributes.vendor_id,
         })
     }
 }

@@ -7,6 +7,8 @@ use std::{fmt, io};
 /// The actions whose failure has causes worth explaining.
 pub(crate) const REGISTER: &str = "register memory";
 pub(crate) const OPEN: &str = "open the RDMA connection manager";
+/// What fails where the connection manager names no device.
+pub const FIND: &str = "find the device";
 
 /// A verbs or connection manager call that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +75,16 @@ impl fmt::Display for Error {
                 None => write!(f, "; locked memory is not limited, so the device or machine is")?,
             }
         }
+        if self.action == FIND && self.errno == libc::ENODEV {
+            f.write_str(
+                "; it was removed, or its node GUID is 0, by which librdmacm finds it (`rdma dev \
+                 show`; of a virtual function, `ip link set DEV vf N node_guid GUID`)",
+            )?;
+        }
+        let makes = |word: &str| self.action.starts_with(word);
+        if self.errno == libc::EAGAIN && ["create", "allocate", "register"].into_iter().any(makes) {
+            f.write_str("; the limit of the server's rdma cgroup (rdma.max) is reached")?;
+        }
         if self.action == OPEN {
             f.write_str(match self.errno {
                 libc::ENODEV => {
@@ -136,6 +148,14 @@ mod tests {
         assert_eq!(check(-1), Err(libc::ENODEV));
         let is_room = |result| Error::check_number("post", result).unwrap_err().is_queue_full();
         assert!(is_room(-libc::EAGAIN) && is_room(libc::ENOMEM) && !is_room(-libc::EINVAL));
+    }
+
+    #[test]
+    fn limits_that_the_number_hides_are_named() {
+        let guid = Error { action: FIND, errno: libc::ENODEV }.to_string();
+        assert!(guid.contains("node GUID is 0"), "{guid}");
+        let cgroup = Error { action: "create a queue pair", errno: libc::EAGAIN }.to_string();
+        assert!(cgroup.contains("rdma.max"), "{cgroup}");
     }
 
     #[test]

@@ -32,4 +32,4 @@ pub mod library;
 pub mod mr;
 pub mod qp;
 
-pub use error::Error;
+pub use error::{Error, FIND};

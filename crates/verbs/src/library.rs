@@ -110,6 +110,7 @@ functions! {
         ibv_ack_cq_events
         ibv_destroy_qp
         ibv_modify_qp
+        ibv_query_qp
         ibv_wc_status_str
     }
 }

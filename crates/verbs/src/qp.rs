@@ -94,19 +94,39 @@ impl QueuePair {
         unsafe { (*self.raw).qp_num }
     }
 
-    /// Makes a peer that found no receive posted try again soon. Once connected.
+    /// Makes a peer that found no receive posted try again soon. Once it is ready to send.
     ///
     /// # Errors
     /// If the device can't change it; slower, but not wrong.
     pub fn shorten_rnr_timer(&self) -> Result<(), Error> {
-        // SAFETY: attributes are numbers; only the masked one is looked at.
+        // SAFETY: attributes are numbers; only the masked ones are looked at.
         let mut attributes: ibv_qp_attr = unsafe { mem::zeroed() };
         attributes.min_rnr_timer = RNR_TIMER_0_64_MS;
-        let mask = ibv_qp_attr_mask::IBV_QP_MIN_RNR_TIMER.0 as i32;
+        // The state as well, which stays as it is: some drivers hand the field to the device
+        // whether it was given or not, and 0 there is a reset.
+        attributes.qp_state = ibv_qp_state::IBV_QPS_RTS;
+        attributes.cur_qp_state = ibv_qp_state::IBV_QPS_RTS;
+        let mask = ibv_qp_attr_mask::IBV_QP_MIN_RNR_TIMER.0
+            | ibv_qp_attr_mask::IBV_QP_STATE.0
+            | ibv_qp_attr_mask::IBV_QP_CUR_STATE.0;
         // SAFETY: a live queue pair.
         Error::check_number("set the RNR timer", unsafe {
-            call!(ibv_modify_qp(self.raw, &mut attributes, mask))
+            call!(ibv_modify_qp(self.raw, &mut attributes, mask as i32))
         })
+    }
+
+    /// Whether the RNR timer is what [`shorten_rnr_timer`](Self::shorten_rnr_timer) sets, as far
+    /// as the device tells: not of a queue pair that has failed.
+    pub fn is_rnr_timer_short(&self) -> Option<bool> {
+        // SAFETY: plain numbers and pointers, which the call fills in.
+        let (mut attributes, mut made): (ibv_qp_attr, ibv_qp_init_attr) =
+            unsafe { (mem::zeroed(), mem::zeroed()) };
+        let mask = ibv_qp_attr_mask::IBV_QP_MIN_RNR_TIMER.0 | ibv_qp_attr_mask::IBV_QP_STATE.0;
+        // SAFETY: a live queue pair and room for the answer.
+        let queried =
+            unsafe { call!(ibv_query_qp(self.raw, &mut attributes, mask as i32, &mut made)) };
+        let tells = queried == 0 && attributes.qp_state == ibv_qp_state::IBV_QPS_RTS;
+        tells.then_some(attributes.min_rnr_timer == RNR_TIMER_0_64_MS)
     }
 
     /// Posts a receive: a SEND of the peer fills its bytes, an immediate leaves them alone.
@@ -146,14 +166,14 @@ impl QueuePair {
     }
 
     /// Posts an RDMA WRITE of nothing: it costs the peer no receive and touches no
-    /// memory, and completes when all that was posted before it has arrived.
+    /// memory, and completes when all that was posted before it has arrived. `at` is looked at
+    /// by few devices only.
     ///
     /// # Errors
     /// As [`post_send`](Self::post_send).
-    pub fn post_probe(&self, wr_id: u64) -> Result<(), Error> {
-        let nowhere = RemoteBuf { address: 0, rkey: 0 };
+    pub fn post_probe(&self, wr_id: u64, at: RemoteBuf) -> Result<(), Error> {
         let opcode = ibv_wr_opcode::IBV_WR_RDMA_WRITE;
-        self.post(wr_id, opcode, None, Some(nowhere), 0, true)
+        self.post(wr_id, opcode, None, Some(at), 0, true)
     }
 
     fn post(

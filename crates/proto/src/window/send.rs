@@ -78,6 +78,15 @@ impl SendWindow {
         Ok(())
     }
 
+    /// Poller: the buffer that was announced last, whatever is left of it.
+    pub fn announced(&self) -> Option<Announcement> {
+        // The poller's own stores.
+        let packed = self.length_and_key.load(Ordering::Relaxed);
+        let address = self.address.load(Ordering::Relaxed);
+        let length = (packed >> 32) as u32;
+        (length > 0).then_some(Announcement { address, length, rkey: packed as u32 })
+    }
+
     /// Writer: the next window, if one waits. Only when the current one is used up.
     pub fn take(&self) -> Option<Announcement> {
         if !self.full.load(Ordering::Acquire) {
@@ -126,10 +135,12 @@ mod tests {
     fn an_announcement_reaches_the_writer_once() {
         let window = SendWindow::default();
         assert!(!window.has_room());
+        assert_eq!(window.announced(), None);
         window.announce(BUFFER).unwrap();
         assert!(window.has_room());
         assert_eq!(window.take(), Some(BUFFER));
         assert_eq!(window.take(), None);
+        assert_eq!(window.announced(), Some(BUFFER), "the poller knows it still");
         assert!(window.has_room());
         window.publish_left(0);
         assert!(!window.has_room());

@@ -12,7 +12,7 @@ use valkey_rdma_proto::session::{
 };
 use valkey_rdma_proto::staging::Steps;
 use valkey_rdma_proto::stream::{ReadOutcome, Stream, Written};
-use valkey_rdma_proto::window::{Chunk, PeerState};
+use valkey_rdma_proto::window::{Announcement, Chunk, PeerState};
 use valkey_rdma_proto::wire::{MESSAGE_LEN, Memory, Message};
 
 /// What a side is made with.
@@ -537,7 +537,11 @@ impl SessionPort for Ports<'_> {
         self.posted(result)
     }
 
-    fn post_probe(&mut self, next: u32) -> Result<(), PostError<Infallible>> {
+    fn post_probe(
+        &mut self,
+        next: u32,
+        _: Option<Announcement>,
+    ) -> Result<(), PostError<Infallible>> {
         self.refuse()?;
         let result = self.fabric.post_probe(self.plan.port, Work::Probe(next));
         self.posted(result)

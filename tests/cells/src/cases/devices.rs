@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use client::{Value, pattern};
 
 use super::basics::expect;
+use super::stalled::settle;
 use crate::cell::{Case, Cell};
 
 pub const CASES: &[Case] = &[Case::new("device-ways", ways).unstarted()];
@@ -15,12 +16,16 @@ pub const CASES: &[Case] = &[Case::new("device-ways", ways).unstarted()];
 pub(super) type Way = fn(&mut Cell) -> Result<()>;
 
 fn ways(cell: &mut Cell) -> Result<()> {
-    let ways: [(&str, Way); 4] = [
+    let ways: [(&str, Way); 7] = [
         ("inline=32", little_inline),
         ("post-send=-EAGAIN/23 post-recv=-EAGAIN/23", try_again),
-        // The first is the announcement, the second the first reply.
-        ("post-send=-EINVAL@2", unable),
+        // Each client's first is the announcement and the second its first reply.
+        ("post-send=-EINVAL@4", unable_once),
         ("post-send=-EIO@4", refusing),
+        // Local QP operation error, of a device that is not Soft-RoCE.
+        ("recv-error=2@4 vendor=713", failing_receive),
+        ("max-pd=4 at-limit=EAGAIN", |cell| refused(cell, "rdma.max")),
+        ("guid=0", |cell| refused(cell, "its node GUID is 0")),
     ];
     each(cell, &ways)
 }
@@ -62,10 +67,14 @@ fn try_again(cell: &mut Cell) -> Result<()> {
     told(cell, 0, "")
 }
 
-/// A device that can't do what the protocol needs: the first reply already is refused.
-fn unable(cell: &mut Cell) -> Result<()> {
+/// A first reply that is refused says nothing of a device that has carried out others.
+fn unable_once(cell: &mut Cell) -> Result<()> {
+    expect(&mut cell.rdma()?, "PING", "PONG")?;
+    settle(cell)?;
     ended(cell, 0)?;
-    told(cell, 1, "RDMA writes with immediate data")
+    told(cell, 1, "Invalid argument (os error 22); device ")?;
+    ensure!(cell.info()?.number("rdma_devices_unfit")? == 0, "the device is called unfit");
+    Ok(())
 }
 
 /// One that refuses something later.
@@ -74,6 +83,35 @@ fn refusing(cell: &mut Cell) -> Result<()> {
     told(cell, 1, "Input/output error (os error 5); device ")?;
     let hints = cell.server().log_lines("immediate data")?;
     ensure!(hints.is_empty(), "what it can do is held against the device: {hints:?}");
+    Ok(())
+}
+
+/// A receive that fails by our own device's doing is not the client's.
+fn failing_receive(cell: &mut Cell) -> Result<()> {
+    let mut client = cell.rdma()?;
+    let reply = (0..4).try_for_each(|_| expect(&mut client, "PING", "PONG"));
+    ensure!(reply.is_err(), "all receives complete");
+    cell.wait_info("the end of the connection", |info| {
+        Ok(info.number("rdma_ended_by_error")? == 1)
+    })?;
+    let info = cell.info()?;
+    ensure!(info.number("rdma_violations")? == 0, "the client is blamed");
+    ensure!(info.number("rdma_errors_local")? == 1, "the failure is not counted");
+    let lines = cell.server().log_lines("lost: local QP operation error (Receive")?;
+    ensure!(lines.len() == 1, "the connection's end is not explained: {lines:?}");
+    expect(&mut cell.rdma()?, "PING", "PONG")
+}
+
+/// Clients are refused, at once or after some, for a reason with `words`.
+fn refused(cell: &mut Cell, words: &str) -> Result<()> {
+    let clients: Vec<_> = (0..5).map(|_| cell.rdma()).collect();
+    ensure!(clients.iter().any(Result::is_err), "all are served");
+    expect(&mut cell.tcp()?, "PING", "PONG")?;
+    let lines = cell.server().log_lines(" refused: ")?;
+    ensure!(
+        lines.len() == 1 && lines[0].contains(words),
+        "the refusal is not explained by '{words}': {lines:?}"
+    );
     Ok(())
 }
 

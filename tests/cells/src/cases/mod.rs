@@ -12,6 +12,7 @@ mod counters;
 mod crowd;
 mod deadlock;
 mod device_events;
+mod device_lacks;
 mod devices;
 mod durable;
 mod endings;
@@ -39,6 +40,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         stock_clients::CASES,
         deadlock::CASES,
         device_events::CASES,
+        device_lacks::CASES,
         devices::CASES,
         durable::CASES,
         stalled::CASES,
