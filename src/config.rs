@@ -20,6 +20,9 @@ pub fn receive_size(bytes: u64) -> Option<u32> {
 /// −1 means any.
 pub const COMPLETION_VECTOR: std::ops::RangeInclusive<i64> = -1..=1024;
 
+/// The argument that limits registered memory.
+pub const MAX_REGISTERED_MEMORY: &str = "max-registered-memory";
+
 /// The module's settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -96,7 +99,7 @@ const NAMES: &str = "one of bind=ADDRESS, port=NUMBER, rx-size=BYTES, completion
 /// Arguments of builds before 0.1.0, and the names that they have now.
 pub const RENAMED: [(&str, &str); 4] = [
     ("comp-vector", "completion-vector"),
-    ("max-registered", "max-registered-memory"),
+    ("max-registered", MAX_REGISTERED_MEMORY),
     ("liveness-interval", "keepalive-interval"),
     ("liveness-failures", "keepalive-probes"),
 ];
@@ -152,7 +155,7 @@ impl Settings {
                         as i32;
                 }
                 "max-handshakes" => settings.max_handshakes = number(1, 1_000_000)? as u32,
-                "max-registered-memory" => {
+                MAX_REGISTERED_MEMORY => {
                     settings.max_registered_memory = bytes(value)
                         .filter(|n| *n >= 1 << 20)
                         .ok_or_else(|| error("a number of bytes, at least 1m"))?;

@@ -2,7 +2,7 @@
 //! Loading, refusing, `INFO`.
 
 use crate::commands;
-use crate::config::Settings;
+use crate::config::{self, Settings};
 use crate::conntype;
 use crate::conntype::listener::Listening;
 use crate::conntype::rebind;
@@ -154,7 +154,7 @@ unsafe fn load(
     }
     library::load()?;
     fork::prepare()?;
-    account::limit_registered(settings.max_registered_memory);
+    account::limit_registered(settings.max_registered_memory, config::MAX_REGISTERED_MEMORY);
 
     let (poller, listening) = conntype::start(line, symbols, settings)?;
     if line.wakes_threads_by_descriptors() {

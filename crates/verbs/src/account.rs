@@ -4,12 +4,14 @@
 //! Registered memory is pinned, so it is resident from the start, and a program's own allocator
 //! knows nothing of it.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 static REGISTERED: AtomicU64 = AtomicU64::new(0);
 static PEAK: AtomicU64 = AtomicU64::new(0);
 static REGISTRATIONS: AtomicU64 = AtomicU64::new(0);
 static LIMIT: AtomicU64 = AtomicU64::new(u64::MAX);
+static LIMIT_NAME: OnceLock<&'static str> = OnceLock::new();
 
 /// Bytes that are registered now, and the most that ever were at one time.
 pub fn registered() -> (u64, u64) {
@@ -32,9 +34,16 @@ pub fn uncounted<T>(trial: impl FnOnce() -> T) -> T {
     result
 }
 
-/// From now on a registration that would take the total above `bytes` fails.
-pub fn limit_registered(bytes: u64) {
+/// From now on a registration that would take the total above `bytes` fails. The text of that
+/// error calls the limit by the first `name` that was given: what whoever may raise it knows.
+pub fn limit_registered(bytes: u64, name: &'static str) {
+    LIMIT_NAME.get_or_init(|| name);
     LIMIT.store(bytes, Ordering::Relaxed);
+}
+
+/// The name of the limit, if there is one.
+pub(crate) fn limit_name() -> Option<&'static str> {
+    LIMIT_NAME.get().copied()
 }
 
 /// The process's limit on locked memory in bytes, if it has one.
@@ -74,14 +83,17 @@ impl Drop for Share {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::{Error, REGISTER_WITHIN};
 
     /// One test for all, since the account is the process's.
     #[test]
     fn what_is_registered_counts_and_is_limited() {
-        limit_registered(100);
+        limit_registered(100, "a limit");
         let first = Share::take(60).unwrap();
         first.count();
         assert!(Share::take(41).is_none());
+        let error = Error { action: REGISTER_WITHIN, errno: libc::EDQUOT };
+        assert!(error.to_string().ends_with(" total (a limit)"), "{error}");
         assert_eq!((registered(), registrations()), ((60, 60), 1), "refused is not counted");
         uncounted(|| Share::take(40).unwrap().count());
         assert_eq!((registered(), registrations()), ((60, 60), 2));
@@ -90,7 +102,7 @@ mod tests {
         drop(first);
         assert_eq!(registered(), (40, 100));
         drop(second);
-        limit_registered(u64::MAX);
+        limit_registered(u64::MAX, "none");
         assert_eq!(registered(), (0, 100));
     }
 }

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! What went wrong: what was being done, and what the system answered.
 
-use crate::account::locked_memory_limit;
+use crate::account::{limit_name, locked_memory_limit};
 use std::{fmt, io};
 
 /// The actions whose failure has causes worth explaining.
 pub(crate) const REGISTER: &str = "register memory";
+pub(crate) const REGISTER_WITHIN: &str = "register memory within the configured total";
 pub(crate) const OPEN: &str = "open the RDMA connection manager";
 /// What fails where the connection manager names no device.
 pub const FIND: &str = "find the device";
@@ -62,7 +63,10 @@ impl fmt::Display for Error {
         write!(f, "cannot {}", self.action)?;
         // Our own limit, which the system's words for the number ("Disk quota") would hide.
         if self.errno == libc::EDQUOT {
-            return Ok(());
+            return match limit_name() {
+                Some(name) if self.action == REGISTER_WITHIN => write!(f, " ({name})"),
+                _ => Ok(()),
+            };
         }
         write!(f, ": {}", io::Error::from_raw_os_error(self.errno))?;
         if self.action == REGISTER && self.errno == libc::ENOMEM {

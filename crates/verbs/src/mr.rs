@@ -9,7 +9,7 @@
 use crate::Error;
 use crate::account::Share;
 use crate::device::Device;
-use crate::error::REGISTER;
+use crate::error::{REGISTER, REGISTER_WITHIN};
 use crate::library::call;
 use rdma_sys::*;
 use std::marker::PhantomData;
@@ -136,9 +136,6 @@ fn map_and_register(
     Ok((start, raw))
 }
 
-/// What can't be done where our own limit is reached.
-const LIMITED: &str = "register memory within the configured total (max-registered-memory)";
-
 /// Page size in bytes.
 fn page_size() -> usize {
     // SAFETY: a query without arguments; it does not fail for this name.
@@ -157,8 +154,8 @@ impl Region {
         access: Access,
     ) -> Result<Self, Error> {
         let length = length.next_multiple_of(page_size());
-        let share =
-            Share::take(length as u64).ok_or(Error { action: LIMITED, errno: libc::EDQUOT })?;
+        let beyond = Error { action: REGISTER_WITHIN, errno: libc::EDQUOT };
+        let share = Share::take(length as u64).ok_or(beyond)?;
         let (start, raw) = map_and_register(domain, length, access)?;
         share.count();
         Ok(Self { start, length, raw, _share: share, _domain: Arc::clone(domain) })
