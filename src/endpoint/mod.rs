@@ -100,20 +100,20 @@ pub struct MainState {
     connection: MainPtr<Connection>,
     /// Whether the endpoint is in the ready queue.
     pub queued: bool,
-    /// Whether it was parked with something to do.
+    /// Whether it had something to do at its last turn, and got nowhere. It may be in the queue
+    /// again all the same.
     pub parked: bool,
     /// The poller's turn in which commands of the connection were carried out last.
     pub carried_out: Option<u64>,
     /// Whether its RNR timer was set.
     pub rnr_timer_set: bool,
-    /// Whether it is among those that are to be removed.
-    pub doomed: bool,
     /// Why it ends, once that is known.
     pub reason: Option<Reason>,
     /// The system's error number if it could not be established.
     pub failure: i32,
-    /// Which gauge counts it.
-    pub(super) stage: Option<Stage>,
+    /// Where the connection stands, and so which gauge counts it. In
+    /// [`Ending`](Stage::Ending) it is to be removed, or was.
+    pub(super) stage: Stage,
     /// The server's number for the client, once there is one.
     pub client: Option<u64>,
     /// What the watchdog remembers.
@@ -156,7 +156,7 @@ pub enum Stage {
     Established,
     /// Closed by the server; the last bytes are being delivered.
     Lingering,
-    /// Being destroyed.
+    /// Over: to be removed, removed, or being destroyed.
     Ending,
 }
 
@@ -272,10 +272,9 @@ impl Endpoint {
                 parked: false,
                 carried_out: None,
                 rnr_timer_set: false,
-                doomed: false,
                 reason: None,
                 failure: libc::ECONNREFUSED,
-                stage: None,
+                stage: Stage::Handshaking,
                 client: None,
                 watch: Watch::new(plan.now),
             }),
@@ -286,6 +285,7 @@ impl Endpoint {
             _place: plan.place,
         };
         endpoint.post_receives()?;
+        Stage::Handshaking.gauge().add(1);
         Ok(endpoint)
     }
 
@@ -325,12 +325,9 @@ impl Endpoint {
         self.own.borrow_mut()
     }
 
-    /// Counts the endpoint in another gauge.
+    /// The connection stands somewhere else from now on, and is counted there.
     pub fn enter_stage(&self, stage: Stage) {
-        let before = self.main_state().stage.replace(stage);
-        if let Some(before) = before {
-            before.gauge().sub(1);
-        }
+        std::mem::replace(&mut self.main_state().stage, stage).gauge().sub(1);
         stage.gauge().add(1);
     }
 

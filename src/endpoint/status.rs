@@ -60,13 +60,11 @@ pub fn wait(endpoint: &Endpoint) -> (Wait, Millis) {
     let awaits_slot = own.session.awaits_control_slot();
     drop(own);
     match stage {
-        Some(Stage::Handshaking) | None if !established => {
-            return (Wait::Establishment, activity.begun);
-        }
-        Some(Stage::Handshaking) | None => return (Wait::Announcement, activity.begun),
-        Some(Stage::Lingering) => return (Wait::Delivery, quiet_since),
-        Some(Stage::Ending) => return (Wait::Pass, quiet_since),
-        Some(Stage::Established) => {}
+        Stage::Handshaking if !established => return (Wait::Establishment, activity.begun),
+        Stage::Handshaking => return (Wait::Announcement, activity.begun),
+        Stage::Lingering => return (Wait::Delivery, quiet_since),
+        Stage::Ending => return (Wait::Pass, quiet_since),
+        Stage::Established => {}
     }
     match activity.held_back() {
         Some((Shortage::Window, since)) if !endpoint.stream().outbound().has_room() => {
@@ -108,7 +106,7 @@ pub fn describe(endpoint: &Endpoint) -> Reply {
         ("laddr", endpoint.local().map(|address| address.to_string()).into()),
         ("device", endpoint.device().name().into()),
         ("port", u64::from(endpoint.id().port()).into()),
-        ("state", stage.map(Stage::text).into()),
+        ("state", stage.text().into()),
         ("age-ms", ago(endpoint.activity().begun)),
         ("last-received-ms", ago(heard)),
         ("waits-for", waits_for.text().into()),

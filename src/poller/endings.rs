@@ -154,7 +154,7 @@ impl Poller {
     /// Has an endpoint removed that no connection of the server has any more: not here, since
     /// completions of it may stand further on in the batch.
     pub fn doom(&self, endpoint: &Endpoint) {
-        if std::mem::replace(&mut endpoint.main_state().doomed, true) {
+        if endpoint.main_state().stage == Stage::Ending {
             return;
         }
         // It takes no newcomer's room any more.
@@ -267,7 +267,7 @@ impl Poller {
         }
         drop(own);
         if alive {
-            self.track_transient(endpoint);
+            self.track_lingering(endpoint);
         } else {
             self.doom(endpoint);
         }

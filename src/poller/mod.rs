@@ -40,7 +40,7 @@ use crate::config::Settings;
 use crate::device::{SharedDevice, Which};
 use crate::endpoint::place::{self, Place};
 use crate::endpoint::wr_id::EndpointId;
-use crate::endpoint::{Endpoint, Plan, Stage};
+use crate::endpoint::{Endpoint, Plan};
 use crate::host::reply::Reply;
 use crate::host::{MainCell, api};
 use crate::log_limit::LogLimiter;
@@ -315,7 +315,6 @@ impl Poller {
         let plan = Plan { key, place, receive_bytes, timing, now: time::now() };
         let endpoint = Arc::new(Endpoint::new(Arc::clone(id), device, plan)?);
         self.registry.borrow_mut().enter(key, endpoint.id_key(), Arc::clone(&endpoint));
-        endpoint.enter_stage(Stage::Handshaking);
         self.track_transient(&endpoint);
         Ok(endpoint)
     }
@@ -352,7 +351,7 @@ impl Poller {
         if self.transients() < most {
             return true;
         }
-        let Some(endpoint) = self.oldest_lingering() else { return false };
+        let Some(endpoint) = self.take_oldest_lingering() else { return false };
         METRICS.lingering_cut_short.add(1);
         self.doom(&endpoint);
         true

@@ -2,7 +2,7 @@
 //! The ready queue: endpoints that have something to do, and the calls of their handlers.
 
 use super::Poller;
-use crate::endpoint::{Endpoint, PeerState};
+use crate::endpoint::{Endpoint, PeerState, Stage};
 use crate::host::connection::State;
 use crate::metrics::METRICS;
 use crate::poller::connection::{call_handler, has_write_barrier};
@@ -65,12 +65,12 @@ impl Poller {
     }
 
     fn serve(&self, endpoint: &Arc<Endpoint>) {
-        let (connection, open, doomed) = {
+        let (connection, open, stage) = {
             let own = endpoint.main_state();
-            (own.connection(), own.session.is_open(), own.doomed)
+            (own.connection(), own.session.is_open(), own.stage)
         };
         if connection.is_null() {
-            if open && !doomed {
+            if open && stage != Stage::Ending {
                 self.upcalls.accepted(self, endpoint);
             }
             return;

@@ -9,13 +9,14 @@
 //! made up for before each sleep.
 
 use crate::endpoint::wr_id::EndpointId;
-use crate::endpoint::{Endpoint, PeerState, Reason};
+use crate::endpoint::{Endpoint, PeerState, Reason, Stage};
 use crate::host::api;
 use crate::panic::guard;
 use crate::poller::Poller;
 use crate::time;
 use proto::session::{Millis, TimeoutAction};
 use redis_module::raw::RedisModuleCtx;
+use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,6 +35,8 @@ pub(super) struct Timers {
     ticked: Millis,
     /// Endpoints in handshake or lingering.
     transients: Vec<EndpointId>,
+    /// Those that linger, in the order in which the server closed them, and some that are over.
+    lingering: VecDeque<EndpointId>,
 }
 
 impl Poller {
@@ -52,13 +55,18 @@ impl Poller {
         }
     }
 
-    /// The endpoint that has lingered longest.
-    pub(super) fn oldest_lingering(&self) -> Option<Arc<Endpoint>> {
-        let timers = self.timers().borrow_mut();
-        timers.transients.iter().filter_map(|key| self.find(*key)).find(|endpoint| {
-            let own = endpoint.main_state();
-            own.session.is_lingering() && !own.doomed
-        })
+    /// Watches an endpoint that lingers, from now on.
+    pub(super) fn track_lingering(&self, endpoint: &Arc<Endpoint>) {
+        self.track_transient(endpoint);
+        self.timers().borrow_mut().lingering.push_back(endpoint.key());
+    }
+
+    /// The endpoint that has lingered longest, which is to be ended.
+    pub(super) fn take_oldest_lingering(&self) -> Option<Arc<Endpoint>> {
+        let lingering = &mut self.timers().borrow_mut().lingering;
+        std::iter::from_fn(|| lingering.pop_front())
+            .filter_map(|key| self.find(key))
+            .find(|endpoint| endpoint.main_state().stage == Stage::Lingering)
     }
 
     /// Does what an endpoint's session asks for now. `caught_up` says that whatever waited at
@@ -151,6 +159,7 @@ unsafe extern "C" fn on_handshakes(_ctx: *mut RedisModuleCtx, _data: *mut c_void
         let mut timers = poller.timers().borrow_mut();
         timers.handshakes_run = !transients.is_empty();
         timers.transients = transients;
+        timers.lingering.retain(is_transient);
         timers.handshakes_run
     });
     if runs.unwrap_or(true) {

@@ -58,8 +58,8 @@ fn is_due(endpoint: &Endpoint) -> bool {
     let (stage, open) = (own.stage, own.session.is_open());
     drop(own);
     match stage {
-        Some(Stage::Established) => endpoint.has_work() || endpoint.is_announcement_missed(),
-        Some(Stage::Handshaking) => open,
-        Some(Stage::Lingering | Stage::Ending) | None => false,
+        Stage::Established => endpoint.has_work() || endpoint.is_announcement_missed(),
+        Stage::Handshaking => open,
+        Stage::Lingering | Stage::Ending => false,
     }
 }

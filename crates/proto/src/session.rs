@@ -521,11 +521,6 @@ impl<B> Session<B> {
         self.lifecycle.is_open()
     }
 
-    /// Whether the server has closed the connection.
-    pub fn is_lingering(&self) -> bool {
-        self.lifecycle.is_lingering()
-    }
-
     /// Whether its handshake has taken too long, as far as is known.
     pub fn is_overdue(&self, now: Millis) -> bool {
         self.lifecycle.is_overdue(now)
