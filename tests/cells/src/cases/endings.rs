@@ -269,6 +269,11 @@ fn refused_linger(cell: &mut Cell) -> Result<()> {
         std::thread::sleep(Duration::from_millis(100));
     }
     drop(open);
+    // Until then there is no place for the client that asks what is left.
+    while info()?.number("connected_clients")? >= CLIENTS as u64 {
+        ensure!(Instant::now() < deadline, "clients that are gone stay");
+        std::thread::sleep(Duration::from_millis(100));
+    }
     rest.wait_back(cell)?;
     Ok(())
 }
