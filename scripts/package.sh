@@ -10,6 +10,7 @@
 
 modules=usr/lib/valkey/modules
 units=usr/lib/systemd/system
+acceptance=usr/lib/valkey-rdma
 doc=usr/share/doc/valkey-rdma
 
 main() {
@@ -19,7 +20,8 @@ main() {
     "$repo/scripts/setup.sh" build
     build_environment=$("$repo/scripts/setup.sh" env)
     eval "$build_environment"
-    step "cargo: the module" cargo build --locked --release --package valkey-rdma
+    step "cargo: the module, and the client of the acceptance run" \
+        cargo build --locked --release --package valkey-rdma --package client --lib --example acceptance
     version=$(cargo pkgid --package valkey-rdma)
     version=${version##*[#@]}
     deb=$target/debian/valkey-rdma_${version}_amd64.deb
@@ -40,6 +42,9 @@ assemble() {
     # Executable: 8.0 refuses a module that is not.
     install -D -m 755 "$module" "$root/$modules/libvalkey_rdma.so"
     strip --strip-unneeded "$root/$modules/libvalkey_rdma.so"
+    install -D -m 755 -t "$root/$acceptance" scripts/accept.sh "${module%/*}/examples/acceptance"
+    install -m 644 scripts/lib.sh "$root/$acceptance/"
+    strip --strip-unneeded "$root/$acceptance/acceptance"
     for unit in valkey-server valkey-server@; do
         install -D -m 644 packaging/valkey-server.conf "$root/$units/$unit.service.d/valkey-rdma.conf"
     done
@@ -79,11 +84,16 @@ documents() {
     {
         cat packaging/copyright
         sed -n '/^Redistribution/,$ { s/^$/./; s/^/ /; p }' LICENSE
-        printf '\nFiles: usr/lib/valkey/modules/libvalkey_rdma.so\nComment: contains, besides, the crates\n'
-        # What is part of a build on the way to it is not in the module.
-        cargo tree --locked --package valkey-rdma --edges normal,no-proc-macro --prefix none --format '{p}: {l}' |
-            sed -e '/^valkey-rdma/d' -e 's/ (\*)$//' -e 's/^/ /' | LC_ALL=C sort -u
+        crates_in valkey-rdma "$modules/libvalkey_rdma.so"
+        crates_in client "$acceptance/acceptance"
     } >"$root/$doc/copyright"
+}
+
+# crates_in PACKAGE FILE — whose work is in a file. What is part of a build on the way to it is not.
+crates_in() {
+    printf '\nFiles: %s\nComment: contains, besides, the crates\n' "$2"
+    cargo tree --locked --package "$1" --edges normal,no-proc-macro --prefix none --format '{p}: {l}' |
+        sed -e "/^valkey-rdma/d" -e "/^$1 /d" -e 's/ (\*)$//' -e 's/^/ /' | LC_ALL=C sort -u
 }
 
 main "$@"

@@ -152,6 +152,7 @@ shows_itself() {
     grep '^rdma_device.*rxe0' /tmp/info
     (($(sed -n 's/^rdma_connections_accepted://p' /tmp/info) >= 20))
     valkey-cli module list | grep -x rdma
+    [[ $(/usr/lib/valkey-rdma/acceptance rdma 192.0.2.10:6379 PING) == PONG ]]
     # Once those before are gone, one client, which has what an idle one has.
     for ((try = 0; ; try++)); do
         valkey-cli --rdma -h 192.0.2.10 info rdma | tr -d '\r' >/tmp/info

@@ -77,6 +77,7 @@ main() {
         add_sum "$log/programs" 1
         package "$level" "$log/package"
         demo "$log/demo"
+        acceptance "$log/accept"
     fi
     wait "$guests"
     trap - EXIT
@@ -90,6 +91,7 @@ main() {
         add_sum "$log/bench" 3
     fi
     if [[ $level == full && -z $server ]] && ((!$#)); then
+        acceptance_in_guest "$log/accept-vm"
         say "Sanitizers"
         "$repo/scripts/sanitizers.sh" </dev/null >"$log/sanitizers" || true
         add_sum "$log/sanitizers" 3
@@ -144,6 +146,54 @@ demo() {
         ((++failed))
         tail -n 40 "$log" >&2
     fi
+}
+
+# The acceptance run for hosts with devices, both its sides on the software fabric; and on a
+# device that can't do what the protocol needs, which it has to find.
+acceptance() {
+    local log=$1 start=$SECONDS
+    say "The acceptance run"
+    if accept_both "$log" "$repo/scripts/softrdma.sh" 127.0.0.1 --quick --seconds 0.3; then
+        ((++passed))
+    else
+        ((++failed))
+        tail -n 40 "$log" >&2
+    fi
+    if SOFTRDMA_FAULTS=imm=none accept_both "$log" "$repo/scripts/softrdma.sh" 127.0.0.1 --quick; then
+        ((++failed))
+        say "it passed on a device without immediate data"
+    elif grep -q '^FAIL PING over RDMA' "$log" && grep -q ' [1-9][0-9]* failed' "$log"; then
+        ((++passed))
+    else
+        ((++failed))
+        tail -n 40 "$log" >&2
+    fi
+    say "  $((SECONDS - start)) s"
+}
+
+# All of it, for as long as on hardware, on the kernel's Soft-RoCE; the device is reset, too,
+# where the kernel can.
+acceptance_in_guest() {
+    local log=$1 start=$SECONDS
+    say "The acceptance run in full, in the virtual machine"
+    if accept_both "$log" "$repo/scripts/guest.sh --kernel new --timeout 3600" 10.9.9.1 \
+        --reset 'rdma link delete rxe0; sleep 2; rdma link add rxe0 type rxe netdev d0'; then
+        ((++passed))
+    else
+        ((++failed))
+        tail -n 60 "$log" >&2
+    fi
+    say "  $((SECONDS - start)) s"
+}
+
+# accept_both LOG WHERE ADDRESS OPTION…
+accept_both() {
+    local log=$1 where=$2 status=0
+    # shellcheck disable=SC2086 # a command with its options
+    $where "$repo/scripts/accept.sh" both "${@:3}" --line 8.0 --out "$log.folder" \
+        --port $((20000 + RANDOM % 20000)) </dev/null >"$log" 2>&1 || status=$?
+    rm -rf "$log.folder" "$log.folder.tar.gz"
+    return "$status"
 }
 
 # build_variant FEATURE FOLDER — the module with a fault that a test needs. In the same

@@ -302,7 +302,7 @@ fn blocks(page: &str, text: &str) -> Vec<Shown> {
 
 /// Who runs a command that a reader is shown: what it begins with, the file that runs it, and
 /// how it stands there. Addresses and ports are left out on both sides.
-const RUN_BY: [(&str, &str, &str); 16] = [
+const RUN_BY: [(&str, &str, &str); 17] = [
     ("scripts/setup.sh build", ".ci/run", "scripts/setup.sh build"),
     ("eval \"$(scripts/setup.sh env)\"", "scripts/build-on.sh", "eval \"$(scripts/setup.sh env)\""),
     ("cargo build --release --locked", "scripts/build-on.sh", "cargo build --release --locked"),
@@ -328,6 +328,7 @@ const RUN_BY: [(&str, &str, &str); 16] = [
     ("SOAK_SEED=17 scripts/test.sh", "tests/matrix.toml", "\"soak\""),
     ("valkey-cli", "scripts/service.sh", ""),
     ("scripts/demo.sh", "scripts/test.sh", "scripts/demo.sh"),
+    ("scripts/accept.sh both", "scripts/test.sh", "scripts/accept.sh\" both"),
 ];
 
 /// Without addresses, ports, and what is done with the output.
