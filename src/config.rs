@@ -46,6 +46,9 @@ pub struct Settings {
     /// Whether a release that is newer than any known one of its line is refused, though all
     /// probes agree.
     pub refuse_unknown: bool,
+    /// How long an acknowledgement is waited for before something is sent again, 4.096 µs times
+    /// 2 to this; 0 leaves it to the connection manager.
+    pub ack_timeout: u8,
     /// Keepalive intervals in which a probe may stay without an answer; 0 means any number.
     pub keepalive_probes: u64,
     /// Durations of sessions.
@@ -64,6 +67,7 @@ impl Default for Settings {
             watchdog_timeout: 5_000,
             busy_poll: 5,
             refuse_unknown: false,
+            ack_timeout: 0,
             keepalive_probes: 12,
             timing: Timing {
                 handshake: 10_000,
@@ -94,6 +98,7 @@ impl std::error::Error for ArgumentError {}
 const NAMES: &str = "one of bind=ADDRESS, port=NUMBER, rx-size=BYTES, completion-vector=NUMBER, \
      max-handshakes=NUMBER, max-registered-memory=BYTES, handshake-timeout=MS, keepalive-interval=MS, \
      keepalive-probes=NUMBER, linger-time=MS, watchdog-timeout=MS, busy-poll=US, \
+     ack-timeout=NUMBER, \
      unknown-release=accept|refuse";
 
 /// Arguments of builds before 0.1.0, and the names that they have now.
@@ -169,6 +174,7 @@ impl Settings {
                         .filter(|ms| *ms == 0 || *ms >= 1000)
                         .ok_or_else(|| error("0, or a number from 1000 to 86400000"))?;
                 }
+                "ack-timeout" => settings.ack_timeout = number(0, 31)? as u8,
                 "busy-poll" => settings.busy_poll = number(0, 1000)?,
                 "unknown-release" => {
                     settings.refuse_unknown = match value {
@@ -231,6 +237,7 @@ mod tests {
             "keepalive-probes=3",
             "keepalive-interval=200",
             "unknown-release=refuse",
+            "ack-timeout=14",
         ])
         .unwrap();
         assert_eq!(settings.bind, ["10.0.0.1", "-::1", "*"]);
@@ -239,6 +246,7 @@ mod tests {
         assert_eq!((settings.timing.linger, settings.watchdog_timeout), (0, 0));
         assert_eq!((settings.timing.keepalive, settings.timing.answer), (200, 600));
         assert!(settings.refuse_unknown);
+        assert_eq!(settings.ack_timeout, 14);
         assert_eq!(parse(&["keepalive-probes=0"]).unwrap().timing.answer, Millis::MAX);
         assert_eq!(parse(&[]).unwrap(), Settings::default());
     }
@@ -277,6 +285,7 @@ mod tests {
             ("completion-vector=-2", "a number from -1 to 1024"),
             ("bind=", "an address"),
             ("unknown-release=yes", "accept or refuse"),
+            ("ack-timeout=32", "a number from 0 to 31"),
             ("busy-poll=1001", "a number from 0 to 1000"),
             ("watchdog-timeout=999", "0, or a number from 1000"),
             ("max-registered-memory=99999999999g", "a number of bytes"),

@@ -15,6 +15,10 @@ pub struct Abilities {
     /// Whether RDMA writes with immediate data can be posted, once that is known.
     immediate: Option<bool>,
     probes: Probes,
+    /// The time to wait for acknowledgements that its first connection was given, 0 for unknown.
+    pub ack_timeout: u8,
+    /// That time was to be another, which it refused.
+    keeps_ack_timeout: bool,
     /// Receives of its next connections, once it is known how long a peer would wait.
     receives: Option<u16>,
 }
@@ -59,6 +63,11 @@ impl Abilities {
     /// Receives that the next connection is to have.
     pub fn receives(&self) -> u16 {
         self.receives.unwrap_or(FEW_RECEIVES)
+    }
+
+    /// The time to wait for acknowledgements can't be set. Returns whether that is news.
+    pub fn refuses_ack_timeout(&mut self) -> bool {
+        !std::mem::replace(&mut self.keeps_ack_timeout, true)
     }
 
     /// A probe was not carried out, with a key of the peer's or without. Returns whether that is

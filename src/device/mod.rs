@@ -246,6 +246,8 @@ impl SharedDevice {
             ("ports", Reply::List(ports.iter().map(|port| u64::from(*port).into()).collect())),
             ("connections", connections.into()),
             ("receive-slots", self.receive_slots().into()),
+            ("receive-slots-each", u64::from(self.receives()).into()),
+            ("ack-timeout", u64::from(self.abilities().ack_timeout).into()),
             ("completion-vector", u64::from(self.vector).into()),
             ("completion-queues", (present().count() as u64).into()),
             ("completion-entries", sum(|queue| queue.capacity).into()),

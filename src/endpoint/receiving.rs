@@ -14,6 +14,7 @@ use std::mem::MaybeUninit;
 use std::ptr;
 use verbs::Error;
 use verbs::mr::Region;
+use verbs::qp::Times;
 
 impl Endpoint {
     /// Hands what the session works on to `work`. Main thread.
@@ -80,15 +81,15 @@ impl Endpoint {
     }
 
     /// Makes the peer wait for a short time only where it finds no receive posted, once the queue
-    /// pair is ready to send. Returns whether that holds, unless nobody can tell. Main thread.
-    pub fn shorten_rnr_timer(&self) -> Option<bool> {
+    /// pair is ready to send. Returns what the first queue pair of a device shows. Main thread.
+    pub fn shorten_rnr_timer(&self) -> Option<Times> {
         if let Err(error) = self.qp.shorten_rnr_timer() {
             log::debug!("connection of {}: {error}", self.peer_text());
         }
         if self.device().abilities().knows_receives() {
             return None;
         }
-        self.qp.is_rnr_timer_short()
+        self.qp.times()
     }
 
     /// The connection manager has established the connection. Returns whether the handshake

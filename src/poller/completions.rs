@@ -78,6 +78,11 @@ impl Poller {
                 self.mark_if_ready(endpoint);
             }
             (Outcome::Received(length), WrKind::Receive(slot)) => {
+                // The peer is ready, though the connection manager has not heard of it: a
+                // message that says so may be lost, and come again after seconds.
+                if !endpoint.main_state().session.is_established() {
+                    endpoint.id().notify_arrival();
+                }
                 match endpoint.on_message(slot, length, time::now()) {
                     Ok(MessageAction::Nothing) => {}
                     Ok(action) => {

@@ -59,7 +59,13 @@ impl Poller {
             DeviceEvent::Other(what) => {
                 self.say_trouble(Level::Info, &format!("device {name}: {what}"));
             }
-            DeviceEvent::Established(_) | DeviceEvent::Routine => {}
+            DeviceEvent::Established(number) => {
+                let of = |it: &&Arc<Endpoint>| it.queue_pair() == number;
+                if let Some(endpoint) = self.on_device(device).iter().find(of) {
+                    endpoint.id().notify_arrival();
+                }
+            }
+            DeviceEvent::Routine => {}
         }
     }
 

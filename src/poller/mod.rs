@@ -307,16 +307,29 @@ impl Poller {
             registry.reserve()
         };
         let key = key.ok_or(Error { action: "enter an endpoint", errno: libc::EMFILE })?;
-        let (receive_bytes, timing) = {
+        let (receive_bytes, timing, ack_timeout) = {
             let settings = self.settings.borrow_mut();
-            (settings.rx_size, settings.timing)
+            (settings.rx_size, settings.timing, settings.ack_timeout)
         };
+        if ack_timeout > 0 {
+            self.set_ack_timeout(&device, id, ack_timeout);
+        }
         let place = Place::new(key);
         let plan = Plan { key, place, receive_bytes, timing, now: time::now() };
         let endpoint = Arc::new(Endpoint::new(Arc::clone(id), device, plan)?);
         self.registry.borrow_mut().enter(key, endpoint.id_key(), Arc::clone(&endpoint));
         self.track_transient(&endpoint);
         Ok(endpoint)
+    }
+
+    /// Sets how long a connection waits for acknowledgements. It lives with another time, too.
+    fn set_ack_timeout(&self, device: &SharedDevice, id: &Id, exponent: u8) {
+        if let Err(error) = id.set_ack_timeout(exponent)
+            && device.abilities().refuses_ack_timeout()
+        {
+            let what = format!("device {}: ack-timeout has no effect: {error}", device.name());
+            self.say_trouble(Level::Warn, &what);
+        }
     }
 
     /// The endpoint of a key, unless it is gone.

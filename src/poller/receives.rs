@@ -29,8 +29,9 @@ impl Poller {
         if set || device.opened().is_iwarp() {
             return;
         }
-        let Some(is_short) = endpoint.shorten_rnr_timer() else { return };
-        if device.abilities().waits_shortly(is_short) {
+        let Some(times) = endpoint.shorten_rnr_timer() else { return };
+        device.abilities().ack_timeout = times.ack_timeout;
+        if device.abilities().waits_shortly(times.is_rnr_short) {
             let what = format!(
                 "device {} does not shorten the RNR timer: a client that is ahead would wait for \
                  655 ms, so further connections have {} receives each",

@@ -166,10 +166,12 @@ unsafe impl Send for Id {}
 // SAFETY: as above.
 unsafe impl Sync for Id {}
 
-/// Level and name of the option "this id's address family only", as
+/// Level and names of options, here "this id's address family only", as
 /// `rdma_cma.h` numbers them in anonymous enumerations.
 const OPTION_LEVEL_ID: c_int = 0;
 const OPTION_FAMILY_ONLY: c_int = 2;
+/// Of the option "how long an acknowledgement is waited for".
+const OPTION_ACK_TIMEOUT: c_int = 3;
 
 impl Id {
     /// A new id whose events go to `channel`.
@@ -234,6 +236,31 @@ impl Id {
         })?;
         // SAFETY: a bound id.
         Error::check("listen", unsafe { call!(rdma_listen(self.raw, backlog)) })
+    }
+
+    /// How long this side of the connection waits for an acknowledgement before it sends again:
+    /// 4.096 µs times 2 to this number, from 1 to 31. Before it is accepted or asked for.
+    ///
+    /// # Errors
+    /// If the kernel does not know the option.
+    pub fn set_ack_timeout(&self, mut exponent: u8) -> Result<(), Error> {
+        // SAFETY: a live id; a byte of the given length.
+        Error::check("set the time to wait for acknowledgements", unsafe {
+            call!(rdma_set_option(
+                self.raw,
+                OPTION_LEVEL_ID,
+                OPTION_ACK_TIMEOUT,
+                (&raw mut exponent).cast(),
+                mem::size_of::<u8>(),
+            ))
+        })
+    }
+
+    /// Tells the connection manager that something has arrived from the other side, which is
+    /// ready then: [`EventKind::Established`] follows, also if the message that says so was lost.
+    pub fn notify_arrival(&self) {
+        // SAFETY: a live id. A failure means that it is established already.
+        unsafe { call!(rdma_notify(self.raw, ibv_event_type::IBV_EVENT_COMM_EST)) };
     }
 
     /// Starts resolving `to`; [`EventKind::AddressResolved`] follows.

@@ -84,6 +84,7 @@ functions! {
         rdma_accept
         rdma_reject
         rdma_disconnect
+        rdma_notify
         rdma_migrate_id
         rdma_get_cm_event
         rdma_ack_cm_event

@@ -37,6 +37,15 @@ pub struct RemoteBuf {
     pub rkey: u32,
 }
 
+/// How long a queue pair and its peer wait.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// Whether the peer waits for as long as [`QueuePair::shorten_rnr_timer`] sets.
+    pub is_rnr_short: bool,
+    /// See [`Id::set_ack_timeout`](crate::cm::Id::set_ack_timeout).
+    pub ack_timeout: u8,
+}
+
 /// Bytes that a work request carries in itself, if the device can: the replies to most
 /// commands. The device need not fetch them then.
 const INLINE: u32 = 96;
@@ -115,18 +124,22 @@ impl QueuePair {
         })
     }
 
-    /// Whether the RNR timer is what [`shorten_rnr_timer`](Self::shorten_rnr_timer) sets, as far
-    /// as the device tells: not of a queue pair that has failed.
-    pub fn is_rnr_timer_short(&self) -> Option<bool> {
+    /// The times that it goes by, as far as the device tells: not of a queue pair that has failed.
+    pub fn times(&self) -> Option<Times> {
         // SAFETY: plain numbers and pointers, which the call fills in.
         let (mut attributes, mut made): (ibv_qp_attr, ibv_qp_init_attr) =
             unsafe { (mem::zeroed(), mem::zeroed()) };
-        let mask = ibv_qp_attr_mask::IBV_QP_MIN_RNR_TIMER.0 | ibv_qp_attr_mask::IBV_QP_STATE.0;
+        let mask = ibv_qp_attr_mask::IBV_QP_MIN_RNR_TIMER.0
+            | ibv_qp_attr_mask::IBV_QP_TIMEOUT.0
+            | ibv_qp_attr_mask::IBV_QP_STATE.0;
         // SAFETY: a live queue pair and room for the answer.
         let queried =
             unsafe { call!(ibv_query_qp(self.raw, &mut attributes, mask as i32, &mut made)) };
         let tells = queried == 0 && attributes.qp_state == ibv_qp_state::IBV_QPS_RTS;
-        tells.then_some(attributes.min_rnr_timer == RNR_TIMER_0_64_MS)
+        tells.then_some(Times {
+            is_rnr_short: attributes.min_rnr_timer == RNR_TIMER_0_64_MS,
+            ack_timeout: attributes.timeout,
+        })
     }
 
     /// Posts a receive: a SEND of the peer fills its bytes, an immediate leaves them alone.

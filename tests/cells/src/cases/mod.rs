@@ -18,6 +18,7 @@ mod durable;
 mod endings;
 mod hostile;
 mod io_threads;
+mod late;
 mod lifecycle;
 mod operators;
 mod outgoing;
@@ -49,6 +50,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         soak::CASES,
         churn::CASES,
         crowd::CASES,
+        late::CASES,
         lifecycle::CASES,
         endings::CASES,
         operators::CASES,
