@@ -251,6 +251,15 @@ impl Poller {
         self.watch_events(&device).inspect_err(|_| api::unwatch(device.fd()))?;
         log::debug!("device {} opened", device.name());
         self.choose_receives(&device);
+        if !device.opened().has_index() {
+            let what = format!(
+                "device {}: librdmacm tells devices apart by their GUID alone, and takes one that \
+                 was reset for the one before, since netlink is closed to the server; a service \
+                 needs RestrictAddressFamilies=AF_NETLINK",
+                device.name()
+            );
+            self.say_trouble(Level::Warn, &what);
+        }
         devices.push(Arc::clone(&device));
         Ok(device)
     }

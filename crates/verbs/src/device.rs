@@ -108,6 +108,13 @@ impl Device {
         }
     }
 
+    /// Whether the library knows the kernel's number of the device, by which it tells it from
+    /// another of the same GUID, such as the same one after a reset. It asks for it by netlink.
+    pub fn has_index(&self) -> bool {
+        // SAFETY: a live context has a live device.
+        unsafe { call!(ibv_get_device_index((*self.context).device)) >= 0 }
+    }
+
     /// Whether its transport is iWARP.
     pub fn is_iwarp(&self) -> bool {
         // SAFETY: a live context has a live device.

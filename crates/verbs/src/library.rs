@@ -95,6 +95,7 @@ functions! {
         ibv_fork_init
         ibv_is_fork_initialized
         ibv_get_device_name
+        ibv_get_device_index
         ibv_query_device
         ibv_alloc_pd
         ibv_dealloc_pd

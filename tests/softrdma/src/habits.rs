@@ -89,6 +89,8 @@ pub struct Habits {
     pub late_rtu: Duration,
     /// It is an iWARP device by its transport type.
     pub iwarp: bool,
+    /// The library learns the kernel's number of the device, which needs netlink.
+    pub netlink: bool,
     /// Its vendor's number.
     pub vendor: u32,
 }
@@ -120,6 +122,7 @@ impl Default for Habits {
             loopback: true,
             late_rtu: Duration::ZERO,
             iwarp: false,
+            netlink: true,
             vendor: 0,
         }
     }
@@ -179,6 +182,7 @@ impl Habits {
             ("loopback", "no") => self.loopback = false,
             ("late-rtu", _) => self.late_rtu = Duration::from_millis(value.parse().ok()?),
             ("transport", "iwarp") => self.iwarp = true,
+            ("netlink", "no") => self.netlink = false,
             ("vendor", _) => self.vendor = value.parse().ok()?,
             _ => return None,
         }

@@ -16,7 +16,7 @@ pub const CASES: &[Case] = &[Case::new("device-ways", ways).unstarted()];
 pub(super) type Way = fn(&mut Cell) -> Result<()>;
 
 fn ways(cell: &mut Cell) -> Result<()> {
-    let ways: [(&str, Way); 7] = [
+    let ways: [(&str, Way); 8] = [
         ("inline=32", little_inline),
         ("post-send=-EAGAIN/23 post-recv=-EAGAIN/23", try_again),
         // Each client's first is the announcement and the second its first reply.
@@ -25,6 +25,7 @@ fn ways(cell: &mut Cell) -> Result<()> {
         // Local QP operation error, of a device that is not Soft-RoCE.
         ("recv-error=2@4 vendor=713", failing_receive),
         ("max-pd=4 at-limit=EAGAIN", |cell| refused(cell, "rdma.max")),
+        ("netlink=no", no_netlink),
         ("guid=0", |cell| refused(cell, "its node GUID is 0")),
     ];
     each(cell, &ways)
@@ -100,6 +101,16 @@ fn failing_receive(cell: &mut Cell) -> Result<()> {
     let lines = cell.server().log_lines("lost: local QP operation error (Receive")?;
     ensure!(lines.len() == 1, "the connection's end is not explained: {lines:?}");
     expect(&mut cell.rdma()?, "PING", "PONG")
+}
+
+/// What the library can't learn is said, and nobody minds otherwise.
+fn no_netlink(cell: &mut Cell) -> Result<()> {
+    for _ in 0..3 {
+        expect(&mut cell.rdma()?, "PING", "PONG")?;
+    }
+    let lines = cell.server().log_lines("RestrictAddressFamilies=AF_NETLINK")?;
+    ensure!(lines.len() == 1, "not one line: {lines:?}");
+    told(cell, 0, "")
 }
 
 /// Clients are refused, at once or after some, for a reason with `words`.

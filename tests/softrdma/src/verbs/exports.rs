@@ -90,7 +90,8 @@ unsafe extern "C" fn ibv_get_device_name(device: *mut ibv_device) -> *const c_ch
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ibv_get_device_index(device: *mut ibv_device) -> c_int {
     // SAFETY: a device of ours.
-    unsafe { Device::of(device) }.index
+    let index = unsafe { Device::of(device) }.index;
+    if habits().netlink { index } else { -1 }
 }
 
 #[unsafe(no_mangle)]
