@@ -218,7 +218,7 @@ pub fn counters() -> Vec<(String, Reply)> {
     METRICS.fields().into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect()
 }
 
-/// What `INFO rdma` shows, without the module's version. Main thread.
+/// The fields of `INFO rdma`, without the module's version. Main thread.
 pub fn fields() -> Vec<(String, Reply)> {
     let mut fields = Vec::new();
     for (index, device) in Poller::get().describe_devices().into_iter().enumerate() {

@@ -381,7 +381,7 @@ impl Listening {
         self.kind.get().expect("the type is registered").0
     }
 
-    /// What the module itself was told to listen on: addresses and port.
+    /// Addresses and port of the module's own settings.
     pub fn own(&self) -> (Vec<String>, u16) {
         let listeners = self.listeners.borrow_mut();
         (listeners.own_bind.clone(), listeners.own_port)

@@ -188,7 +188,7 @@ impl SharedDevice {
         })
     }
 
-    /// When the next completions are expected.
+    /// The pace of the device's completions.
     pub fn pace(&self) -> std::cell::RefMut<'_, Pace> {
         self.pace.borrow_mut()
     }
@@ -236,7 +236,7 @@ impl SharedDevice {
         "private"
     }
 
-    /// What `INFO rdma` says of the device, whose connections use `ports`.
+    /// The fields of `INFO rdma` for this device, whose connections use `ports`.
     pub fn describe(&self, ports: &[u8], connections: u64) -> Reply {
         let queues = self.queues.borrow_mut();
         let present = || queues.iter().filter(|shared| !shared.failed);

@@ -9,7 +9,7 @@ use crate::time;
 use proto::session::Millis;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What holds a write back.
+/// The shortage that holds a write back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 pub enum Shortage {
@@ -28,10 +28,11 @@ impl Shortage {
     }
 }
 
-/// What a connection's writer did, and since when it is held back. Any thread.
+/// A connection's writer: bytes sent, the time of its last write, and since when it is held
+/// back. Any thread.
 #[derive(Debug)]
 pub struct Activity {
-    /// When the connection began.
+    /// The time at which the connection began.
     pub begun: Millis,
     sent: AtomicU64,
     /// When a write took bytes last.
@@ -87,12 +88,12 @@ impl Activity {
         }
     }
 
-    /// What holds writing back, and since when.
+    /// The shortage that holds the writer back, and the time at which it began.
     pub fn held_back(&self) -> Option<(Shortage, Millis)> {
         unpack(self.held_back.load(Ordering::Relaxed))
     }
 
-    /// When a write took bytes last; 0 if none did.
+    /// The time of the last write that took bytes; 0 if none did.
     pub fn written(&self) -> Millis {
         self.written.load(Ordering::Relaxed)
     }

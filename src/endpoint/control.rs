@@ -48,7 +48,7 @@ impl Layout {
     }
 }
 
-/// What the session of an endpoint posts and registers through.
+/// The port of an endpoint's session: its queue pair and its registered memory.
 pub(super) struct Ports<'a>(pub(super) &'a Endpoint);
 
 impl Port for Ports<'_> {

@@ -65,7 +65,8 @@ const LEAST_CONTROL: usize = Layout { receives: FEW_RECEIVES }.bytes();
 
 const SEND_DEPTH: u32 = PAYLOAD_DEPTH as u32 + CONTROL_SLOTS as u32 + PROBES;
 
-/// See the module's text.
+/// One RDMA connection. [`read`](Self::read) and [`write`](Self::write) may be called on any
+/// thread, everything else on the main thread where a method does not say otherwise.
 #[derive(Debug)]
 pub struct Endpoint {
     // In the order in which things may be destroyed.
@@ -91,7 +92,7 @@ pub struct Endpoint {
     _place: Place,
 }
 
-/// What belongs to the main thread.
+/// The part of an endpoint that only the main thread reaches.
 #[derive(Debug)]
 pub struct MainState {
     /// The state of the protocol, with the receive buffers.
@@ -111,12 +112,12 @@ pub struct MainState {
     pub reason: Option<Reason>,
     /// The system's error number if it could not be established.
     pub failure: i32,
-    /// Where the connection stands, and so which gauge counts it. In
-    /// [`Ending`](Stage::Ending) it is to be removed, or was.
+    /// The connection's state, and so the gauge that counts it. In [`Ending`](Stage::Ending)
+    /// it is to be removed, or was.
     pub(super) stage: Stage,
     /// The server's number for the client, once there is one.
     pub client: Option<u64>,
-    /// What the watchdog remembers.
+    /// The watchdog's notes.
     pub watch: Watch,
 }
 
@@ -132,7 +133,7 @@ impl MainState {
     }
 }
 
-/// Who or what ended a connection.
+/// Why a connection ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
     /// The client disconnected.
@@ -147,7 +148,7 @@ pub enum Reason {
     Timeout,
 }
 
-/// Where a connection stands, as `INFO rdma` counts it.
+/// The state of a connection, as `INFO rdma` counts it and `RDMA.CLIENTS` shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
     /// Connecting or accepted, and not ready for commands.
@@ -203,7 +204,7 @@ impl fmt::Display for NoMemory {
 
 impl std::error::Error for NoMemory {}
 
-/// What an endpoint is made with.
+/// The parameters of a new endpoint.
 #[derive(Debug)]
 pub struct Plan {
     /// Its name in work requests.
@@ -319,13 +320,16 @@ impl Endpoint {
         self.peer.map_or_else(|| String::from("unknown address"), |peer| peer.to_string())
     }
 
-    /// What belongs to the main thread.
+    /// The state that only the main thread may touch.
+    ///
+    /// # Panics
+    /// On another thread, and while it is borrowed.
     #[track_caller]
     pub fn main_state(&self) -> std::cell::RefMut<'_, MainState> {
         self.own.borrow_mut()
     }
 
-    /// The connection stands somewhere else from now on, and is counted there.
+    /// The connection is in this state from now on, and counted there.
     pub fn enter_stage(&self, stage: Stage) {
         std::mem::replace(&mut self.main_state().stage, stage).gauge().sub(1);
         stage.gauge().add(1);
@@ -348,7 +352,7 @@ impl Endpoint {
         (read.is_some() && self.is_readable()) || (write.is_some() && self.is_writable())
     }
 
-    /// What the writer did.
+    /// The writer's counters and times. Any thread.
     pub fn activity(&self) -> &Activity {
         &self.activity
     }

@@ -21,7 +21,7 @@ use verbs::qp::RemoteBuf;
 /// copied would keep the thread from others, and the server can't be answered 2 GiB.
 const CALL: usize = 64 << 20;
 
-/// What a write came to.
+/// The result of a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriteOutcome {
     /// So many bytes were taken, at least one.

@@ -10,7 +10,7 @@ use crate::host::reply::Reply;
 use crate::time;
 use proto::session::Millis;
 
-/// What has to happen for a connection to go on.
+/// The event that a connection waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
     /// The connection manager establishes it.
@@ -50,7 +50,7 @@ impl Wait {
     }
 }
 
-/// What the endpoint waits for, and since when. Main thread.
+/// The event that the endpoint waits for, and the time at which the wait began. Main thread.
 pub fn wait(endpoint: &Endpoint) -> (Wait, Millis) {
     let activity = endpoint.activity();
     let own = endpoint.main_state();

@@ -3,7 +3,7 @@
 
 use proto::session::Millis;
 
-/// What the watchdog remembers of an endpoint.
+/// The watchdog's notes on an endpoint.
 #[derive(Debug, Default)]
 pub struct Watch {
     /// The endpoint's progress at the last look. What the client does does not count:
@@ -16,7 +16,7 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// What is remembered of an endpoint that is new.
+    /// The notes on a new endpoint.
     pub fn new(now: Millis) -> Self {
         Self { since: now, ..Self::default() }
     }

@@ -88,7 +88,7 @@ pub fn unwatch(fd: RawFd) {
     unsafe { raw::RedisModule_EventLoopDel.expect("server API")(fd, readable) };
 }
 
-/// What the server does not do for a module.
+/// A part of the module API that this server lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unsupported {
     /// It does not tell of this.
@@ -110,7 +110,7 @@ impl fmt::Display for Unsupported {
 
 impl std::error::Error for Unsupported {}
 
-/// What a timer calls.
+/// A timer's callback.
 pub type OnTimer = unsafe extern "C" fn(*mut raw::RedisModuleCtx, *mut c_void);
 
 /// The last timer of each callback, which may have fired since.
@@ -209,7 +209,7 @@ pub unsafe fn on_client(
         .ok_or(Unsupported::Event("of its clients"))
 }
 
-/// What [`on_setting`] calls, with a context.
+/// The callback of [`on_setting`], which gets a context.
 pub type OnSetting = fn(*mut raw::RedisModuleCtx);
 
 /// Calls `callback` on the main thread after the server's setting `name` was set.

@@ -26,7 +26,7 @@ pub fn is_main_thread() -> bool {
     main == this_thread() || (cfg!(test) && main == 0)
 }
 
-/// What `pthread_self` answers, without the call: the word at the start of what the FS
+/// The value of `pthread_self`, without the call: the word at the start of what the FS
 /// register points to (System V ABI, AMD64 supplement on thread-local storage, variant II:
 /// the thread pointer's own value). std's thread ids cost several times as much.
 fn this_thread() -> u64 {

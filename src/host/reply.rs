@@ -9,7 +9,7 @@ use redis_module::raw;
 use std::ffi::{c_char, c_long};
 use std::fmt;
 
-/// What a command answers.
+/// The reply of a command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
     /// A number.

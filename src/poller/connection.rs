@@ -13,7 +13,7 @@ use std::sync::Arc;
 /// They are copied before `writev` returns, so the number costs us nothing.
 const PIECES: u16 = 1024;
 
-/// What the server holds as `connection *`: its own structure first.
+/// The structure behind the server's `connection *`: the server's own one first.
 #[repr(C)]
 #[derive(Debug)]
 pub struct RdmaConnection {

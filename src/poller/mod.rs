@@ -72,7 +72,8 @@ const ENDINGS_PER_PASS: usize = 64;
 /// about devices and addresses.
 const LOSSES_PER_MINUTE: u32 = 30;
 
-/// See the module's text. Main thread only, all of it.
+/// All endpoints with their devices, the queue of those that are ready, and what is registered
+/// with the event loop. Main thread only, all of it.
 #[derive(Debug)]
 pub struct Poller {
     /// Those with connections, or that had some; see `Poller::retire`.
@@ -111,8 +112,8 @@ pub struct Poller {
     upcalls: &'static dyn Upcalls,
 }
 
-/// What the poller has the connection type do, which knows the server. Main thread, all of it;
-/// no cell is open during a call.
+/// Calls from the poller to the connection type, which knows the server. Main thread, all of
+/// them; no cell is borrowed during a call.
 pub trait Upcalls: fmt::Debug + Send + Sync {
     /// The handshake of an accepted endpoint is complete: makes it a connection of the server.
     fn accepted(&self, poller: &Poller, endpoint: &Arc<Endpoint>);
@@ -188,7 +189,7 @@ impl Poller {
         POLLER.get().expect("the module is loaded")
     }
 
-    /// What the operator has set.
+    /// The module's settings.
     pub fn settings(&self) -> &MainCell<Settings> {
         &self.settings
     }
@@ -514,7 +515,7 @@ impl Poller {
 
     /// Handles what happened to connections and what completed, up to the bound of a pass,
     /// without calling any handler: for calls of the server that block, and for the clock.
-    /// What became ready is served in a pass afterwards. Returns whether nothing was left.
+    /// Endpoints that became ready are served in a pass afterwards. Returns whether nothing was left.
     pub fn catch_up(&self) -> bool {
         let all = self.take_connection_events();
         // Every queue is looked at, whatever a pass left over.

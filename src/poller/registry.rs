@@ -8,7 +8,7 @@ use crate::endpoint::wr_id::{EndpointId, MAX_ENDPOINTS};
 use std::collections::HashMap;
 use std::hash::Hash;
 
-/// See the module's text.
+/// Values under keys that work requests can carry, and under the ids of events.
 #[derive(Debug)]
 pub(super) struct Registry<I, T> {
     slots: Vec<Slot<T>>,
@@ -66,13 +66,13 @@ impl<I: Eq + Hash, T: Clone> Registry<I, T> {
         true
     }
 
-    /// What was entered under a key, unless it is gone.
+    /// The value of a key, unless it was removed.
     pub(super) fn find(&self, key: EndpointId) -> Option<T> {
         let slot = self.slots.get(key.index as usize)?;
         if slot.generation == key.generation { slot.entry.clone() } else { None }
     }
 
-    /// What was entered with an id.
+    /// The value of an id.
     pub(super) fn find_by_id(&self, id: &I) -> Option<T> {
         self.find(*self.by_id.get(id)?)
     }

@@ -11,7 +11,7 @@ use crate::host::api;
 use std::ffi::{c_int, c_void};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-/// See the module's text. Main thread only.
+/// Copies of a completion channel's descriptor, registered with the event loop. Main thread only.
 #[derive(Debug, Default)]
 pub(super) struct WakeupFds {
     /// Most of them; 0 where the server does not go by descriptors.

@@ -21,7 +21,8 @@ const LONGEST_PAUSE: u32 = 10;
 /// After so many passes in a row that found more before the server slept, it stays awake.
 const CROWD: u32 = 4;
 
-/// See the module's text. One for each device; it has no clock of its own.
+/// The pace of a device's completions: whether to poll for the next ones, and until when. It
+/// has no clock of its own.
 #[derive(Debug, Default)]
 pub struct Pace {
     /// How long after a pass one look may last.

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! What the poller's half of a connection posts and registers through.
+//! The queue pair and the memory of a connection, as its session uses them.
 
 use crate::send_queue::PostError;
 use crate::window::Announcement;
 use crate::wire::{Memory, Message};
 
-/// What a session needs of the owner of queue pair, control region and receive memory.
+/// The owner of queue pair, control region and receive memory, as a session uses it.
 pub trait Port {
     /// A receive buffer.
     type Buffer;

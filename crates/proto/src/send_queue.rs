@@ -40,7 +40,7 @@ pub struct PayloadWrite {
     pub signalled: bool,
 }
 
-/// What the send loop needs of the owner of staging memory and queue pair. `R` is a region
+/// The owner of staging memory and queue pair, as the send loop uses it. `R` is a region
 /// of larger staging memory; `None` of it stands for the small one.
 pub trait Transmit<R> {
     /// Staged bytes, as a work request names them.
@@ -76,12 +76,12 @@ pub enum Shortage<E> {
     Failed(E),
 }
 
-/// What a write came to.
+/// The result of a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sent<E> {
     /// Bytes that were taken and posted.
     pub bytes: usize,
-    /// What ended it before all was taken.
+    /// The reason why not all was taken.
     pub shortage: Option<Shortage<E>>,
 }
 
@@ -97,7 +97,7 @@ pub struct SendQueue<R> {
     small: usize,
 }
 
-/// What belongs to the writer, whoever that is at the moment.
+/// The writer's state, which the holder of the right to write may use.
 #[derive(Debug)]
 pub(crate) struct Outgoing<R> {
     window: Announcement,

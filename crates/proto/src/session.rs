@@ -21,7 +21,7 @@ use crate::wire::{DecodeError, MESSAGE_LEN, Memory, Message};
 use std::collections::VecDeque;
 use std::fmt;
 
-/// What a peer did that the protocol forbids.
+/// An act of the peer that the protocol forbids. It ends the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Violation {
     /// A SEND that is no control message.
@@ -76,7 +76,7 @@ impl<E> From<Violation> for Lost<E> {
     }
 }
 
-/// What a control message did.
+/// The effect of a control message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MessageAction {
     /// Nothing that anybody else has to know of.
@@ -87,7 +87,7 @@ pub enum MessageAction {
     HandshakeCompleted,
 }
 
-/// What remains to be done at a given time.
+/// The caller's part of what is due at a given time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TimeoutAction {
     /// Nothing.
@@ -307,8 +307,8 @@ impl<B> Session<B> {
         self.lifecycle.close(written, served, now);
     }
 
-    /// Does what the time asks for. `caught_up` says that whatever waited at that time was
-    /// looked at: nobody is given up for what may be the server's own delay.
+    /// Does what is due at the time `now`. `caught_up` says that all completions and events that
+    /// waited then were handled: no peer is given up for what may be the server's own delay.
     ///
     /// # Errors
     /// If a probe can't be posted: the connection must end.
@@ -328,8 +328,8 @@ impl<B> Session<B> {
         }
     }
 
-    /// What a connection needs once in a housekeeping interval: posts what found no room,
-    /// which no completion will bring back, and gives back the memory of who is idle.
+    /// Once in a housekeeping interval: posts messages and receives that found no room, which no
+    /// completion will bring back, and gives back the memory of an idle connection.
     ///
     /// # Errors
     /// If the queue pair refuses something: the connection must end.
@@ -536,7 +536,7 @@ impl<B> Session<B> {
         self.lifecycle.is_probing()
     }
 
-    /// When the peer last gave a sign of life.
+    /// The time of the peer's last sign of life.
     pub fn last_heard(&self) -> Millis {
         self.lifecycle.last_heard()
     }

@@ -10,7 +10,7 @@ use crate::staging::Steps;
 use crate::window::sync::{AtomicBool, Ordering};
 use crate::window::{PeerState, ReceiveWindow, SharedPeerState};
 
-/// What a read came to.
+/// The result of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadOutcome {
     /// So many bytes.
@@ -23,7 +23,7 @@ pub enum ReadOutcome {
     Broken,
 }
 
-/// What a write came to.
+/// The result of a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Written<E> {
     /// So many bytes were posted, and if that is not all, then why.

@@ -24,11 +24,11 @@ unsafe impl Send for EventChannel {}
 // SAFETY: as above.
 unsafe impl Sync for EventChannel {}
 
-/// What happened to an id. The kernel's event is copied and acknowledged before
+/// A connection manager event of an id. The kernel's event is copied and acknowledged before
 /// anybody looks at it, since destroying an id waits for its acknowledgements.
 #[derive(Clone, Copy, Debug)]
 pub struct Event {
-    /// What happened.
+    /// Its kind.
     pub kind: EventKind,
     /// The id that it happened to, by its address; for a connection request the new one.
     pub id: IdKey,
@@ -36,7 +36,7 @@ pub struct Event {
     pub status: i32,
 }
 
-/// What an event says.
+/// The kind of a connection manager event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EventKind {
     /// The address asked for is resolved: the id has a device.
@@ -152,7 +152,7 @@ impl EventKind {
 #[derive(Debug)]
 pub struct Id {
     raw: *mut rdma_cm_id,
-    /// Where its events go: librdmacm uses the channel until the id is destroyed.
+    /// The channel of its events: librdmacm uses the channel until the id is destroyed.
     channel: Mutex<Arc<EventChannel>>,
 }
 

@@ -96,11 +96,11 @@ unsafe impl Sync for CompletionQueue {}
 pub struct Completion {
     /// The id that the work request was posted with.
     pub wr_id: u64,
-    /// What happened.
+    /// The result.
     pub outcome: Outcome,
 }
 
-/// What a completion says.
+/// The result of a work request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// A SEND of so many bytes arrived in the posted receive.
@@ -136,7 +136,7 @@ impl Status {
         self.0 == ibv_wc_status::IBV_WC_LOC_QP_OP_ERR
     }
 
-    /// What kind of failure it is.
+    /// The kind of failure.
     pub fn failure(self) -> Failure {
         match self.0 {
             ibv_wc_status::IBV_WC_RNR_RETRY_EXC_ERR => Failure::ReceiverNotReady,

@@ -51,7 +51,7 @@ pub const BROADCOM: u32 = 0x14e4;
 /// Soft-RoCE's numbers, of older kernels and of newer ones (`RXE_VENDOR_ID`).
 const SOFT_ROCE: [u32; 2] = [0, 0xff_ffff];
 
-/// What a device can do, as far as this crate needs it.
+/// A device's limits, as far as this crate needs them.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Most entries of one completion queue.

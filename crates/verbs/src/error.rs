@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! What went wrong: what was being done, and what the system answered.
+//! Errors: the operation that failed, and the system's error number.
 
 use crate::account::{limit_name, locked_memory_limit};
 use std::{fmt, io};

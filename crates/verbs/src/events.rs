@@ -11,7 +11,7 @@ use std::ffi::CStr;
 use std::mem::MaybeUninit;
 use std::os::fd::RawFd;
 
-/// What a device told.
+/// An asynchronous event of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceEvent {
     /// The completion queue of this number failed: no completion comes of it any more.

@@ -55,7 +55,7 @@ impl Drop for ProtectionDomain {
     }
 }
 
-/// Who may touch a region besides this process.
+/// The access rights to a region, beside this process's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// The device, on our own work requests only.

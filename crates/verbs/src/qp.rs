@@ -28,7 +28,7 @@ unsafe impl Send for QueuePair {}
 // SAFETY: as above.
 unsafe impl Sync for QueuePair {}
 
-/// Where in the peer's memory an RDMA WRITE goes.
+/// The target of an RDMA WRITE, in the peer's memory.
 #[derive(Clone, Copy, Debug)]
 pub struct RemoteBuf {
     /// Address of the first byte.

@@ -24,7 +24,8 @@ pub struct Chunk {
     pub length: usize,
 }
 
-/// See the module's text. `T` is what else belongs to the writer alone.
+/// The account of work requests and staging bytes in flight on one connection. `T` is other
+/// state of the writer.
 #[derive(Debug)]
 pub struct SendLedger<T> {
     /// Taken while a [`Writer`] exists.

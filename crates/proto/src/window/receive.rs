@@ -185,7 +185,7 @@ pub struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Where unread bytes stand, as address and length.
+    /// Address and number of the unread bytes, as far as they are in one buffer.
     #[inline]
     pub fn readable(&self) -> Option<(u64, usize)> {
         let tail = self.window.tail.load(Ordering::Acquire);

@@ -39,8 +39,8 @@ impl fmt::Display for Refused {
     }
 }
 
-/// See the module's text. `announce` belongs to the poller, `take` and
-/// `publish_left` to the writer, `room` to both.
+/// The peer's announced buffer, between poller and writer. `announce` belongs to the poller,
+/// `take` and `publish_left` to the writer, the others to both.
 #[derive(Debug, Default)]
 pub struct SendWindow {
     address: AtomicU64,
