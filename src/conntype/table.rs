@@ -284,7 +284,7 @@ unsafe extern "C" fn accept(connection: *mut Connection, handler: Option<Handler
                 return ERR;
             }
             (*connection).set_state(State::Connected);
-            if crate::poller::connection::call_handler(connection, handler) { OK } else { ERR }
+            if crate::poller::serving::call_handler(connection, handler) { OK } else { ERR }
         }
     })
     .unwrap_or(ERR)

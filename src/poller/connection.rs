@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! The server's `connection` of our type, and the calling of its handlers.
+//! The server's `connection` of our type.
 
 use crate::endpoint::Endpoint;
-use crate::host::connection::{
-    Connection, FLAG_CLOSE_SCHEDULED, FLAG_WRITE_BARRIER, Handler, State,
-};
+use crate::host::connection::{Connection, State};
 use std::ffi::c_void;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
@@ -65,38 +63,4 @@ impl RdmaConnection {
         // SAFETY: by the caller's promise.
         drop(unsafe { Box::from_raw(connection) });
     }
-}
-
-/// Whether the write handler is to go first.
-///
-/// # Safety
-/// `connection` is live.
-pub unsafe fn has_write_barrier(connection: *mut Connection) -> bool {
-    // SAFETY: by the caller's promise.
-    unsafe { (*connection).flags & FLAG_WRITE_BARRIER != 0 }
-}
-
-/// Calls a handler of the server as the server does it: while it runs, a close is
-/// only noted, and carried out afterwards. Returns whether the connection is still
-/// there. Main thread, no cell open.
-///
-/// # Safety
-/// `connection` is live and of our type.
-pub unsafe fn call_handler(connection: *mut Connection, handler: Option<Handler>) -> bool {
-    // SAFETY: `refs` keeps the connection alive while the handler runs; no
-    // reference to it is held across the call, since the handler changes it.
-    unsafe {
-        (*connection).refs += 1;
-        if let Some(handler) = handler {
-            handler(connection);
-        }
-        (*connection).refs -= 1;
-        if (*connection).flags & FLAG_CLOSE_SCHEDULED != 0 {
-            if (*connection).refs == 0 {
-                RdmaConnection::free(connection.cast());
-            }
-            return false;
-        }
-    }
-    true
 }

@@ -27,7 +27,7 @@ mod device_events;
 mod endings;
 mod receives;
 mod registry;
-mod serving;
+pub mod serving;
 mod teardown;
 mod timers;
 mod wakeup_fds;

@@ -3,9 +3,11 @@
 
 use super::Poller;
 use crate::endpoint::{Endpoint, PeerState, Stage};
-use crate::host::connection::State;
+use crate::host::connection::{
+    Connection, FLAG_CLOSE_SCHEDULED, FLAG_WRITE_BARRIER, Handler, State,
+};
 use crate::metrics::METRICS;
-use crate::poller::connection::{call_handler, has_write_barrier};
+use crate::poller::connection::RdmaConnection;
 use std::sync::Arc;
 
 impl Poller {
@@ -182,4 +184,38 @@ impl Poller {
             }
         }
     }
+}
+
+/// Whether the write handler is to go first.
+///
+/// # Safety
+/// `connection` is live.
+unsafe fn has_write_barrier(connection: *mut Connection) -> bool {
+    // SAFETY: by the caller's promise.
+    unsafe { (*connection).flags & FLAG_WRITE_BARRIER != 0 }
+}
+
+/// Calls a handler of the server as the server does it: while it runs, a close is
+/// only noted, and carried out afterwards. Returns whether the connection is still
+/// there. Main thread, no cell open.
+///
+/// # Safety
+/// `connection` is live and of our type.
+pub unsafe fn call_handler(connection: *mut Connection, handler: Option<Handler>) -> bool {
+    // SAFETY: `refs` keeps the connection alive while the handler runs; no
+    // reference to it is held across the call, since the handler changes it.
+    unsafe {
+        (*connection).refs += 1;
+        if let Some(handler) = handler {
+            handler(connection);
+        }
+        (*connection).refs -= 1;
+        if (*connection).flags & FLAG_CLOSE_SCHEDULED != 0 {
+            if (*connection).refs == 0 {
+                RdmaConnection::free(connection.cast());
+            }
+            return false;
+        }
+    }
+    true
 }
