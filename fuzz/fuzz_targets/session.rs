@@ -139,7 +139,11 @@ impl Port for Device {
         Ok(())
     }
 
-    fn post_probe(&mut self, next: u32) -> Result<(), PostError<Infallible>> {
+    fn post_probe(
+        &mut self,
+        next: u32,
+        _window: Option<Announcement>,
+    ) -> Result<(), PostError<Infallible>> {
         assert!(self.probe.is_none(), "one is out");
         self.probe = Some((next, self.in_flight.len()));
         Ok(())
@@ -315,7 +319,7 @@ fuzz_target!(|steps: Vec<Step>| {
                 Err(Lost::Refused(never)) => match never {},
             }
         }
-        assert_eq!(stream.inbound().unread(), unread);
+        assert_eq!(stream.unread(), unread);
         assert_eq!(
             stream.outbound().has_room(),
             device.waiting.is_some() || device.used < device.window.length

@@ -79,9 +79,7 @@ pub fn wait(endpoint: &Endpoint) -> (Wait, Millis) {
         let wait = if parked { Wait::IoThread } else { Wait::Pass };
         return (wait, quiet_since);
     }
-    if endpoint.stream().inbound().unread() > 0
-        || endpoint.stream().peer_state() != PeerState::Connected
-    {
+    if endpoint.stream().unread() > 0 || endpoint.stream().peer_state() != PeerState::Connected {
         return (Wait::Server, quiet_since);
     }
     if probing || awaits_slot {
@@ -95,7 +93,7 @@ pub fn describe(endpoint: &Endpoint) -> Reply {
     let now = time::now();
     let ago = |since: Millis| Reply::from(now.saturating_sub(since));
     let (waits_for, since) = wait(endpoint);
-    let (received, received_size) = endpoint.stream().inbound().position();
+    let (received, received_size) = endpoint.stream().received();
     let (sent, sent_size) = endpoint.stream().outbound().position();
     let own = endpoint.main_state();
     let (id, stage, heard) = (own.client, own.stage, own.session.last_heard());
@@ -111,12 +109,8 @@ pub fn describe(endpoint: &Endpoint) -> Reply {
         ("last-received-ms", ago(heard)),
         ("waits-for", waits_for.text().into()),
         ("waits-ms", ago(since)),
-        (
-            "bytes-received",
-            (endpoint.stream().inbound().total_read() + endpoint.stream().inbound().unread())
-                .into(),
-        ),
-        ("bytes-unread", endpoint.stream().inbound().unread().into()),
+        ("bytes-received", (endpoint.stream().total_read() + endpoint.stream().unread()).into()),
+        ("bytes-unread", endpoint.stream().unread().into()),
         ("receive-window-filled", received.into()),
         ("receive-window-size", received_size.into()),
         ("bytes-sent", endpoint.activity().sent().into()),

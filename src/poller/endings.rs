@@ -260,7 +260,7 @@ impl Poller {
         own.watch.since = now;
         let left = own.reason == Some(Reason::Client);
         let alive = endpoint.stream().peer_state() == PeerState::Connected && !left;
-        let served = endpoint.stream().inbound().total_read() > 0;
+        let served = endpoint.stream().total_read() > 0;
         own.session.close(endpoint.activity().written(), served, now);
         if alive {
             own.reason.get_or_insert(Reason::Server);

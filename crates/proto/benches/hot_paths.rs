@@ -2,8 +2,8 @@
 //! What a request costs in this module's own data paths, without device, fabric and server:
 //! the hand-overs and the protocol, and the copies that they order.
 //!
-//! * `read`: what `read` of the table does: look, copy out, consume; and the announcement once
-//!   the window is used up.
+//! * `read`: the immediate, what `read` of the table does (look, copy out, consume), and the
+//!   announcement once the window is used up.
 //! * `write`: what `write` does: right to write, staging, copy, entry; and the completions.
 //! * `pass`: what a pass adds for a connection that received: the immediate and the read that
 //!   follows, or one byte written, its completion, and the peer's next announcement as it came
@@ -40,20 +40,23 @@ fn read(criterion: &mut Criterion) {
     let received = vec![7_u8; WINDOW];
     let start = received.as_ptr() as u64;
     for size in SIZES {
-        let stream = stream();
+        let (stream, mut queue) = (stream(), Queue { start });
+        let mut session = open(&stream, &mut queue);
         let mut into = vec![0_u8; size];
+        let mut now = 0;
         group.throughput(Throughput::Bytes(size as u64));
         group.bench_function(BenchmarkId::from_parameter(size), |bencher| {
             bencher.iter(|| {
-                if stream.inbound().is_consumed() {
-                    stream.inbound().announce(start, WINDOW as u32);
-                }
-                stream.inbound().arrived(size as u32).expect("the sizes divide the window");
+                now += 1;
+                session
+                    .on_immediate(&stream, &mut queue, 0, size as u32, now)
+                    .expect("the sizes divide the window");
                 let outcome = stream.read(size, |address, count| {
                     let offset = (address - start) as usize;
                     into.copy_from_slice(&received[offset..offset + count]);
                 });
                 assert_eq!(outcome, ReadOutcome::Bytes(size));
+                announce(&stream, &mut session, &mut queue, now);
                 black_box(&mut into);
             });
         });
@@ -114,7 +117,10 @@ fn write(criterion: &mut Criterion) {
 }
 
 /// Takes everything that a session posts.
-struct Queue;
+struct Queue {
+    /// Address of every receive buffer.
+    start: u64,
+}
 
 impl Port for Queue {
     type Buffer = u32;
@@ -139,36 +145,51 @@ impl Port for Queue {
     }
 
     fn memory(&self, buffer: &u32) -> Memory {
-        Memory { address: 0, length: *buffer, rkey: 1 }
+        Memory { address: self.start, length: *buffer, rkey: 1 }
+    }
+}
+
+/// The peer's announcement of a window of one byte.
+const ANNOUNCEMENT: Message =
+    Message::RegisterXferMemory(Memory { address: 4096, length: 1, rkey: 1 });
+
+/// A session whose handshake is complete.
+fn open(stream: &Stream<()>, queue: &mut Queue) -> Session<u32> {
+    let mut session = Session::new(TIMING, WINDOW as u32, WINDOW as u32, 8, 0);
+    session.establish(stream, queue, 0).expect("nothing is refused");
+    let announcement = ANNOUNCEMENT.encode();
+    session.on_message(stream, queue, 0, &announcement, 0).expect("the first announcement");
+    assert!(session.is_open());
+    session
+}
+
+/// Announces the receive buffer again if it is full, and has the message arrive at once.
+fn announce(stream: &Stream<()>, session: &mut Session<u32>, queue: &mut Queue, now: u64) {
+    session.announce_if_full(stream, queue, now).expect("nothing is refused");
+    if session.messages_in_flight() > 0 {
+        session.on_message_sent(stream, queue, 0, now).expect("nothing is refused");
     }
 }
 
 fn pass(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("pass");
-    let stream = stream();
+    let (stream, mut queue) = (stream(), Queue { start: 0 });
     let mut staging = vec![0_u8; WINDOW];
-    let mut session = Session::new(TIMING, WINDOW as u32, WINDOW as u32, 8, 0);
-    let announcement =
-        Message::RegisterXferMemory(Memory { address: 4096, length: 1, rkey: 1 }).encode();
-    session.establish(&stream, &mut Queue, 0).expect("nothing is refused");
-    session.on_message(&stream, &mut Queue, 0, &announcement, 0).expect("the first announcement");
-    assert!(session.is_open());
+    let announcement = ANNOUNCEMENT.encode();
+    let mut session = open(&stream, &mut queue);
 
     let mut now = 0;
     group.bench_function("immediate", |bencher| {
         bencher.iter(|| {
             now += 1;
             session
-                .on_immediate(&stream, &mut Queue, 0, black_box(64), now)
+                .on_immediate(&stream, &mut queue, 0, black_box(64), now)
                 .expect("64 divides the window");
             let outcome = stream.read(64, |address, _| {
                 black_box(address);
             });
             black_box(outcome);
-            session.announce_if_full(&stream, &mut Queue, now).expect("nothing is refused");
-            if session.messages_in_flight() > 0 {
-                session.on_message_sent(&stream, &mut Queue, 0, now).expect("nothing is refused");
-            }
+            announce(&stream, &mut session, &mut queue, now);
         });
     });
     group.bench_function("announcement", |bencher| {
@@ -177,8 +198,8 @@ fn pass(criterion: &mut Criterion) {
             let mut sender = Sender { reply: &[0], staging: &mut staging, posted: None };
             stream.write(1, &mut sender);
             let number = sender.posted.expect("it was posted").sequence;
-            session.on_payload_sent(&stream, &mut Queue, number, now).expect("nothing is refused");
-            let action = session.on_message(&stream, &mut Queue, 0, black_box(&announcement), now);
+            session.on_payload_sent(&stream, &mut queue, number, now).expect("nothing is refused");
+            let action = session.on_message(&stream, &mut queue, 0, black_box(&announcement), now);
             assert_eq!(action, Ok(MessageAction::WindowOpened));
         });
     });

@@ -133,9 +133,26 @@ impl<R> Stream<R> {
         self.shut.load(Ordering::Relaxed)
     }
 
-    /// Bytes on their way in.
-    pub fn inbound(&self) -> &ReceiveWindow {
+    /// Bytes on their way in. For the session alone, which has the poller's half of it: whoever
+    /// says what arrived says which memory a reader looks at.
+    pub(crate) fn inbound(&self) -> &ReceiveWindow {
         &self.inbound
+    }
+
+    /// Bytes that wait for the reader at this moment.
+    pub fn unread(&self) -> u64 {
+        self.inbound.unread()
+    }
+
+    /// Bytes that were read since the connection began.
+    pub fn total_read(&self) -> u64 {
+        self.inbound.total_read()
+    }
+
+    /// Poller: how much of the receive buffer that was announced last is written, and its size,
+    /// in bytes.
+    pub fn received(&self) -> (u64, u64) {
+        self.inbound.position()
     }
 
     /// Bytes on their way out.
