@@ -57,6 +57,9 @@ pub struct Habits {
     pub full: i32,
     /// What a post to a queue pair in the error state answers; otherwise it is flushed.
     pub dead: Option<i32>,
+    /// Every so many receives the device has not let go of its place in the queue yet: the post
+    /// answers -EAGAIN. Not in a queue's first round.
+    pub receive_busy: Option<u64>,
     /// There is immediate data.
     pub immediate: bool,
     pub rnr: Rnr,
@@ -103,6 +106,7 @@ impl Default for Habits {
             negative: false,
             full: libc::ENOMEM,
             dead: None,
+            receive_busy: None,
             immediate: true,
             rnr: Rnr::Timed,
             modify_resets: false,
@@ -161,6 +165,7 @@ impl Habits {
             ("errno", "negative") => self.negative = true,
             ("full", _) => self.full = errno(value)? as i32,
             ("dead", _) => self.dead = Some(errno(value)? as i32),
+            ("recv-busy", _) => self.receive_busy = Some(value.parse().ok().filter(|n| *n > 0)?),
             ("imm", "none") => self.immediate = false,
             ("rnr", "ignored") => self.rnr = Rnr::Ignored,
             ("rnr", "refused") => self.rnr = Rnr::Refused,
@@ -207,6 +212,7 @@ mod tests {
             "errno=negative",
             "full=EINVAL",
             "dead=EIO",
+            "recv-busy=50",
             "imm=none",
             "rnr=ignored",
             "modify-resets",

@@ -121,7 +121,7 @@ pub const PROFILES: &[Profile] = &[
         habits: &[
             ("arm=deferred", "providers/ionic/ionic_verbs.c:1395, 1624"),
             ("events=2", "providers/ionic/ionic_verbs.c:1636: two queues of the device behind one"),
-            ("post-recv=-EAGAIN%50", "providers/ionic/ionic_verbs.c:3211; how often is a guess"),
+            ("recv-busy=50", "providers/ionic/ionic_verbs.c:3211; how often is a guess"),
             ("flush=on-poll", "providers/ionic/ionic_verbs.c:868, 928"),
             TIMEOUT,
         ],

@@ -126,6 +126,23 @@ fn nothing_is_posted_after_an_error() {
 }
 
 #[test]
+fn the_place_of_a_receive_is_still_in_use_now_and_then() {
+    planned("the_place_of_a_receive_is_still_in_use_now_and_then", "recv-busy=10", || {
+        let p = Pair::default();
+        (1..=64).for_each(|i| assert_eq!(p.server.recv(i, &[]), 0));
+        for i in 1..=20 {
+            p.client.post(Wr::send(i, &[]));
+            p.server.done(i);
+            let again = matches!(i, 6 | 15);
+            assert_eq!(p.server.recv(i, &[]), if again { -libc::EAGAIN } else { 0 }, "{i}");
+            if again {
+                assert_eq!(p.server.recv(i, &[]), 0);
+            }
+        }
+    });
+}
+
+#[test]
 fn there_is_no_immediate_data() {
     planned("there_is_no_immediate_data", "imm=none", || {
         let p = Pair::default();

@@ -61,6 +61,8 @@ pub struct Inner {
 
     // Responder.
     pub rq: VecDeque<RecvWork>,
+    /// Receives that were to be posted so far.
+    pub receives: u64,
     pub inbound: Inbound,
     /// Requests of the other side that were executed.
     pub executed: u64,
@@ -231,6 +233,7 @@ impl Qp {
             giving_up: false,
             completes_there: false,
             rq: VecDeque::new(),
+            receives: 0,
             inbound: Inbound::Idle,
             executed: 0,
         };
@@ -684,6 +687,11 @@ impl Qp {
         }
         if inner.rq.len() >= self.cap.max_recv_wr as usize {
             return Err(habits().full);
+        }
+        inner.receives += 1;
+        let used_before = inner.receives > u64::from(self.cap.max_recv_wr);
+        if used_before && habits().receive_busy.is_some_and(|n| inner.receives.is_multiple_of(n)) {
+            return Err(-libc::EAGAIN);
         }
         inner.rq.push_back(work);
         Ok(())
