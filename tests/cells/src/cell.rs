@@ -99,6 +99,9 @@ impl<'a> Cell<'a> {
         let _ = std::fs::remove_dir_all(&folder);
         std::fs::create_dir_all(&folder)?;
         let mut settings = Settings::new(lab, &id.server, id.io_threads)?;
+        if let Some(device) = &id.device {
+            settings.environment.push(("SOFTRDMA_DEVICE".to_owned(), device.clone()));
+        }
         (case.prepare)(&mut settings);
         Ok(Self {
             lab,

@@ -50,6 +50,9 @@ struct Entry {
     case: Vec<String>,
     servers: Vec<String>,
     fabrics: Vec<Fabric>,
+    /// Profiles of devices, of the software fabric. Without them it is itself.
+    #[serde(default)]
+    devices: Vec<String>,
     io_threads: Vec<u32>,
     level: Level,
     /// Why these cells are expected not to run.
@@ -88,6 +91,8 @@ pub struct CellId {
     pub server: String,
     /// What carries the bytes.
     pub fabric: Fabric,
+    /// The device that the server's fabric behaves as, if not as itself.
+    pub device: Option<String>,
     /// The server's `io-threads`.
     pub io_threads: u32,
 }
@@ -96,6 +101,14 @@ impl CellId {
     /// The minor line of the server: `8.1` of `8.1`, `8.1-embedded` and `8.1.7`.
     pub fn line(&self) -> &str {
         line(&self.server)
+    }
+
+    /// The fabric, and the device if it behaves as one: `soft` or `soft+mlx5`.
+    fn carrier(&self) -> String {
+        match &self.device {
+            Some(device) => format!("{}+{device}", self.fabric),
+            None => self.fabric.to_string(),
+        }
     }
 }
 
@@ -107,8 +120,8 @@ pub fn line(server: &str) -> &str {
 
 impl fmt::Display for CellId {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { case, server, fabric, io_threads } = self;
-        write!(out, "{case}/{server}/{fabric}/{io_threads}")
+        let Self { case, server, io_threads, .. } = self;
+        write!(out, "{case}/{server}/{}/{io_threads}", self.carrier())
     }
 }
 
@@ -128,7 +141,8 @@ pub struct Expected {
 }
 
 /// A choice of cells: parts separated by `/`, each of which has to be one of the cell's own
-/// (case, server line, fabric, io-threads). A part may end in `*`. It chooses from all levels.
+/// (case, server line, fabric, io-threads). A part may end in `*`: `soft+*` is the software
+/// fabric as any device. It chooses from all levels.
 #[derive(Clone, Debug)]
 pub struct Selector(Vec<String>);
 
@@ -153,8 +167,7 @@ impl fmt::Display for Selector {
 
 impl Selector {
     fn matches(&self, id: &CellId) -> bool {
-        let own =
-            [id.case.clone(), id.server.clone(), id.fabric.to_string(), id.io_threads.to_string()];
+        let own = [id.case.clone(), id.server.clone(), id.carrier(), id.io_threads.to_string()];
         self.0.iter().all(|part| {
             own.iter().any(|own| match part.strip_suffix('*') {
                 Some(start) => own.starts_with(start),
@@ -171,15 +184,27 @@ pub fn read(text: &str, known: &[&str]) -> Result<Matrix> {
     let mut cells = Vec::new();
     let mut seen = HashSet::new();
     for entry in file.cell {
+        ensure!(
+            entry.devices.is_empty() || entry.fabrics == [Fabric::Soft],
+            "only the software fabric behaves as one device or another"
+        );
+        let as_itself = entry.devices.is_empty().then_some(None);
+        let devices: Vec<Option<String>> =
+            as_itself.into_iter().chain(entry.devices.into_iter().map(Some)).collect();
         for case in &entry.case {
             ensure!(known.contains(&case.as_str()), "the matrix lists an unknown case '{case}'");
             for server in &entry.servers {
-                for &fabric in &entry.fabrics {
+                let carriers = entry
+                    .fabrics
+                    .iter()
+                    .flat_map(|&fabric| devices.iter().map(move |device| (fabric, device.clone())));
+                for (fabric, device) in carriers {
                     for &io_threads in &entry.io_threads {
                         let id = CellId {
                             case: case.clone(),
                             server: server.clone(),
                             fabric,
+                            device: device.clone(),
                             io_threads,
                         };
                         ensure!(seen.insert(id.clone()), "the matrix lists {id} twice");
@@ -265,7 +290,7 @@ fn parts(cells: &[Expected]) -> String {
          --list shows the cells",
         all(|id| id.case.clone()),
         all(|id| id.server.clone()),
-        all(|id| id.fabric.to_string()),
+        all(CellId::carrier),
         all(|id| id.io_threads.to_string())
     )
 }
@@ -292,6 +317,14 @@ mod tests {
         io-threads = [8]
         level = "full"
         skip = "not yet"
+
+        [[cell]]
+        case = ["b"]
+        servers = ["9.1"]
+        fabrics = ["soft"]
+        devices = ["mlx4", "mlx5"]
+        io-threads = [4]
+        level = "full"
     "#;
 
     fn tried(fabric: Fabric, level: Level, selectors: &[&str]) -> Result<Vec<String>> {
@@ -306,8 +339,8 @@ mod tests {
 
     #[test]
     fn entries_expand_to_every_combination() {
-        assert_eq!(read(TEXT, &["a", "b"]).unwrap().cells.len(), 17);
-        assert_eq!(chosen(Fabric::Soft, Level::Full, &[]).len(), 8);
+        assert_eq!(read(TEXT, &["a", "b"]).unwrap().cells.len(), 19);
+        assert_eq!(chosen(Fabric::Soft, Level::Full, &[]).len(), 10);
         assert_eq!(chosen(Fabric::Vm, Level::Quick, &[]).len(), 8);
         assert_eq!(chosen(Fabric::Vm, Level::Full, &[]).len(), 9);
     }
@@ -315,7 +348,7 @@ mod tests {
     #[test]
     fn a_given_server_has_the_cells_of_its_line() {
         let matrix = read(TEXT, &["a", "b"]).unwrap();
-        for (release, count) in [("8.0.7", 8), ("8.1.9", 1), ("9.0.4", 8), ("9.1.0", 8)] {
+        for (release, count) in [("8.0.7", 8), ("8.1.9", 1), ("9.0.4", 10), ("9.1.0", 10)] {
             let cells = matrix.given(release).unwrap();
             assert_eq!(cells.len(), count, "{release}");
             assert!(cells.iter().all(|cell| cell.id.server == release));
@@ -336,6 +369,16 @@ mod tests {
     fn selectors_name_parts_of_a_cell() {
         assert_eq!(chosen(Fabric::Hw, Level::Quick, &["a/8.0"]), ["a/8.0/hw/1", "a/8.0/hw/4"]);
         assert_eq!(chosen(Fabric::Vm, Level::Full, &["8", "a/9*/4"]), ["a/9.1/vm/4", "b/8.1/vm/8"]);
+    }
+
+    #[test]
+    fn the_software_fabric_is_itself_or_a_device() {
+        let soft = |selector| chosen(Fabric::Soft, Level::Full, &[selector]);
+        assert_eq!(soft("b/9.1/soft/4"), ["b/9.1/soft/4"]);
+        assert_eq!(soft("b/9.1/soft+mlx5/4"), ["b/9.1/soft+mlx5/4"]);
+        assert_eq!(soft("soft+*"), ["b/9.1/soft+mlx4/4", "b/9.1/soft+mlx5/4"]);
+        let elsewhere = TEXT.replace("[\"soft\"]", "[\"vm\"]");
+        assert!(read(&elsewhere, &["a", "b"]).is_err());
     }
 
     #[test]

@@ -104,7 +104,40 @@ impl State {
                 last.map_or("", |record| &record.date)
             );
         }
-        text + "\n## Cells\n\n"
+        text + "\n"
+    }
+
+    /// For each device that the software fabric behaves as, what has passed of each case.
+    fn devices(&self, cells: &[Expected]) -> String {
+        let own: Vec<(&String, &Expected)> = cells
+            .iter()
+            .filter_map(|cell| Some((cell.id.device.as_ref()?, cell)))
+            .filter(|(_, cell)| cell.skip.is_none())
+            .collect();
+        if own.is_empty() {
+            return String::new();
+        }
+        let cases: BTreeSet<_> = own.iter().map(|(_, cell)| &cell.id.case).collect();
+        let devices: BTreeSet<_> = own.iter().map(|(device, _)| device).collect();
+        let row = |name: &str, column: &dyn Fn(&String) -> String| {
+            let columns: Vec<String> = cases.iter().map(|case| column(case)).collect();
+            format!("| {name} | {} |\n", columns.join(" | "))
+        };
+        let mut text = "## Devices\n\nThe software fabric behaves as each of them, by what is \
+             known of it from outside\n(`tests/softrdma/src/profiles.rs`): cells that have passed, \
+             of how many.\n\n"
+            .to_owned();
+        text += &row("device", &|case| case.clone());
+        text += &row("---", &|_| "---".to_owned());
+        for device in devices {
+            text += &row(device, &|case| {
+                let of = own.iter().filter(|(its, cell)| its == device && cell.id.case == *case);
+                let ids: Vec<String> = of.map(|(_, cell)| cell.id.to_string()).collect();
+                let passed = ids.iter().filter(|id| self.records.contains_key(*id)).count();
+                if ids.is_empty() { String::new() } else { format!("{passed}/{}", ids.len()) }
+            });
+        }
+        text + "\n"
     }
 
     /// The table of all cells, those without a record included.
@@ -116,11 +149,12 @@ impl State {
             "# Test report\n\nWritten by `scripts/test.sh full`. {passed} of {} cells of the \
              matrix have passed, {skipped} are skipped for the reason given. Figures of the \
              virtual machine are those of an emulated processor: they compare only with each \
-             other.\n\n{}\
+             other.\n\n{}{}## Cells\n\n\
              | cell | result | commit | date | seconds | figures |\n\
              | --- | --- | --- | --- | ---: | --- |\n",
             cells.len(),
-            self.releases(cells)
+            self.releases(cells),
+            self.devices(cells)
         );
         for cell in cells {
             let row = match (&cell.skip, self.records.get(&cell.id.to_string())) {
