@@ -188,7 +188,10 @@ impl Habits {
             ("late-rtu", _) => self.late_rtu = Duration::from_millis(value.parse().ok()?),
             ("transport", "iwarp") => self.iwarp = true,
             ("netlink", "no") => self.netlink = false,
-            ("vendor", _) => self.vendor = value.parse().ok()?,
+            ("vendor", _) => {
+                let hex = value.strip_prefix("0x").map(|hex| u32::from_str_radix(hex, 16));
+                self.vendor = hex.unwrap_or_else(|| value.parse()).ok()?;
+            }
             _ => return None,
         }
         Some(())
@@ -228,10 +231,12 @@ mod tests {
             "loopback=no",
             "late-rtu=4300",
             "transport=iwarp",
+            "vendor=0x2c9",
         ] {
             assert!(habits.take(good), "{good}");
         }
         assert_eq!((habits.inline, habits.max_mr), (Inline::Limited(96), 3));
+        assert_eq!(habits.vendor, 713);
         assert_eq!((habits.full, habits.dead), (libc::EINVAL, Some(libc::EIO)));
         assert_eq!(habits.as_returned(libc::ENOMEM), -libc::ENOMEM);
         for bad in [

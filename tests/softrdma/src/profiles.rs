@@ -22,6 +22,7 @@ pub const PROFILES: &[Profile] = &[
     Profile {
         name: "mlx5",
         habits: &[
+            ("vendor=0x2c9", "shown by ibv_devinfo in many threads"),
             (
                 "inline-error=ENOMEM",
                 "providers/mlx5/qp.c:348; it grants more than is asked for, verbs.c:1806",
@@ -36,6 +37,7 @@ pub const PROFILES: &[Profile] = &[
     Profile {
         name: "mlx4",
         habits: &[
+            ("vendor=0x2c9", "shown by ibv_devinfo in many threads"),
             ("inline-error=ENOMEM", "providers/mlx4/qp.c:393"),
             ("max-qp=131000", "thread claudebarthels/infinity 5"),
             ("max-cqe=4194303", "the same"),
@@ -47,6 +49,7 @@ pub const PROFILES: &[Profile] = &[
     Profile {
         name: "irdma",
         habits: &[
+            ("vendor=0x8086", "kernel irdma/verbs.c: of PCI"),
             ("inline=101:error", "providers/irdma/uverbs.c:1553, uk.c:840; kernel irdma/user.h"),
             ("rnr=ignored", "kernel irdma/verbs.c: irdma_modify_qp_roce takes no RNR timer"),
             ("flush=on-poll", "providers/irdma/uk.c:1523, up to the second generation"),
@@ -57,6 +60,7 @@ pub const PROFILES: &[Profile] = &[
     Profile {
         name: "irdma-iwarp",
         habits: &[
+            ("vendor=0x8086", "kernel irdma/verbs.c: of PCI"),
             ("transport=iwarp", "kernel irdma/verbs.c: node type RNIC"),
             ("inline=48:error", "X722: providers/irdma/i40iw_hw.h:10"),
             ("rnr=none", "RFC 5040, 7.1: an untagged message without a buffer ends the stream"),
@@ -67,6 +71,7 @@ pub const PROFILES: &[Profile] = &[
     Profile {
         name: "erdma",
         habits: &[
+            ("vendor=0x1ded", "kernel erdma_verbs.c"),
             ("transport=iwarp", "kernel erdma_main.c: node type RNIC"),
             ("errno=negative", "providers/erdma/erdma_verbs.c:415, 762, 803, 836"),
             ("dead=EIO", "providers/erdma/erdma_verbs.c:762, 836"),
@@ -83,6 +88,7 @@ pub const PROFILES: &[Profile] = &[
     Profile {
         name: "bnxt",
         habits: &[
+            ("vendor=0x14e4", "of PCI"),
             ("inline=96:error", "providers/bnxt_re/bnxt_re-abi.h:331"),
             ("inline-error=ENOMEM", "providers/bnxt_re/verbs.c:2376, 2547"),
             ("flush=on-poll", "providers/bnxt_re/verbs.c"),
@@ -97,6 +103,7 @@ pub const PROFILES: &[Profile] = &[
     Profile {
         name: "hns-hip08",
         habits: &[
+            ("vendor=0x19e5", "of PCI"),
             (
                 "inline=32",
                 "providers/hns/hns_roce_u_verbs.c:1250, 1276: a wish for more is granted and not kept; hns_roce_u_hw_v2.c:1061",
@@ -109,6 +116,7 @@ pub const PROFILES: &[Profile] = &[
     Profile {
         name: "iwarp",
         habits: &[
+            ("vendor=0x626d74", "kernel siw.h"),
             ("transport=iwarp", "kernel siw_main.c: node type RNIC"),
             ("imm=none", "providers/siw/siw.c:491, 536; cxgb4 with older firmware: qp.c:551"),
             ("errno=negative", "providers/siw/siw.c; providers/cxgb4/qp.c:492 to 735"),
@@ -119,6 +127,7 @@ pub const PROFILES: &[Profile] = &[
     Profile {
         name: "ionic",
         habits: &[
+            ("vendor=0x1dd8", "of PCI"),
             ("arm=deferred", "providers/ionic/ionic_verbs.c:1395, 1624"),
             ("events=2", "providers/ionic/ionic_verbs.c:1636: two queues of the device behind one"),
             ("recv-busy=50", "providers/ionic/ionic_verbs.c:3211; how often is a guess"),
@@ -129,6 +138,7 @@ pub const PROFILES: &[Profile] = &[
     Profile {
         name: "mana",
         habits: &[
+            ("vendor=0x1414", "kernel mana/main.c: of PCI"),
             ("inline=ignored", "providers/mana/wr.c: the flag is not looked at"),
             ("full=EINVAL", "providers/mana/wr.c:362"),
             ("dead=EINVAL", "providers/mana/wr.c"),
@@ -143,6 +153,7 @@ pub const PROFILES: &[Profile] = &[
     Profile {
         name: "qedr",
         habits: &[
+            ("vendor=0x1077", "of PCI"),
             ("errno=negative", "providers/qedr/qelr_verbs.c:1503, 1511, 1962"),
             ("max-qp=8568", "thread ucx 5148"),
             ("max-cqe=8388480", "the same"),

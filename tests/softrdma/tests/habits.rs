@@ -401,13 +401,18 @@ fn a_node_without_guid_is_not_found() {
 }
 
 #[test]
-fn a_device_says_that_it_is_iwarp() {
-    planned("a_device_says_that_it_is_iwarp", "transport=iwarp", || {
+fn a_device_says_that_it_is_iwarp_and_whose() {
+    planned("a_device_says_that_it_is_iwarp_and_whose", "transport=iwarp vendor=0x1ded", || {
         bound(|id| {
             // SAFETY: a live context has its device.
             let device = unsafe { &*(*id.verbs).device };
             assert_eq!(device.node_type, ibv_node_type::IBV_NODE_RNIC);
             assert_eq!(device.transport_type, ibv_transport_type::IBV_TRANSPORT_IWARP);
+            // SAFETY: a live context; zeroes are valid attributes.
+            let mut attr: ibv_device_attr = unsafe { zeroed() };
+            // SAFETY: as above.
+            assert_eq!(unsafe { ibv_query_device(id.verbs, &raw mut attr) }, 0);
+            assert_eq!(attr.vendor_id, 0x1ded);
         });
     });
 }

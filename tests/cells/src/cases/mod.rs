@@ -23,6 +23,7 @@ mod lifecycle;
 mod operators;
 mod outgoing;
 mod panics;
+mod profiles;
 mod refusals;
 mod removal;
 mod replica;
@@ -56,6 +57,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         operators::CASES,
         outgoing::CASES,
         panics::CASES,
+        profiles::CASES,
         config::CASES,
         counters::CASES,
         refusals::CASES,
