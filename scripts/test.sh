@@ -176,7 +176,7 @@ acceptance() {
 acceptance_in_guest() {
     local log=$1 start=$SECONDS
     say "The acceptance run in full, in the virtual machine"
-    if accept_both "$log" "$repo/scripts/guest.sh --kernel new --timeout 3600" 10.9.9.1 \
+    if accept_both "$log" "$repo/scripts/guest.sh --kernel new --timeout 3600" 10.9.9.1 --clients 100 \
         --reset 'rdma link delete rxe0; sleep 2; rdma link add rxe0 type rxe netdev d0'; then
         ((++passed))
     else

@@ -33,7 +33,7 @@ acceptance STEP SERVER …
   storm SERVER ROUNDS COUNT           clients that come, ask and go, COUNT at a time
   load rdma|tcp SERVER CLIENTS BYTES PIPELINE SECONDS";
 
-/// Longest wait for a reply: a server may fork, or be told to sleep.
+/// Longest wait for a reply, or for connecting: a server may fork, or be told to sleep.
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// What the receiver-not-ready timer is unless somebody shortens it: code 0 of the
 /// InfiniBand specification, 9.7.5.2.8.
@@ -94,7 +94,7 @@ fn step(words: &[&str]) -> Result<()> {
 /// One of so many clients.
 fn rdma_client(server: SocketAddr, of: usize) -> Result<Rdma> {
     let window = if of > FEW { 64 * 1024 } else { 1024 * 1024 };
-    let options = rdma::Options { window, ..rdma::Options::default() };
+    let options = rdma::Options { window, timeout: TIMEOUT, ..rdma::Options::default() };
     admitted(rdma::Connection::client(server, &options, TIMEOUT)?)
 }
 
