@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! What an operator may ask: `RDMA.CLIENTS` and `RDMA.STATS`.
+//! What an operator may ask: `RDMA.CLIENTS`, `RDMA.STATS` and `RDMA.DOCTOR`.
 //!
 //! `RDMA.CLIENTS` says of each connection what it is doing and what it waits for, so that
 //! a client that hangs is explained by it alone. `RDMA.STATS` is `INFO rdma` for programs.
-//! Both only look. They show addresses, so they are in the ACL category *admin*, as the
+//! Both only look. `RDMA.DOCTOR` (`doctor`) tries the devices out. They show addresses, so they are in the ACL category *admin*, as the
 //! server's `CLIENT LIST` is, and in *rdma*, to be given away without the others.
 
 use crate::conntype::listener::Listening;
+use crate::doctor;
 use crate::endpoint::status;
 use crate::endpoint::wr_id::MAX_ENDPOINTS;
 use crate::host::api::{self, Unsupported};
@@ -34,6 +35,8 @@ struct Command {
     name: &'static CStr,
     summary: &'static CStr,
     complexity: &'static CStr,
+    /// Its words at least, as the server counts them.
+    arity: c_int,
     run: raw::RedisModuleCmdFunc,
 }
 
@@ -45,18 +48,29 @@ pub fn names() -> impl Iterator<Item = &'static str> {
 /// The limits that are told, in the order of `limits`.
 pub const LIMITS: [&str; 4] = ["handshakes", "registered_bytes", "locked_bytes", "connections"];
 
-const COMMANDS: [Command; 2] = [
+const COMMANDS: [Command; 3] = [
     Command {
         name: c"rdma.clients",
         summary: c"Lists the RDMA connections: what each does, and what it waits for.",
         complexity: c"O(N) where N is the number of RDMA connections",
+        arity: 1,
         run: Some(clients),
     },
     Command {
         name: c"rdma.stats",
         summary: c"Returns the counters, limits and devices of the RDMA transport.",
         complexity: c"O(N) where N is the number of RDMA connections",
+        arity: 1,
         run: Some(stats),
+    },
+    Command {
+        name: c"rdma.doctor",
+        summary:
+            c"Tries out what the RDMA devices do with the things that the transport relies on.",
+        complexity:
+            c"O(N) where N is the number of RDMA devices; it takes up to some seconds for each",
+        arity: -1,
+        run: Some(doctor::command),
     },
 ];
 
@@ -101,7 +115,7 @@ unsafe fn enter(
         since: c"0.1.0".as_ptr(),
         history: ptr::null_mut(),
         tips: c"nondeterministic_output".as_ptr(),
-        arity: 1,
+        arity: command.arity,
         key_specs: ptr::null_mut(),
         args: ptr::null_mut(),
     };

@@ -23,6 +23,18 @@ pub const COMPLETION_VECTOR: std::ops::RangeInclusive<i64> = -1..=1024;
 /// The argument that limits registered memory.
 pub const MAX_REGISTERED_MEMORY: &str = "max-registered-memory";
 
+/// What is to be done about a device that fails a check when the module is loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Probe {
+    /// Nothing is checked.
+    #[default]
+    No,
+    /// It is logged.
+    Warn,
+    /// The module is not loaded.
+    Require,
+}
+
 /// The module's settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -49,6 +61,8 @@ pub struct Settings {
     /// How long an acknowledgement is waited for before something is sent again, 4.096 µs times
     /// 2 to this; 0 leaves it to the connection manager.
     pub ack_timeout: u8,
+    /// Whether devices are examined at load.
+    pub probe: Probe,
     /// Keepalive intervals in which a probe may stay without an answer; 0 means any number.
     pub keepalive_probes: u64,
     /// Durations of sessions.
@@ -68,6 +82,7 @@ impl Default for Settings {
             busy_poll: 5,
             refuse_unknown: false,
             ack_timeout: 0,
+            probe: Probe::No,
             keepalive_probes: 12,
             timing: Timing {
                 handshake: 10_000,
@@ -99,7 +114,7 @@ const NAMES: &str = "one of bind=ADDRESS, port=NUMBER, rx-size=BYTES, completion
      max-handshakes=NUMBER, max-registered-memory=BYTES, handshake-timeout=MS, keepalive-interval=MS, \
      keepalive-probes=NUMBER, linger-time=MS, watchdog-timeout=MS, busy-poll=US, \
      ack-timeout=NUMBER, \
-     unknown-release=accept|refuse";
+     unknown-release=accept|refuse, probe=no|warn|require";
 
 /// Arguments of builds before 0.1.0, and the names that they have now.
 pub const RENAMED: [(&str, &str); 4] = [
@@ -183,6 +198,14 @@ impl Settings {
                         _ => return Err(error("accept or refuse")),
                     };
                 }
+                "probe" => {
+                    settings.probe = match value {
+                        "no" => Probe::No,
+                        "warn" => Probe::Warn,
+                        "require" => Probe::Require,
+                        _ => return Err(error("no, warn or require")),
+                    };
+                }
                 "linger-time" => settings.timing.linger = number(0, 60_000)?,
                 name => {
                     let renamed = RENAMED.iter().find(|(old, _)| *old == name);
@@ -238,6 +261,7 @@ mod tests {
             "keepalive-interval=200",
             "unknown-release=refuse",
             "ack-timeout=14",
+            "probe=warn",
         ])
         .unwrap();
         assert_eq!(settings.bind, ["10.0.0.1", "-::1", "*"]);
@@ -247,6 +271,7 @@ mod tests {
         assert_eq!((settings.timing.keepalive, settings.timing.answer), (200, 600));
         assert!(settings.refuse_unknown);
         assert_eq!(settings.ack_timeout, 14);
+        assert_eq!(settings.probe, Probe::Warn);
         assert_eq!(parse(&["keepalive-probes=0"]).unwrap().timing.answer, Millis::MAX);
         assert_eq!(parse(&[]).unwrap(), Settings::default());
     }
@@ -286,6 +311,7 @@ mod tests {
             ("bind=", "an address"),
             ("unknown-release=yes", "accept or refuse"),
             ("ack-timeout=32", "a number from 0 to 31"),
+            ("probe=yes", "no, warn or require"),
             ("busy-poll=1001", "a number from 0 to 1000"),
             ("watchdog-timeout=999", "0, or a number from 1000"),
             ("max-registered-memory=99999999999g", "a number of bytes"),

@@ -29,6 +29,7 @@ pub mod commands;
 pub mod config;
 pub mod conntype;
 pub mod device;
+pub mod doctor;
 pub mod endpoint;
 pub mod host;
 pub mod log_limit;

@@ -7,6 +7,7 @@ use crate::conntype;
 use crate::conntype::listener::Listening;
 use crate::conntype::rebind;
 use crate::conntype::table;
+use crate::doctor;
 use crate::host::difference::Difference;
 use crate::host::line::{Layout, Line, Version};
 use crate::host::main_cell::{declare_main_thread, is_main_thread};
@@ -156,6 +157,7 @@ unsafe fn load(
     fork::prepare()?;
     account::limit_registered(settings.max_registered_memory, config::MAX_REGISTERED_MEMORY);
 
+    doctor::at_load(settings.probe, &settings.bind)?;
     let (poller, listening) = conntype::start(line, symbols, settings)?;
     if line.wakes_threads_by_descriptors() {
         // 9.0 can change the number while it runs.
@@ -194,6 +196,7 @@ unsafe fn load(
         "valkey-rdma {} loaded into valkey-server {version} (line {line})",
         env!("CARGO_PKG_VERSION")
     );
+    doctor::introduce();
     // SAFETY: the server's context.
     unsafe { namesake::followers(ctx) }.iter().for_each(|what| log::warn!("{what}"));
     Ok(())

@@ -2,6 +2,7 @@
 //! Why the module does not let itself be loaded.
 
 use crate::config::ArgumentError;
+use crate::doctor::DoctorError;
 use crate::host::Line;
 use crate::host::api::Unsupported;
 use crate::host::difference::Difference;
@@ -29,6 +30,8 @@ pub enum Refusal {
     Library(LoadError),
     /// The RDMA connection manager can't be used.
     Verbs(Error),
+    /// A device is unfit, or there is none to examine, and that is required.
+    Doctor(DoctorError),
     /// The module API lacks something.
     Api(Unsupported),
     /// The event loop has no room for our descriptors.
@@ -70,6 +73,7 @@ impl fmt::Display for Refusal {
             ),
             Self::Library(error) => write!(f, "{error}"),
             Self::Verbs(error) => write!(f, "{error}"),
+            Self::Doctor(error) => write!(f, "{error}"),
             Self::Api(error) => write!(f, "{error}"),
             Self::EventLoop => {
                 f.write_str("the server's event loop takes no more descriptors (maxclients)")
@@ -83,6 +87,12 @@ impl fmt::Display for Refusal {
 }
 
 impl std::error::Error for Refusal {}
+
+impl From<DoctorError> for Refusal {
+    fn from(error: DoctorError) -> Self {
+        Self::Doctor(error)
+    }
+}
 
 impl From<ArgumentError> for Refusal {
     fn from(error: ArgumentError) -> Self {

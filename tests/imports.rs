@@ -14,7 +14,7 @@ type Module = Vec<String>;
 type Graph = BTreeMap<Module, BTreeSet<Module>>;
 
 /// The crates that are checked: the folder of each one's sources.
-const CRATES: [&str; 3] = ["src", "crates/proto/src", "crates/verbs/src"];
+const CRATES: [&str; 4] = ["src", "crates/doctor/src", "crates/proto/src", "crates/verbs/src"];
 
 fn modules(folder: &Path, at: &[String], found: &mut BTreeMap<Module, PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {

@@ -23,7 +23,7 @@ use crate::poller::Poller;
 use once_cell::sync::OnceCell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use verbs::Error;
@@ -379,6 +379,11 @@ impl Listening {
     /// The registered `ConnectionType`.
     pub fn kind(&self) -> *const c_void {
         self.kind.get().expect("the type is registered").0
+    }
+
+    /// The addresses that are listened on.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        self.listeners.borrow_mut().open.iter().map(|listener| listener.address.ip()).collect()
     }
 
     /// Addresses and port of the module's own settings.

@@ -6,6 +6,7 @@ use crate::cm::Id;
 use crate::library::call;
 use rdma_sys::*;
 use std::ffi::CStr;
+use std::fmt;
 use std::mem::MaybeUninit;
 use std::sync::Arc;
 
@@ -71,6 +72,59 @@ impl Limits {
     }
 }
 
+/// What a device says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// Its name, such as `mlx5_0`.
+    pub name: String,
+    /// Whether its transport is iWARP, and not InfiniBand or RoCE.
+    pub iwarp: bool,
+    /// The version of its firmware.
+    pub firmware: String,
+    /// The vendor's number.
+    pub vendor: u32,
+    /// The vendor's number of the part.
+    pub part: u32,
+    /// The GUID of the node.
+    pub guid: u64,
+    /// Most queue pairs.
+    pub queue_pairs: u32,
+    /// Most completion queues.
+    pub completion_queues: u32,
+    /// Most entries of one completion queue.
+    pub completion_entries: u32,
+    /// Most registered regions.
+    pub regions: u32,
+    /// Most protection domains.
+    pub domains: u32,
+    /// Completion vectors.
+    pub vectors: u32,
+}
+
+/// In one line.
+impl fmt::Display for Facts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}: {}, firmware {}, vendor {:#06x} part {}, GUID {:016x}, at most {} queue pairs, \
+             {} completion queues of {} entries, {} regions, {} protection domains; {} completion \
+             vectors",
+            self.name,
+            if self.iwarp { "iWARP" } else { "InfiniBand or RoCE" },
+            if self.firmware.is_empty() { "unknown" } else { &self.firmware },
+            self.vendor,
+            self.part,
+            self.guid,
+            self.queue_pairs,
+            self.completion_queues,
+            self.completion_entries,
+            self.regions,
+            self.domains,
+            self.vectors,
+        )
+    }
+}
+
 impl Device {
     pub(crate) fn context(&self) -> *mut ibv_context {
         self.context
@@ -115,6 +169,32 @@ impl Device {
         unsafe { call!(ibv_get_device_index((*self.context).device)) >= 0 }
     }
 
+    /// What the device says of itself.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub fn facts(&self) -> Result<Facts, Error> {
+        let attributes = self.attributes()?;
+        // SAFETY: text that ends in a NUL, inside the structure.
+        let firmware = unsafe { CStr::from_ptr(attributes.fw_ver.as_ptr()) };
+        // SAFETY: a live context.
+        let vectors = unsafe { (*self.context).num_comp_vectors };
+        Ok(Facts {
+            name: self.name(),
+            iwarp: self.is_iwarp(),
+            firmware: firmware.to_string_lossy().into_owned(),
+            vendor: attributes.vendor_id,
+            part: attributes.vendor_part_id,
+            guid: u64::from_be(attributes.node_guid),
+            queue_pairs: attributes.max_qp.max(0) as u32,
+            completion_queues: attributes.max_cq.max(0) as u32,
+            completion_entries: attributes.max_cqe.max(0) as u32,
+            regions: attributes.max_mr.max(0) as u32,
+            domains: attributes.max_pd.max(0) as u32,
+            vectors: vectors.max(0) as u32,
+        })
+    }
+
     /// Whether its transport is iWARP.
     pub fn is_iwarp(&self) -> bool {
         // SAFETY: a live context has a live device.
@@ -123,20 +203,24 @@ impl Device {
         }
     }
 
+    fn attributes(&self) -> Result<ibv_device_attr, Error> {
+        let mut attributes = MaybeUninit::<ibv_device_attr>::zeroed();
+        // SAFETY: a live context and room for the answer, which is plain numbers.
+        unsafe {
+            Error::check_number(
+                "query the device",
+                call!(ibv_query_device(self.context, attributes.as_mut_ptr())),
+            )?;
+            Ok(attributes.assume_init())
+        }
+    }
+
     /// Asks the device for its limits.
     ///
     /// # Errors
     /// If the device does not answer.
     pub fn limits(&self) -> Result<Limits, Error> {
-        let mut attributes = MaybeUninit::<ibv_device_attr>::zeroed();
-        // SAFETY: a live context and room for the answer, which is plain numbers.
-        let attributes = unsafe {
-            Error::check_number(
-                "query the device",
-                call!(ibv_query_device(self.context, attributes.as_mut_ptr())),
-            )?;
-            attributes.assume_init()
-        };
+        let attributes = self.attributes()?;
         // SAFETY: a live context.
         let vectors = unsafe { (*self.context).num_comp_vectors };
         Ok(Limits {

@@ -103,6 +103,26 @@ impl QueuePair {
         unsafe { (*self.raw).qp_num }
     }
 
+    /// Bytes that a work request carries in itself at most, as the device granted them.
+    pub fn inline(&self) -> u32 {
+        self.inline
+    }
+
+    /// Puts it into error: all that is posted completes as flushed, and the peer is not told.
+    ///
+    /// # Errors
+    /// If the device can't.
+    pub fn fail(&self) -> Result<(), Error> {
+        // SAFETY: attributes are numbers; only the masked one is looked at.
+        let mut attributes: ibv_qp_attr = unsafe { mem::zeroed() };
+        attributes.qp_state = ibv_qp_state::IBV_QPS_ERR;
+        let mask = ibv_qp_attr_mask::IBV_QP_STATE.0 as i32;
+        // SAFETY: a live queue pair.
+        Error::check_number("put the queue pair into error", unsafe {
+            call!(ibv_modify_qp(self.raw, &mut attributes, mask))
+        })
+    }
+
     /// Makes a peer that found no receive posted try again soon. Once it is ready to send.
     ///
     /// # Errors
@@ -174,8 +194,23 @@ impl QueuePair {
         to: RemoteBuf,
         signalled: bool,
     ) -> Result<(), Error> {
+        self.post_write_of(wr_id, bytes, to, bytes.raw.length, signalled)
+    }
+
+    /// The same with another immediate.
+    ///
+    /// # Errors
+    /// As [`post_send`](Self::post_send).
+    pub fn post_write_of(
+        &self,
+        wr_id: u64,
+        bytes: Sge<'_>,
+        to: RemoteBuf,
+        immediate: u32,
+        signalled: bool,
+    ) -> Result<(), Error> {
         let opcode = ibv_wr_opcode::IBV_WR_RDMA_WRITE_WITH_IMM;
-        self.post(wr_id, opcode, Some(bytes), Some(to), bytes.raw.length, signalled)
+        self.post(wr_id, opcode, Some(bytes), Some(to), immediate, signalled)
     }
 
     /// Posts an RDMA WRITE of nothing: it costs the peer no receive and touches no

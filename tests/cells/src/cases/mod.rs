@@ -14,6 +14,7 @@ mod deadlock;
 mod device_events;
 mod device_lacks;
 mod devices;
+mod doctor;
 mod durable;
 mod endings;
 mod hostile;
@@ -44,6 +45,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         device_events::CASES,
         device_lacks::CASES,
         devices::CASES,
+        doctor::CASES,
         durable::CASES,
         stalled::CASES,
         hostile::CASES,

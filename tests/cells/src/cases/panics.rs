@@ -83,6 +83,7 @@ const FUNCTIONS: &[(&str, Act)] = &[
     ("new client", Visits),
     ("INFO", Asks("INFO everything")),
     ("a command", Asks("RDMA.STATS")),
+    ("the doctor", Asks("RDMA.DOCTOR")),
     ("rdma.port", Stays),
     ("the value of rdma.port", Asks("CONFIG GET rdma.port")),
     ("rdma.bind", Asks("CONFIG SET rdma.bind 127.0.0.2")),

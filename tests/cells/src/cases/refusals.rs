@@ -31,7 +31,7 @@ pub const CASES: &[Case] = &[
 
 /// Starts a server that has to refuse, and returns the one line of its log that has all of
 /// `words` in it.
-fn refusal(cell: &mut Cell, words: &[&str]) -> Result<String> {
+pub(super) fn refusal(cell: &mut Cell, words: &[&str]) -> Result<String> {
     let mut server = cell.launch()?;
     let status = server
         .wait_exit(cell.lab.patience())
