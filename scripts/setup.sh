@@ -13,6 +13,7 @@
 #   bench         what scripts/bench.sh measures with (clients among it)
 #   guest         an emulator and a kernel with Soft-RoCE
 #   guest-new     a newer kernel for it, of which a device can be taken away (not in all)
+#   guest-siw     a driver for its own kernel, of an RDMA device that is iWARP (not in all)
 #   all           all of the above
 #   machines      disks of whole systems: machine-12 machine-13 machine-forky (not in all)
 #   trees         to build in: tree-12 tree-13 tree-forky (not in all)
@@ -256,6 +257,33 @@ unpack_new_kernel() {
     replace "$cache/kernel-new" "$new"
 }
 
+# Debian's kernels leave siw out. It is built from Debian's source of the kernel that the guest
+# has, with that one's headers.
+part_guest-siw() {
+    part_guest
+    need_packages gcc make xz-utils
+    cached "guest: siw for its kernel" build_siw "$(cat "$cache/kernel/release")" "$(own_suite)"
+}
+
+build_siw() {
+    local release=$1 suite=$2 new=$cache/siw.new version series package headers
+    fresh "$new" && cd "$new"
+    headers=usr/src/linux-headers-$release
+    apt_of "$suite" update
+    apt_of "$suite" download "linux-headers-$release" "linux-headers-${release%-*}-common"
+    version=$(dpkg-deb -f "linux-headers-$release"_*.deb Version)
+    series=$(cut -d. -f1,2 <<<"$version")
+    apt_of "$suite" download "linux-kbuild-$series=$version" "linux-source-$series=$version"
+    for package in linux-headers-*.deb linux-kbuild-*.deb; do dpkg-deb -x "$package" .; done
+    dpkg-deb --fsys-tarfile linux-source-*.deb | tar -xO "./usr/src/linux-source-$series.tar.xz" |
+        tar -xJ --strip-components=4 "linux-source-$series/drivers/infiniband/sw/siw"
+    # The headers name each other by where they would be installed.
+    sed -i "s,include /usr/src,include $new/usr/src," "$headers/Makefile"
+    make -C "$headers" M="$new/siw" CONFIG_RDMA_SIW=m modules
+    fresh "$cache/siw" && mv siw/siw.ko "$cache/siw/"
+    rm -r "$new"
+}
+
 # --- machines ----------------------------------------------------------------
 
 # What a small machine with Debian has, with the libraries that the packages to
@@ -364,7 +392,7 @@ recipe() {
 
 main() {
     local want parts=() env=0
-    (($#)) || { sed -n '4,19s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+    (($#)) || { sed -n '4,20s/^# \{0,1\}//p' "$0" >&2; exit 2; }
     for want; do
         case $want in
         all) parts+=(build fuzz "${servers[@]}" clients bench guest) ;;

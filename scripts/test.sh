@@ -264,6 +264,7 @@ run_cells() {
         ;;
     vm)
         say "Cells in a virtual machine: $count"
+        ! "${cells[@]}" --fabric vm --list "$@" | grep '^siw/' >/dev/null || "$repo/scripts/setup.sh" guest-siw
         where=("$repo/scripts/guest.sh" --timeout "$guest_limit" "${shown[@]}")
         [[ ! -d $cache/cells ]] || where+=(--rw "$cache/cells")
         ;;

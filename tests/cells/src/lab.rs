@@ -101,6 +101,8 @@ pub struct Lab {
     pub clients: PathBuf,
     /// The folder with the server of [`BUILT`] and upstream's own module.
     pub built: PathBuf,
+    /// What `scripts/setup.sh` keeps.
+    pub cache: PathBuf,
     /// The module under test.
     pub module: PathBuf,
     /// Its hash.
@@ -163,6 +165,7 @@ impl Lab {
             repo: repo.to_owned(),
             clients: cache.join("clients"),
             built: cache.join("cmodule/9.1"),
+            cache,
             module_sha256: sha256(&module)?,
             module,
             fabric,

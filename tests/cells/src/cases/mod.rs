@@ -25,6 +25,7 @@ mod operators;
 mod outgoing;
 mod panics;
 mod profiles;
+mod providers;
 mod refusals;
 mod removal;
 mod replica;
@@ -60,6 +61,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         outgoing::CASES,
         panics::CASES,
         profiles::CASES,
+        providers::CASES,
         config::CASES,
         counters::CASES,
         refusals::CASES,
