@@ -47,11 +47,8 @@ impl Poller {
         match event {
             DeviceEvent::QueueFailed(number) => self.give_up_queue(device, number),
             DeviceEvent::Fatal => self.retire(device, "it failed, or was removed"),
-            DeviceEvent::QueuePair(number, what) => {
-                let of = |it: &&Arc<Endpoint>| it.queue_pair() == number;
-                let peer = self.on_device(device).iter().find(of).map(|it| it.peer_text());
-                let peer = peer.map_or_else(String::new, |peer| format!("connection of {peer}: "));
-                self.say_trouble(Level::Info, &format!("device {name}: {peer}{what}"));
+            DeviceEvent::QueuePairFailed(number, what) => {
+                self.queue_pair_failed(device, number, &what)
             }
             DeviceEvent::Port(port, what) => {
                 self.say_trouble(Level::Info, &format!("device {name}: {what} (port {port})"));
@@ -67,6 +64,17 @@ impl Poller {
             }
             DeviceEvent::Routine => {}
         }
+    }
+
+    /// A queue pair failed, so that its connection is over. The flushed work requests say so as
+    /// well, sooner or later, and no reason.
+    fn queue_pair_failed(&self, device: &Arc<SharedDevice>, number: u32, what: &str) {
+        let endpoints = self.on_device(device);
+        let Some(endpoint) = endpoints.iter().find(|it| it.queue_pair() == number) else { return };
+        if endpoint.stream().peer_state() == PeerState::Connected {
+            self.say_lost(endpoint, &format!("{what}; device {}", device.name()));
+        }
+        self.lose(endpoint, PeerState::Disconnected, Reason::Error);
     }
 
     /// A completion queue failed, so that nothing completes on it any more: its connections

@@ -21,8 +21,8 @@ pub enum DeviceEvent {
     /// Something arrived on the queue pair of this number before the connection manager said
     /// that it is connected.
     Established(u32),
-    /// Something befell the queue pair of this number, in the library's words.
-    QueuePair(u32, String),
+    /// The queue pair of this number failed, for this reason in the library's words.
+    QueuePairFailed(u32, String),
     /// Something befell a port, in the library's words.
     Port(u8, String),
     /// Something else befell the device, in the library's words.
@@ -85,8 +85,6 @@ mod kind {
         QP_ACCESS_ERR = IBV_EVENT_QP_ACCESS_ERR;
         COMM_EST = IBV_EVENT_COMM_EST;
         SQ_DRAINED = IBV_EVENT_SQ_DRAINED;
-        PATH_MIG = IBV_EVENT_PATH_MIG;
-        PATH_MIG_ERR = IBV_EVENT_PATH_MIG_ERR;
         DEVICE_FATAL = IBV_EVENT_DEVICE_FATAL;
         PORT_ACTIVE = IBV_EVENT_PORT_ACTIVE;
         PORT_ERR = IBV_EVENT_PORT_ERR;
@@ -118,11 +116,9 @@ unsafe fn read(raw: *const ibv_async_event) -> DeviceEvent {
             kind::DEVICE_FATAL => DeviceEvent::Fatal,
             kind::COMM_EST => DeviceEvent::Established(queue_pair()),
             kind::SQ_DRAINED | kind::LAST_WQE => DeviceEvent::Routine,
-            kind::QP_FATAL
-            | kind::QP_REQ_ERR
-            | kind::QP_ACCESS_ERR
-            | kind::PATH_MIG
-            | kind::PATH_MIG_ERR => DeviceEvent::QueuePair(queue_pair(), text(kind)),
+            kind::QP_FATAL | kind::QP_REQ_ERR | kind::QP_ACCESS_ERR => {
+                DeviceEvent::QueuePairFailed(queue_pair(), text(kind))
+            }
             kind::PORT_ACTIVE
             | kind::PORT_ERR
             | kind::LID_CHANGE
