@@ -5,14 +5,14 @@
 //! Dependencies in this direction only:
 //!
 //! * [`time`], [`log_limit`], [`mod@panic`]: the clock, a limit on log lines, no panic into C.
-//! * [`config`], [`metrics`]: what is set and what is counted.
 //! * [`host`]: the server's ABI.
+//! * [`config`], [`metrics`]: what is set and what is counted.
 //! * [`child`]: what forked children must not do.
 //! * [`device`]: the completion queues that the connections of one device share.
 //! * [`endpoint`]: one RDMA connection.
 //! * [`poller`]: completions in, handlers called, timers.
 //! * [`conntype`]: the connection type that the server calls.
-//! * [`commands`]: what an operator may ask.
+//! * [`commands`], [`mod@doctor`]: what an operator may ask.
 //! * [`namesake`]: another module of our name.
 //! * [`module`]: loading and `INFO`; [`refusal`]: why it is not loaded.
 

@@ -73,7 +73,7 @@ metrics! {
     connections_ending,
     /// Connections with a reply that their client's window does not take, now.
     connections_window_full,
-    /// Connections that became the server's clients, ever.
+    /// Connections that were handed to the server, which may have refused them, ever.
     connections_accepted,
     /// Connections that this server opened to others, ever.
     connections_opened,
@@ -95,13 +95,14 @@ metrics! {
     ended_by_violation,
     /// Ends by an error of the fabric.
     ended_by_error,
-    /// Ends of connections that did not complete their handshake in time.
+    /// Ends of connections that did not complete their handshake in time, or left a keepalive
+    /// probe without an answer.
     ended_by_timeout,
     /// Connections that lingered and were ended early, to make room for others.
     lingering_cut_short,
     /// Most ends that one pass has seen to.
     endings_at_once_most,
-    /// Payload that arrived in our windows.
+    /// Payload that the server has read.
     bytes_received,
     /// Payload that was posted into clients' windows.
     bytes_sent,
@@ -162,7 +163,7 @@ metrics! {
     busy_poll_hits,
     /// Busy polls that found none, so that the event was taken.
     busy_poll_misses,
-    /// WrKind completions with an error, flushes not counted.
+    /// Completions of work requests with an error, flushes not counted.
     error_completions,
     /// Of these: the client posted no receives (RNR) for longer than it asked us to try.
     errors_receiver_not_ready,
@@ -174,7 +175,7 @@ metrics! {
     errors_remote,
     /// Our own side.
     errors_local,
-    /// WrKind requests that a device refused, but for want of room; their connections ended.
+    /// Work requests that a device refused, but for want of room; their connections ended.
     posts_refused,
     /// Polls of a completion queue that failed; the next one went on, or the device was lost.
     poll_failures,

@@ -29,7 +29,7 @@ const ERR: c_int = raw::REDISMODULE_ERR as c_int;
 
 /// Descriptors that may fire together with a device's: two for each I/O thread, and
 /// no more than a part of what the event loop reserves.
-const MOST_ECHOES: usize = 24;
+const MOST_WAKEUP_FDS: usize = 24;
 
 /// The version as one number, as `MODULE LIST` shows it: 1.2.3 is 10203.
 fn version_number() -> c_int {
@@ -250,7 +250,7 @@ unsafe fn arguments(argv: *mut *mut raw::RedisModuleString, argc: c_int) -> Vec<
 unsafe fn allow_wakeup_fds(ctx: *mut raw::RedisModuleCtx) {
     // SAFETY: by the caller's promise.
     let io_threads = unsafe { io_threads(ctx) };
-    let most = if io_threads > 1 { (2 * io_threads).min(MOST_ECHOES) } else { 0 };
+    let most = if io_threads > 1 { (2 * io_threads).min(MOST_WAKEUP_FDS) } else { 0 };
     Poller::get().allow_wakeup_fds(most);
 }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 /// the log: each is the answer to one thing that an operator did.
 const ONCE: &[(&str, usize, &str)] = &[
     ("module.rs", 5, "the module is loaded, or is to be unloaded"),
+    ("doctor.rs", 5, "the module is loaded, and each device is told of once"),
     ("conntype/listener.rs", 5, "the server starts to listen, or is told to listen elsewhere"),
     ("conntype/rebind.rs", 1, "a setting is changed"),
     ("log_limit.rs", 1, "this is the limiter"),

@@ -35,13 +35,13 @@ enum Probes {
 
 impl Abilities {
     /// A connection's writes were posted: so the device has immediate data.
-    pub fn writes(&mut self) {
+    pub fn note_written(&mut self) {
         self.immediate.get_or_insert(true);
     }
 
     /// A connection's first write was refused as something that there is not. Returns whether
     /// the device is found unable to serve anybody by that.
-    pub fn refuses_write(&mut self) -> bool {
+    pub fn note_write_refused(&mut self) -> bool {
         let new = self.immediate.is_none();
         self.immediate.get_or_insert(false);
         new
@@ -49,7 +49,7 @@ impl Abilities {
 
     /// Whether a peer that finds no receive posted tries again soon. Returns whether it is news
     /// that it does not.
-    pub fn waits_shortly(&mut self, shortly: bool) -> bool {
+    pub fn note_rnr_timer(&mut self, shortly: bool) -> bool {
         let new = self.receives.is_none();
         self.receives.get_or_insert(if shortly { FEW_RECEIVES } else { MANY_RECEIVES });
         new && !shortly
@@ -66,13 +66,13 @@ impl Abilities {
     }
 
     /// The time to wait for acknowledgements can't be set. Returns whether that is news.
-    pub fn refuses_ack_timeout(&mut self) -> bool {
+    pub fn note_ack_timeout_refused(&mut self) -> bool {
         !std::mem::replace(&mut self.keeps_ack_timeout, true)
     }
 
     /// A probe was not carried out, with a key of the peer's or without. Returns whether that is
     /// news.
-    pub fn fails_probe(&mut self, keyed: bool) -> bool {
+    pub fn note_probe_failed(&mut self, keyed: bool) -> bool {
         let before = self.probes;
         if keyed {
             self.probes = Probes::None;
@@ -92,7 +92,7 @@ impl Abilities {
     }
 
     /// Whether a connection can be served, as far as is known.
-    pub fn serves(&self) -> bool {
+    pub fn can_serve(&self) -> bool {
         self.immediate != Some(false)
     }
 }
@@ -104,25 +104,25 @@ mod tests {
     #[test]
     fn who_has_written_is_not_called_unable() {
         let mut able = Abilities::default();
-        able.writes();
-        assert!(!able.refuses_write() && able.serves());
+        able.note_written();
+        assert!(!able.note_write_refused() && able.can_serve());
         let mut unable = Abilities::default();
-        assert!(unable.serves(), "as far as is known");
-        assert!(unable.refuses_write() && !unable.serves());
-        assert!(!unable.refuses_write(), "it is said once");
-        unable.writes();
-        assert!(!unable.serves());
+        assert!(unable.can_serve(), "as far as is known");
+        assert!(unable.note_write_refused() && !unable.can_serve());
+        assert!(!unable.note_write_refused(), "it is said once");
+        unable.note_written();
+        assert!(!unable.can_serve());
     }
 
     #[test]
     fn receives_follow_from_the_first_that_is_known_of_the_timer() {
         let mut short = Abilities::default();
         assert!(!short.knows_receives());
-        assert!(!short.waits_shortly(true) && !short.waits_shortly(false));
+        assert!(!short.note_rnr_timer(true) && !short.note_rnr_timer(false));
         assert_eq!(short.receives(), FEW_RECEIVES);
         let mut long = Abilities::default();
         assert_eq!(long.receives(), FEW_RECEIVES, "until it is known");
-        assert!(long.waits_shortly(false) && !long.waits_shortly(false), "it is said once");
+        assert!(long.note_rnr_timer(false) && !long.note_rnr_timer(false), "it is said once");
         assert_eq!(long.receives(), MANY_RECEIVES);
     }
 
@@ -130,9 +130,12 @@ mod tests {
     fn probes_that_fail_are_not_tried_again() {
         let mut device = Abilities::default();
         assert!(device.carries_probes(false));
-        assert!(device.fails_probe(false) && !device.fails_probe(false), "it is said once");
+        assert!(
+            device.note_probe_failed(false) && !device.note_probe_failed(false),
+            "it is said once"
+        );
         assert!(device.carries_probes(true) && !device.carries_probes(false));
-        assert!(device.fails_probe(true) && !device.fails_probe(false));
+        assert!(device.note_probe_failed(true) && !device.note_probe_failed(false));
         assert!(!device.carries_probes(true) && !device.carries_probes(false));
     }
 }

@@ -211,7 +211,7 @@ impl SharedDevice {
     }
 
     /// Whether the id is bound to this device.
-    pub fn serves(&self, id: &Id) -> bool {
+    pub fn owns(&self, id: &Id) -> bool {
         self.anchor.shares_device(id)
     }
 

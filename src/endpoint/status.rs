@@ -19,7 +19,7 @@ pub enum Wait {
     Announcement,
     /// The client reads its window and announces it again.
     Window,
-    /// WrKind requests of ours complete: the client's device acknowledges them.
+    /// Work requests of ours complete: the client's device acknowledges them.
     Completion,
     /// The server acts: it was told, and an I/O thread has the job, or will.
     IoThread,

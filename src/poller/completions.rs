@@ -148,7 +148,7 @@ impl Poller {
     fn doubt_probes(&self, endpoint: &Arc<Endpoint>) {
         let keyed = endpoint.stream().outbound().announced().is_some();
         let device = endpoint.device();
-        if device.abilities().fails_probe(keyed) {
+        if device.abilities().note_probe_failed(keyed) {
             let how = if keyed { "" } else { " without a key" };
             let what = format!(
                 "device {} can't carry out RDMA writes of no bytes{how}: silent clients are not \

@@ -132,7 +132,7 @@ impl Poller {
         .add(1);
         endpoint.enter_stage(Stage::Ending);
         if endpoint.stream().outbound().total_posted() > 0 {
-            endpoint.device().abilities().writes();
+            endpoint.device().abilities().note_written();
         }
         endpoint.detach();
         teardown::hand_over(endpoint, |why| self.say_trouble(Level::Warn, why));
@@ -197,9 +197,9 @@ impl Poller {
     fn doubt_device(&self, device: &Arc<SharedDevice>, error: Error) {
         let has_written = |it: &Arc<Endpoint>| it.stream().outbound().total_posted() > 0;
         if self.on_device(device).iter().any(has_written) {
-            device.abilities().writes();
+            device.abilities().note_written();
         }
-        if device.abilities().refuses_write() {
+        if device.abilities().note_write_refused() {
             METRICS.devices_unfit.add(1);
             let what = format!(
                 "device {} can't serve clients: it refuses RDMA writes with immediate data, which \

@@ -228,7 +228,7 @@ impl Poller {
     /// If there is no device or it can't be opened.
     fn device_of(&self, id: &Arc<Id>) -> Result<Arc<SharedDevice>, Error> {
         let mut devices = self.devices.borrow_mut();
-        if let Some(device) = devices.iter().find(|device| device.serves(id)) {
+        if let Some(device) = devices.iter().find(|device| device.owns(id)) {
             return Ok(Arc::clone(device));
         }
         let (vector, patience) = {
@@ -305,7 +305,7 @@ impl Poller {
     }
 
     fn enter_on(&self, device: Arc<SharedDevice>, id: &Arc<Id>) -> Result<Arc<Endpoint>, Error> {
-        if !device.abilities().serves() {
+        if !device.abilities().can_serve() {
             let action =
                 "serve clients on its device, which refuses RDMA writes with immediate data";
             return Err(Error { action, errno: libc::EOPNOTSUPP });
@@ -335,7 +335,7 @@ impl Poller {
     /// Sets how long a connection waits for acknowledgements. It lives with another time, too.
     fn set_ack_timeout(&self, device: &SharedDevice, id: &Id, exponent: u8) {
         if let Err(error) = id.set_ack_timeout(exponent)
-            && device.abilities().refuses_ack_timeout()
+            && device.abilities().note_ack_timeout_refused()
         {
             let what = format!("device {}: ack-timeout has no effect: {error}", device.name());
             self.say_trouble(Level::Warn, &what);

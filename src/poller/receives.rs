@@ -31,7 +31,7 @@ impl Poller {
         }
         let Some(times) = endpoint.shorten_rnr_timer() else { return };
         device.abilities().ack_timeout = times.ack_timeout;
-        if device.abilities().waits_shortly(times.is_rnr_short) {
+        if device.abilities().note_rnr_timer(times.is_rnr_short) {
             let what = format!(
                 "device {} does not shorten the RNR timer: a client that is ahead would wait for \
                  655 ms, so further connections have {} receives each",
@@ -44,7 +44,7 @@ impl Poller {
 
     /// A device was opened: on one of iWARP there is no RNR, and who is ahead is cut off.
     pub(super) fn choose_receives(&self, device: &SharedDevice) {
-        if device.opened().is_iwarp() && device.abilities().waits_shortly(false) {
+        if device.opened().is_iwarp() && device.abilities().note_rnr_timer(false) {
             let what = format!(
                 "device {} is of iWARP, which has no RNR: its connections have {} receives each",
                 device.name(),

@@ -77,7 +77,8 @@ impl Poller {
             }
             return;
         }
-        // SAFETY: live, see `mark_if_ready`.
+        // SAFETY: an endpoint's connection is live until the server closes it, which clears the
+        // pointer.
         if unsafe { (*connection).state() } == State::Connecting {
             if open || endpoint.stream().peer_state() != PeerState::Connected {
                 self.upcalls.connected(self, endpoint);
@@ -140,7 +141,7 @@ impl Poller {
             if connection.is_null() || !endpoint.is_readable() {
                 return;
             }
-            // SAFETY: live, see `mark_if_ready`; no cell is open during the call.
+            // SAFETY: live, as above; no cell is open during the call.
             unsafe {
                 let base = &*connection;
                 let handler = match (base.read_handler, endpoint.stream().peer_state()) {
@@ -175,7 +176,7 @@ impl Poller {
         if connection.is_null() || self.waits_for_sync(endpoint) {
             return;
         }
-        // SAFETY: live, see `mark_if_ready`; no cell is open during the call.
+        // SAFETY: live, as above; no cell is open during the call.
         unsafe {
             let handler = (*connection).write_handler;
             if handler.is_some() && endpoint.is_writable() {

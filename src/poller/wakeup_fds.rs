@@ -35,7 +35,7 @@ impl WakeupFds {
         while self.descriptors.len() < wanted {
             // SAFETY: the caller's descriptor, which is open.
             let copy = unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned();
-            let Some(copy) = copy.ok().filter(|copy| api::watch(copy.as_raw_fd(), on_echo, 0))
+            let Some(copy) = copy.ok().filter(|copy| api::watch(copy.as_raw_fd(), on_wakeup_fd, 0))
             else {
                 self.most = self.descriptors.len();
                 return;
@@ -61,4 +61,4 @@ impl WakeupFds {
 }
 
 /// The device's own handler does the work.
-unsafe extern "C" fn on_echo(_fd: c_int, _data: *mut c_void, _mask: c_int) {}
+unsafe extern "C" fn on_wakeup_fd(_fd: c_int, _data: *mut c_void, _mask: c_int) {}

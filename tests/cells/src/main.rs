@@ -129,10 +129,12 @@ fn run(options: &Options) -> Result<bool> {
         progress: &progress,
         until_failure: options.rounds > 1,
     };
-    let (alone, together): (Vec<_>, Vec<_>) =
-        chosen.iter().cycle().take(rounds).partition(|cell| cell.alone);
-    run.cells(&together, options.jobs)?;
-    run.cells(&alone, 1)?;
+    let (alone, together): (Vec<_>, Vec<_>) = chosen.iter().partition(|cell| cell.alone);
+    // One round after the other: two runs of one cell would share its folder.
+    for _ in 0..options.rounds {
+        run.cells(&together, options.jobs)?;
+        run.cells(&alone, 1)?;
+    }
     progress.finish_and_clear();
     let totals = run.totals.into_inner().expect("no cell panicked");
     if totals.failed == 0 {

@@ -26,7 +26,7 @@ pub const CASES: &[Case] = &[
     Case::new("removal", |cell| removal(cell, 3)).with(removed_often),
     Case::new("removal-long", |cell| removal(cell, 200)).with(|settings| {
         everywhere(settings);
-        faults(settings, "remove-device/400 device-returns=200");
+        faults(settings, "remove-device/3000 device-returns=200");
     }),
     Case::new("removal-address", removal_address).with(removed_once),
     Case::new("device-reset", device_reset).with(everywhere),
@@ -38,7 +38,10 @@ pub const CASES: &[Case] = &[
 
 /// Clients that connect again and again.
 const CREW: usize = 50;
-/// How long one of them waits for an answer.
+/// How long one of them does nothing between two requests: fifty that never rest would be what keeps
+/// each other and the server waiting.
+const THINKS: Duration = Duration::from_millis(10);
+/// How long it waits for an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// And for its connection: a request that comes while there is no device is lost.
 const CONNECT: Duration = Duration::from_secs(1);
@@ -159,6 +162,7 @@ fn ask(address: SocketAddr, stop: &AtomicBool) -> Asked {
             asked.replies += 1;
             asked.pauses.add(answered.elapsed(), RETURN);
             answered = Instant::now();
+            std::thread::sleep(THINKS);
         }
     }
     asked
