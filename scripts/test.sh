@@ -14,7 +14,8 @@
 #
 # A SELECTOR runs those cells alone, also those that quick leaves out: CASE, or
 # CASE/SERVER/FABRIC/IO-THREADS with any of them left out, such as deadlock-10mb,
-# 8.0/soft or 'sizes-*/vm/4'. One that selects nothing is an error.
+# 8.0/soft or 'sizes-*/vm/4'. One that selects nothing is an error. Only what they need is set
+# up: commands/8.0/soft/4 wants neither root nor other servers, other programs or a guest.
 #
 # The last line sums up: N passed, N failed, N skipped.
 # shellcheck source=scripts/lib.sh
@@ -32,8 +33,10 @@ main() {
     fi
     case ${1:-} in
     quick | full) level=$1; shift ;;
-    -h | --help) sed -n '4,18s/^# \{0,1\}//p' "$0"; return ;;
+    -h | --help) sed -n '4,19s/^# \{0,1\}//p' "$0"; return ;;
     esac
+    # What chosen cells need is set up once they are known.
+    ((!$#)) || [[ -n $server ]] || parts=(build)
     local start=$SECONDS
     cd "$repo"
     say "Setting up"
@@ -44,13 +47,19 @@ main() {
     log=$(mktemp -d "${TMPDIR:-/tmp}/valkey-rdma-test.XXXXXX")
 
     say "Building"
-    step "cargo: the module without deferral, which has to fail" \
-        build_variant test-no-deferral without-deferral
-    step "cargo: the module with panics, which has to live on" \
-        build_variant test-panics with-panics
-    step "cargo: the module, the fabric, clients and cells" \
-        cargo build --locked --release --workspace --examples --bins --lib
     cells=("$target/release/cells" --level "$level")
+    if ((!$#)); then
+        build_variants deadlock-guard panics
+        build_all
+    else
+        build_all
+        local cases needs
+        mapfile -t cases < <(chosen "$@" | cut -d / -f 1 | sort -u)
+        mapfile -t needs < <(chosen "$@" | needs)
+        [[ -n $server ]] || "$repo/scripts/setup.sh" "${needs[@]}"
+        build_variants "${cases[@]}"
+        step "cargo: the module" cargo build --locked --release --package valkey-rdma
+    fi
     [[ -z $server ]] || cells+=(--server "$server")
     guest_limit=1800
     ((!$#)) || guest_limit=14400
@@ -104,6 +113,43 @@ main() {
     say "Done in $((SECONDS - start)) s"
     printf '%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
     ((!failed && passed))
+}
+
+build_all() {
+    step "cargo: the module, the fabric, clients and cells" \
+        cargo build --locked --release --workspace --examples --bins --lib
+}
+
+# build_variants CASE… — the faulty modules that these cases need, in the place of the module
+# proper.
+build_variants() {
+    if [[ " $* " == *' deadlock-guard '* ]]; then
+        step "cargo: the module without deferral, which has to fail" \
+            build_variant test-no-deferral without-deferral
+    fi
+    if [[ " $* " =~ ' '(panics|watchdog) ]]; then
+        step "cargo: the module with panics, which has to live on" \
+            build_variant test-panics with-panics
+    fi
+}
+
+# The cells that are chosen, on all fabrics.
+chosen() {
+    local fabric
+    for fabric in soft vm vm-new; do "${cells[@]}" --fabric "$fabric" --list "$@"; done
+}
+
+# Cases that use no program but the server: their clients are the project's own.
+own_clients='commands|waiting|reply-off|pipeline|listed|sizes-edges|odd-windows|small-server-window|last-words'
+
+# The parts of scripts/setup.sh that the cells on stdin need.
+needs() {
+    awk -F / -v own="^($own_clients)$" '
+        { need["server-" $2] }
+        $1 !~ own { need["clients"] }
+        $3 ~ /^vm/ { need["guest"] }
+        $3 == "vm-new" { need["guest-new"] }
+        END { for (part in need) print part }'
 }
 
 # The package and its documentation, in use on Debian 13; in full on all releases, with

@@ -16,8 +16,10 @@ use anyhow::{Context, Result};
 use crate::lab::LOOPBACK;
 
 const FIRST: u16 = 10_000;
-const EACH: u16 = 100;
-const BLOCKS: u16 = 220;
+/// So many that they come round again after minutes: a port of the fabric's that a long cell
+/// listens on does not show as in use.
+const EACH: u16 = 1000;
+const BLOCKS: u16 = 22;
 
 /// A port of this process's own that nobody listens on now.
 pub fn free_port() -> Result<u16> {
