@@ -68,8 +68,10 @@ fn doctor(cell: &Cell) -> Result<Said> {
 }
 
 fn examine(cell: &mut Cell) -> Result<()> {
-    // The first connection makes the server set up what it keeps for good.
-    expect(&mut cell.rdma()?, "PING", "PONG")?;
+    // The first connections and the first examination make server and fabric set up what they
+    // keep for good.
+    cell.traffic(4, 4000)?.stop()?;
+    doctor(cell)?;
     let before = Holdings::at_rest(cell)?;
     let traffic = cell.traffic(4, 4000)?;
     let pinger = Pinger::start(cell, cell.lab.patience())?;
@@ -119,7 +121,7 @@ fn examine(cell: &mut Cell) -> Result<()> {
 
     pinger.end()?;
     traffic.stop()?;
-    before.wait_back(cell)?;
+    before.wait_back(cell).with_context(|| cell.server().scene())?;
     Ok(())
 }
 
