@@ -7,6 +7,7 @@
 
 use crate::config::Probe;
 use crate::conntype::listener::Listening;
+use crate::host::api;
 use crate::host::reply::Reply;
 use crate::panic::guard;
 use doctor::{Examination, Outcome};
@@ -130,7 +131,7 @@ pub unsafe extern "C" fn command(
         if flags as u32 & raw::REDISMODULE_CTX_FLAGS_DENY_BLOCKING != 0 {
             return Err(DoctorError::Transaction);
         }
-        let wanted = (argc == 2).then(|| text(*argv.add(1)));
+        let wanted = (argc == 2).then(|| api::text(*argv.add(1)));
         start(ctx, wanted)
     });
     if !matches!(refused, Some(Ok(()))) {
@@ -152,18 +153,6 @@ unsafe fn fail(ctx: *mut raw::RedisModuleCtx, why: Option<&DoctorError>) {
     let why = CString::new(why).unwrap_or_default();
     // SAFETY: by the caller's promise; a C string.
     unsafe { raw::RedisModule_ReplyWithError.expect("server API")(ctx, why.as_ptr()) };
-}
-
-/// # Safety
-/// A string of the server's.
-unsafe fn text(string: *mut raw::RedisModuleString) -> String {
-    let mut length = 0;
-    // SAFETY: by the caller's promise; the server gives as many bytes.
-    unsafe {
-        let start = raw::RedisModule_StringPtrLen.expect("server API")(string, &mut length);
-        let bytes = std::slice::from_raw_parts(start.cast::<u8>(), length);
-        String::from_utf8_lossy(bytes).into_owned()
-    }
 }
 
 /// The server's blocked client, for the thread that answers it.

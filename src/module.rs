@@ -228,18 +228,8 @@ unsafe fn probed(line: Line, known: Option<Layout>) -> Result<Symbols, Differenc
 /// As [`ValkeyModule_OnLoad`].
 unsafe fn arguments(argv: *mut *mut raw::RedisModuleString, argc: c_int) -> Vec<String> {
     (0..argc.max(0) as usize)
-        .map(|index| {
-            // SAFETY: the server passes `argc` strings.
-            unsafe {
-                let mut length = 0;
-                let text = raw::RedisModule_StringPtrLen.expect("server API")(
-                    *argv.add(index),
-                    &mut length,
-                );
-                let bytes = std::slice::from_raw_parts(text.cast::<u8>(), length);
-                String::from_utf8_lossy(bytes).into_owned()
-            }
-        })
+        // SAFETY: the server passes `argc` strings.
+        .map(|index| unsafe { api::text(*argv.add(index)) })
         .collect()
 }
 

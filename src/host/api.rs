@@ -299,3 +299,17 @@ impl Log for ServerLog {
 
     fn flush(&self) {}
 }
+
+/// A string of the server's as text; what is no UTF-8 in it is replaced.
+///
+/// # Safety
+/// A live string of the server's, with the API in place.
+pub unsafe fn text(string: *mut raw::RedisModuleString) -> String {
+    let mut length = 0;
+    // SAFETY: by the caller's promise; the server gives as many bytes.
+    unsafe {
+        let start = raw::RedisModule_StringPtrLen.expect("server API")(string, &mut length);
+        let bytes = std::slice::from_raw_parts(start.cast::<u8>(), length);
+        String::from_utf8_lossy(bytes).into_owned()
+    }
+}
