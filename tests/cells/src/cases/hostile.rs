@@ -742,6 +742,9 @@ fn try_attack(
     if !matches!(attack.verdict, Harmless | Withdrawn) {
         how = raw.wait_end(target.soon()).context("the server does not end the connection")?;
     }
+    if let Failed(_) = attack.verdict {
+        wait_ended_by_error(cell, before)?;
+    }
     drop(raw);
     // Nobody else's trouble.
     expect(&mut cell.rdma()?, "PING", "PONG")?;
@@ -773,6 +776,17 @@ fn try_attack(
         None => ensure!(lines.is_empty(), "held against {who}: {lines:?}"),
     }
     Ok(after)
+}
+
+/// Waits until the server has counted one connection more that ended by an error. The client
+/// stays until then: a server that hears of its leaving first, holds nothing against it.
+fn wait_ended_by_error(cell: &Cell, before: &Holdings) -> Result<()> {
+    let deadline = Instant::now() + cell.lab.patience();
+    while Holdings::of(cell)?.by_error == before.by_error {
+        ensure!(Instant::now() < deadline, "the server counts no end by an error");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 /// READ and WRITE where the server gave no right.
@@ -835,6 +849,7 @@ fn foreign(cell: &mut Cell, reading: bool) -> Result<()> {
     }
     let how = thief.wait_end(target.soon())?;
     ensure!(!how.contains("success"), "it succeeded");
+    wait_ended_by_error(cell, &before)?;
     drop(thief);
 
     inbox.claim(&mut victim, &[], request.len() as u32)?;
