@@ -7,12 +7,17 @@
 //! decide); without it, always. Each fault counts for itself in each process.
 //! README.md lists the names. The terms of the profile that `SOFTRDMA_DEVICE` names come
 //! before those of the list.
+//!
+//! `SOFTRDMA_SECOND` is a second device: its address, then the name of a profile or terms of
+//! habits, in that order, and `appears=MILLISECONDS`.
 
 use crate::habits::Habits;
 use crate::profiles;
+use crate::verbs::device::Place;
 use std::net::IpAddr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// A place where a fault can strike.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -93,6 +98,18 @@ pub struct Plan {
     pub only: Option<IpAddr>,
     /// What the device does in its own way.
     pub habits: Habits,
+    /// There is another one.
+    pub second: Option<Second>,
+}
+
+/// A second device.
+#[derive(Debug)]
+pub struct Second {
+    /// The address that it has, and the first has not.
+    pub at: IpAddr,
+    /// How much later than the first it comes.
+    pub appears: Option<Duration>,
+    habits: Habits,
 }
 
 /// The process's plan. A plan that can't be understood ends the process: a test
@@ -102,11 +119,23 @@ pub fn plan() -> &'static Plan {
     PLAN.get_or_init(|| {
         let variable = |name| std::env::var(name).unwrap_or_default();
         let planned = Plan::of(&variable("SOFTRDMA_DEVICE"), &variable("SOFTRDMA_FAULTS"));
+        let planned = planned.and_then(|mut plan| {
+            plan.second = Second::of(&variable("SOFTRDMA_SECOND"))?;
+            Ok(plan)
+        });
         planned.unwrap_or_else(|error| {
             eprintln!("softrdma: {error}");
             std::process::exit(2);
         })
     })
+}
+
+/// What the device at a place does in its own way.
+pub fn habits_of(place: Place) -> &'static Habits {
+    match (place, &plan().second) {
+        (Place::Second, Some(second)) => &second.habits,
+        _ => &plan().habits,
+    }
 }
 
 /// The value of the fault that strikes here and now, if one does.
@@ -156,11 +185,9 @@ impl Plan {
     fn of(device: &str, faults: &str) -> Result<Plan, String> {
         let mut plan = Plan::default();
         if !device.is_empty() {
-            for (term, _) in profiles::find(device)?.habits {
-                plan.term(term).ok_or_else(|| format!("{device}: can't understand '{term}'"))?;
-            }
+            plan.habits.take_profile(profiles::find(device)?)?;
         }
-        for term in faults.split([',', ' ', '\n']).filter(|t| !t.is_empty()) {
+        for term in terms(faults) {
             let wrong = || format!("SOFTRDMA_FAULTS: can't understand '{term}'");
             plan.term(term).ok_or_else(wrong)?;
         }
@@ -195,6 +222,32 @@ impl Plan {
             }
         }
         struck
+    }
+}
+
+fn terms(list: &str) -> impl Iterator<Item = &str> {
+    list.split([',', ' ', '\n']).filter(|term| !term.is_empty())
+}
+
+impl Second {
+    /// The device that a list asks for; none if it is empty.
+    fn of(list: &str) -> Result<Option<Second>, String> {
+        let wrong = |term: &str| format!("SOFTRDMA_SECOND: can't understand '{term}'");
+        let mut terms = terms(list);
+        let Some(address) = terms.next() else { return Ok(None) };
+        let at = address.parse().map_err(|_| wrong(address))?;
+        let mut second = Second { at, appears: None, habits: Habits::default() };
+        for term in terms {
+            if let Some(after) = term.strip_prefix("appears=") {
+                let after = after.parse().map_err(|_| wrong(term))?;
+                second.appears = Some(Duration::from_millis(after));
+            } else if let Ok(profile) = profiles::find(term) {
+                second.habits.take_profile(profile)?;
+            } else if !second.habits.take(term) {
+                return Err(wrong(term));
+            }
+        }
+        Ok(Some(second))
     }
 }
 
@@ -300,5 +353,22 @@ mod tests {
         assert_eq!(plan.habits.rnr, crate::habits::Rnr::Ignored);
         let error = Plan::of("mlx6", "").unwrap_err();
         assert!(error.contains("'mlx6'") && error.contains("mlx5") && error.contains("qedr"));
+    }
+
+    #[test]
+    fn a_second_device_has_an_address_and_habits_of_its_own() {
+        assert!(Second::of("").expect("no device").is_none());
+        let second = Second::of("127.0.0.2 erdma rnr=ignored,appears=500");
+        let second = second.expect("a plan").expect("a device");
+        assert_eq!(second.at.to_string(), "127.0.0.2");
+        assert_eq!(second.appears, Some(Duration::from_millis(500)));
+        assert!(second.habits.negative, "the profile's");
+        assert_eq!(second.habits.rnr, crate::habits::Rnr::Ignored, "the term's, after it");
+        for (bad, word) in
+            [("erdma", "erdma"), ("::1 rnr@1", "rnr@1"), ("::1 appears=x", "appears=x")]
+        {
+            let error = Second::of(bad).unwrap_err();
+            assert_eq!(error, format!("SOFTRDMA_SECOND: can't understand '{word}'"));
+        }
     }
 }

@@ -3,7 +3,8 @@
 //! those of Soft-RoCE unless terms of `SOFTRDMA_FAULTS`, or of the [profile](crate::profiles)
 //! that `SOFTRDMA_DEVICE` names, say otherwise. README.md lists the terms.
 
-use crate::fault::{errno, plan};
+use crate::fault::errno;
+use crate::profiles::Profile;
 use crate::verbs::context::limit;
 use std::time::Duration;
 
@@ -132,12 +133,20 @@ impl Default for Habits {
     }
 }
 
-/// The process's habits.
-pub fn habits() -> &'static Habits {
-    &plan().habits
-}
-
 impl Habits {
+    /// Takes all of a profile's.
+    ///
+    /// # Errors
+    /// If one of its terms is none of a habit.
+    pub fn take_profile(&mut self, profile: &Profile) -> Result<(), String> {
+        for (term, _) in profile.habits {
+            if !self.take(term) {
+                return Err(format!("{}: can't understand '{term}'", profile.name));
+            }
+        }
+        Ok(())
+    }
+
     /// Takes a term; false if it is none of a habit.
     pub fn take(&mut self, term: &str) -> bool {
         let Some((name, value)) = term.split_once('=') else {

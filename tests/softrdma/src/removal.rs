@@ -10,7 +10,7 @@ use crate::cm;
 use crate::engine::engine;
 use crate::fault::{self, Point};
 use crate::verbs::context::{About, Context};
-use crate::verbs::device;
+use crate::verbs::device::{self, Place};
 use crate::verbs::qp::{self, Qp};
 use rdma_sys::ibv_event_type;
 use std::time::Duration;
@@ -90,8 +90,7 @@ fn remove() {
     cm::device_removed(device);
     if let Some(after) = fault::plan().device_returns {
         engine().after(Duration::from_millis(after), || {
-            device::come_back();
-            cm::device_added();
+            device::come(Place::First);
         });
     }
 }

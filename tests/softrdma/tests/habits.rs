@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! What devices do each in their own way, one term of `SOFTRDMA_FAULTS` after the other. The
-//! terms are the process's, so each test runs in a process of its own: this program again.
+//! What devices do each in their own way, one term of `SOFTRDMA_FAULTS` after the other, and two
+//! devices beside each other. The terms are the process's, so each test runs in a process of its own: this program again.
 
 mod common;
 
@@ -10,6 +10,7 @@ use rdma_sys::ibv_qp_state::*;
 use rdma_sys::ibv_wc_status::*;
 use rdma_sys::rdma_cm_event_type::*;
 use rdma_sys::*;
+use std::ffi::CStr;
 use std::mem::zeroed;
 use std::ptr::null_mut;
 use std::time::{Duration, Instant};
@@ -494,4 +495,71 @@ fn a_profile_is_a_bundle_of_terms() {
     assert_eq!(out.status.code(), Some(2));
     let names = "mlx5, mlx4, irdma, irdma-iwarp, erdma, bnxt, hns-hip08, iwarp, ionic, mana, qedr";
     assert!(said.contains("there is no 'qedr2'") && said.contains(names), "{said}");
+}
+
+/// The names of the devices that there are.
+fn devices() -> Vec<String> {
+    let mut count = 0;
+    // SAFETY: a list of so many devices, given back.
+    unsafe {
+        let list = ibv_get_device_list(&raw mut count);
+        let name = |at| CStr::from_ptr(ibv_get_device_name(*list.add(at))).to_string_lossy();
+        let names = (0..count as usize).map(|at| name(at).into_owned()).collect();
+        ibv_free_device_list(list);
+        names
+    }
+}
+
+/// A connection of the device that has an address with itself.
+fn pair(address: &str) -> Pair {
+    Pair::at(address, Options::default(), Options::default())
+}
+
+/// Whether a write with immediate data can be posted.
+fn has_immediate(p: &Pair) -> bool {
+    p.server.recv(1, &[]);
+    p.client.post(Wr::write_imm(1, &[], 0, 0, 8)) == 0
+}
+
+#[test]
+fn two_devices_have_each_its_address_and_its_ways() {
+    let name = "two_devices_have_each_its_address_and_its_ways";
+    planned_by("SOFTRDMA_SECOND", name, "127.0.0.2 imm=none max-qp=8568", || {
+        assert_eq!(devices(), ["softrdma0", "softrdma1"]);
+        let (first, second) = (pair("127.0.0.1"), pair("127.0.0.2"));
+        assert!(has_immediate(&first) && !has_immediate(&second));
+        // SAFETY: live identifiers, and attributes that are numbers.
+        unsafe {
+            let of = |p: &Pair| (*p.client.id).verbs;
+            assert_ne!(of(&first), of(&second));
+            assert_eq!((*second.client.id).verbs, (*second.server.id).verbs);
+            let attributes = |p: &Pair| {
+                let mut attributes: ibv_device_attr = zeroed();
+                assert_eq!(ibv_query_device(of(p), &raw mut attributes), 0);
+                attributes
+            };
+            let (first, second) = (attributes(&first), attributes(&second));
+            assert_ne!(first.node_guid, second.node_guid);
+            assert_eq!((first.max_qp, second.max_qp), (65_536, 8568));
+        }
+        assert!(has_immediate(&pair("127.0.0.3")), "every other address is the first's");
+    });
+}
+
+#[test]
+fn a_second_device_may_come_later() {
+    let plan = "127.0.0.2 imm=none appears=300";
+    planned_by("SOFTRDMA_SECOND", "a_second_device_may_come_later", plan, || {
+        assert_eq!(devices(), ["softrdma0"]);
+        let cm = Cm::new();
+        let mut sa = sockaddr("127.0.0.2:0");
+        // SAFETY: a live identifier and an address.
+        let mut bind = |id| unsafe { rdma_bind_addr(id, (&raw mut sa).cast()) };
+        assert_eq!(bind(cm.id()), -1);
+        assert_eq!(errno(), libc::ENODEV);
+        assert!(has_immediate(&pair("127.0.0.1")));
+        std::thread::sleep(Duration::from_millis(600));
+        assert_eq!(devices(), ["softrdma0", "softrdma1"]);
+        assert!(!has_immediate(&pair("127.0.0.2")));
+    });
 }

@@ -33,6 +33,7 @@ mod sizes;
 mod soak;
 mod stalled;
 mod stock_clients;
+mod two_devices;
 
 /// Every case there is.
 pub fn all() -> impl Iterator<Item = &'static Case> {
@@ -67,6 +68,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         refusals::CASES,
         removal::CASES,
         replica::CASES,
+        two_devices::CASES,
     ]
     .into_iter()
     .flatten()

@@ -7,6 +7,7 @@
 
 use crate::fault;
 use crate::sys::{self, Fd};
+use crate::verbs::device::Place;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
 
@@ -62,9 +63,13 @@ pub unsafe fn to_c(address: SocketAddr, out: *mut libc::sockaddr_storage) {
     }
 }
 
-/// True if the device owns the address.
-pub fn on_device(ip: IpAddr) -> bool {
-    fault::plan().only.map_or_else(|| owned(ip), |only| only == ip)
+/// Which device owns the address, if one does.
+pub fn owner(ip: IpAddr) -> Option<Place> {
+    let plan = fault::plan();
+    if plan.second.as_ref().is_some_and(|second| second.at == ip) {
+        return Some(Place::Second);
+    }
+    plan.only.map_or_else(|| owned(ip), |only| only == ip).then_some(Place::First)
 }
 
 /// True if this machine owns the address.
@@ -86,7 +91,9 @@ pub fn source_for(to: IpAddr) -> Result<IpAddr, i32> {
     let code = |e: std::io::Error| e.raw_os_error().unwrap_or(libc::EHOSTUNREACH);
     let socket = UdpSocket::bind((any, 0)).map_err(code)?;
     socket.connect((to, 9)).map_err(code)?;
-    Ok(socket.local_addr().map_err(code)?.ip())
+    let source = socket.local_addr().map_err(code)?.ip();
+    // The kernel takes the first of the loopback's, which may be another device's.
+    Ok(if owner(source) == owner(to) { source } else { to })
 }
 
 /// Both protocols: an IPv6 wildcard that takes IPv4 connections too.

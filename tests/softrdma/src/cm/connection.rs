@@ -9,7 +9,6 @@ use super::id::CmId;
 use super::message::{self, Message};
 use crate::engine::{Source, Watch, engine};
 use crate::fault::{self, Point};
-use crate::habits::habits;
 use crate::link::Link;
 use crate::sys::{self, Fd};
 use crate::verbs::qp::Qp;
@@ -182,7 +181,7 @@ impl Connection {
                     qp.progress();
                 }
                 let Some(id) = id else { return };
-                let late = habits().late_rtu;
+                let late = id.habits().late_rtu;
                 if message.kind == message::kind::RTU && !late.is_zero() {
                     engine().after(late, move || id.message(message));
                 } else {

@@ -6,10 +6,12 @@
 //! identifier comes to a device that is not known yet. A device that has vanished is closed
 //! then, or, while identifiers or lists refer to it, with the last of them.
 
+use super::address;
 use crate::verbs::context::Context;
 use crate::verbs::device::{self, Device};
 use crate::verbs::memory::Pd;
 use rdma_sys::*;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 
 struct Entry {
@@ -63,17 +65,26 @@ fn sweep(entries: &mut Vec<Entry>) {
 }
 
 /// Compares the list with what there is.
-fn sync(entries: &mut Vec<Entry>) -> Result<&'static Device, i32> {
-    let present = device::present().ok_or(libc::ENODEV)?;
-    for entry in entries.iter_mut() {
-        entry.dead = !std::ptr::eq(entry.device, present);
+fn sync(entries: &mut Vec<Entry>) -> Result<(), i32> {
+    let present = device::present();
+    if present.is_empty() {
+        return Err(libc::ENODEV);
     }
-    if entries.iter().all(|entry| entry.dead) {
-        let device = present;
-        entries.push(Entry { device, context: None, pd: None, references: 0, dead: false });
+    for entry in entries.iter_mut() {
+        entry.dead = !present.iter().any(|device| std::ptr::eq(entry.device, *device));
+    }
+    for device in present {
+        if entries.iter().all(|entry| !std::ptr::eq(entry.device, device)) {
+            entries.push(Entry { device, context: None, pd: None, references: 0, dead: false });
+        }
     }
     sweep(entries);
-    Ok(present)
+    Ok(())
+}
+
+/// The device that has an address now.
+pub fn at(ip: IpAddr) -> Option<&'static Device> {
+    device::at(address::owner(ip)?)
 }
 
 /// Whether there ever was a device.
@@ -85,9 +96,9 @@ pub fn initialise() -> Result<(), i32> {
     Ok(())
 }
 
-/// Refers to the device that there is.
-pub fn acquire() -> Result<Reference, i32> {
-    let device = device::present().ok_or(libc::ENODEV)?;
+/// Refers to the device that has an address.
+pub fn acquire(ip: IpAddr) -> Result<Reference, i32> {
+    let device = at(ip).ok_or(libc::ENODEV)?;
     let mut entries = ENTRIES.lock().unwrap();
     let known = |entry: &Entry| !entry.dead && std::ptr::eq(entry.device, device);
     if !entries.iter().any(known) {

@@ -7,12 +7,13 @@ use super::connection::{Connection, Listener};
 use super::devices::{self, Reference};
 use super::message::{Message, kind, reason};
 use crate::engine::engine;
-use crate::habits::habits;
+use crate::fault::habits_of;
+use crate::habits::Habits;
 use crate::handle::{self, Acks};
 use crate::link::{self, Link};
 use crate::sys::{self, Fd};
 use crate::verbs::context::limit;
-use crate::verbs::device::{self, Device};
+use crate::verbs::device::{self, Device, Place};
 use crate::verbs::qp::{self, Qp, mask};
 use rdma_sys::rdma_cm_event_type::*;
 use rdma_sys::*;
@@ -71,7 +72,8 @@ struct Inner {
     retry_count: u8,
     initiator_depth: u8,
     responder_resources: u8,
-    ack_timeout: u8,
+    /// As the application wishes it.
+    ack_timeout: Option<u8>,
 }
 
 /// An identifier.
@@ -128,7 +130,7 @@ impl CmId {
             retry_count: 7,
             initiator_depth: 0,
             responder_resources: 0,
-            ack_timeout: habits().ack_timeout,
+            ack_timeout: None,
         };
         let id = Arc::new_cyclic(|weak| CmId {
             c: UnsafeCell::new(c),
@@ -175,14 +177,14 @@ impl CmId {
         // SAFETY: the application's own call is what brought us here.
         unsafe {
             let c = &mut *self.c.get();
-            let bound = inner.local.is_some_and(|a| !a.ip().is_unspecified());
+            let bound = inner.local.map(|a| a.ip()).filter(|ip| !ip.is_unspecified());
             let mut device = self.device.lock().unwrap();
-            if bound
+            if let Some(ip) = bound
                 && device.is_none()
-                && let Ok(reference) = devices::acquire()
+                && let Ok(reference) = devices::acquire(ip)
             {
                 // librdmacm finds the device by its GUID, if that is one.
-                if habits().has_guid {
+                if reference.device.habits.has_guid {
                     (c.verbs, c.pd) = (reference.verbs, reference.pd);
                 }
                 c.port_num = 1;
@@ -221,7 +223,7 @@ impl CmId {
     }
 
     pub fn set_ack_timeout(&self, timeout: u8) {
-        self.inner.lock().unwrap().ack_timeout = timeout & 31;
+        self.inner.lock().unwrap().ack_timeout = Some(timeout & 31);
     }
 
     pub fn bind(&self, to: SocketAddr) -> Result<(), i32> {
@@ -259,9 +261,9 @@ impl CmId {
             _ => to,
         };
         inner.remote = Some(to);
-        let source = if device::present().is_none() {
+        let source = if device::present().is_empty() {
             Err(libc::ENODEV)
-        } else if address::on_device(to.ip()) {
+        } else if devices::at(to.ip()).is_some() {
             address::source_for(to.ip())
         } else {
             // The fabric ends at this machine.
@@ -314,7 +316,7 @@ impl CmId {
             let socket = inner.socket.take().expect("a bound identifier has its socket");
             inner.backlog = backlog;
             // At no particular address it waits for a device, if there is none.
-            if device::present().is_some() {
+            if !device::present().is_empty() {
                 inner.listener = Some(Listener::start(socket, &self.strong(), backlog)?);
             }
             inner.state = State::Listening;
@@ -329,7 +331,8 @@ impl CmId {
         connection: Arc<Connection>,
         req: Message,
     ) -> Option<Weak<CmId>> {
-        if self.inner.lock().unwrap().state != State::Listening || device::present().is_none() {
+        let target = req.target();
+        if self.inner.lock().unwrap().state != State::Listening || devices::at(target).is_none() {
             return None;
         }
         // SAFETY: constant fields.
@@ -337,17 +340,10 @@ impl CmId {
         let channel = self.channel();
         let id = CmId::new(channel.clone(), false, null_mut(), ps, qp_type);
         {
-            let ip = |raw: [u8; 16]| {
-                let v6 = Ipv6Addr::from(raw);
-                match v6.to_ipv4_mapped() {
-                    Some(v4) if req.v4 != 0 => IpAddr::V4(v4),
-                    _ => IpAddr::V6(v6),
-                }
-            };
             let mut inner = id.inner.lock().unwrap();
             inner.state = State::Requested;
-            inner.local = Some(SocketAddr::new(ip(req.target), req.port));
-            inner.remote = Some(SocketAddr::new(ip(req.source), req.source_port));
+            inner.local = Some(SocketAddr::new(target, req.port));
+            inner.remote = Some(SocketAddr::new(req.source(), req.source_port));
             inner.connection = Some(connection);
             inner.retry_count = req.retry_count;
             inner.initiator_depth = req.responder_resources;
@@ -448,7 +444,7 @@ impl CmId {
         let (link, memory) = Link::create().map_err(code)?;
         let socket = inner.socket.take().ok_or(libc::EINVAL)?;
         inner.state = State::Connecting;
-        if !habits().loopback && is_own_listener(remote.port()) {
+        if !self.habits().loopback && is_own_listener(remote.port()) {
             inner.state = State::Ended;
             drop(inner);
             self.push(RDMA_CM_EVENT_UNREACHABLE, -libc::ETIMEDOUT, None);
@@ -629,7 +625,7 @@ impl CmId {
             }
             qp::RTS => {
                 let theirs = theirs.ok_or(libc::EINVAL)?;
-                attr.timeout = inner.ack_timeout;
+                attr.timeout = inner.ack_timeout.unwrap_or(self.habits().ack_timeout);
                 attr.retry_cnt = inner.retry_count;
                 // How often we may try is what the other side allows.
                 attr.rnr_retry = theirs.rnr_retry_count.min(7);
@@ -830,6 +826,12 @@ impl CmId {
         drop(reference);
     }
 
+    /// What its device does in its own way; the first device's, while it has none.
+    pub fn habits(&self) -> &'static Habits {
+        let own = self.device.lock().unwrap();
+        own.as_ref().map_or_else(|| habits_of(Place::First), |own| own.device.habits)
+    }
+
     fn is_on(&self, device: &Device) -> bool {
         let own = self.device.lock().unwrap();
         own.as_ref().is_some_and(|own| std::ptr::eq(own.device, device))
@@ -858,7 +860,7 @@ impl CmId {
 
 /// An address to bind must be the machine's, and the device's.
 fn check_device(ip: IpAddr) -> Result<(), i32> {
-    if ip.is_unspecified() || device::present().is_some() && address::on_device(ip) {
+    if ip.is_unspecified() || devices::at(ip).is_some() {
         Ok(())
     } else if address::owned(ip) {
         Err(libc::ENODEV)
@@ -872,13 +874,14 @@ fn all() -> Vec<Arc<CmId>> {
 }
 
 /// Ends every identifier that is bound to the device, and tells it. Those that listen
-/// everywhere hear nothing of it.
+/// everywhere hear nothing of it, and rest if there is no other.
 pub fn device_removed(device: &Device) {
+    let last = device::present().is_empty();
     for id in all() {
         if id.is_on(device) {
             id.leave();
             id.push(RDMA_CM_EVENT_DEVICE_REMOVAL, 0, None);
-        } else {
+        } else if last {
             let mut inner = id.inner.lock().unwrap();
             let listener = if CmId::is_everywhere(&inner) { inner.listener.take() } else { None };
             drop(inner);
@@ -962,6 +965,22 @@ impl Message {
             Ok(())
         } else {
             Err(libc::EINVAL)
+        }
+    }
+
+    fn source(&self) -> IpAddr {
+        self.address(self.source)
+    }
+
+    fn target(&self) -> IpAddr {
+        self.address(self.target)
+    }
+
+    fn address(&self, raw: [u8; 16]) -> IpAddr {
+        let v6 = Ipv6Addr::from(raw);
+        match v6.to_ipv4_mapped() {
+            Some(v4) if self.v4 != 0 => IpAddr::V4(v4),
+            _ => IpAddr::V6(v6),
         }
     }
 

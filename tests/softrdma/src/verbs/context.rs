@@ -5,7 +5,7 @@ use super::cq::{Channel, Cq};
 use super::device::Device;
 use super::qp::Qp;
 use super::srq::Srq;
-use crate::habits::habits;
+use crate::habits::Habits;
 use crate::notice::Notices;
 use rdma_sys::*;
 use std::mem::{offset_of, size_of, zeroed};
@@ -98,6 +98,11 @@ impl Context {
         CONTEXTS.lock().unwrap().iter().filter_map(Weak::upgrade).collect()
     }
 
+    /// What its device does in its own way.
+    pub fn habits(&self) -> &'static Habits {
+        self.device.habits
+    }
+
     pub fn as_c(self: &Arc<Self>) -> *mut ibv_context {
         (&raw const self.verbs.context).cast_mut()
     }
@@ -167,16 +172,17 @@ pub fn unique() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-pub fn device_attributes(a: &mut ibv_device_attr) {
+pub fn device_attributes(device: &Device, a: &mut ibv_device_attr) {
+    let habits = device.habits;
     // SAFETY: all zeroes is a valid ibv_device_attr.
     *a = unsafe { zeroed() };
     copy_name(&mut a.fw_ver, "softrdma");
-    a.node_guid = node_guid();
-    a.sys_image_guid = GUID.to_be();
+    a.node_guid = device.guid();
+    a.sys_image_guid = device.guid();
     a.max_mr_size = limit::MR_SIZE;
     a.page_size_cap = 0xffff_f000;
-    a.vendor_id = habits().vendor;
-    a.max_qp = habits().max_qp;
+    a.vendor_id = habits.vendor;
+    a.max_qp = habits.max_qp;
     a.max_qp_wr = limit::QP_WR as i32;
     a.device_cap_flags = ibv_device_cap_flags::IBV_DEVICE_MEM_WINDOW.0
         | ibv_device_cap_flags::IBV_DEVICE_MEM_WINDOW_TYPE_2B.0
@@ -186,9 +192,9 @@ pub fn device_attributes(a: &mut ibv_device_attr) {
     a.max_sge = limit::SGE as i32;
     a.max_sge_rd = limit::SGE as i32;
     a.max_cq = 65_536;
-    a.max_cqe = habits().max_cqe;
-    a.max_mr = habits().max_mr;
-    a.max_pd = habits().max_pd;
+    a.max_cqe = habits.max_cqe;
+    a.max_mr = habits.max_mr;
+    a.max_pd = habits.max_pd;
     a.max_qp_rd_atom = i32::from(limit::READS);
     a.max_res_rd_atom = i32::from(limit::READS) * limit::QP;
     a.max_qp_init_rd_atom = i32::from(limit::READS);
@@ -200,13 +206,6 @@ pub fn device_attributes(a: &mut ibv_device_attr) {
     a.max_pkeys = 1;
     a.local_ca_ack_delay = 15;
     a.phys_port_cnt = 1;
-}
-
-const GUID: u64 = 0x0250_5eff_fe50_f700;
-
-/// The node's GUID in network order, or 0.
-pub fn node_guid() -> u64 {
-    if habits().has_guid { GUID.to_be() } else { 0 }
 }
 
 pub fn port_attributes(a: &mut ibv_port_attr) {
@@ -223,9 +222,4 @@ pub fn port_attributes(a: &mut ibv_port_attr) {
     a.active_speed = 1;
     a.phys_state = 5;
     a.link_layer = 2; // Ethernet: addresses are IP addresses, as with RoCE.
-}
-
-/// The port's only GID: the IPv4 loopback address, mapped.
-pub fn gid() -> ibv_gid {
-    ibv_gid { raw: std::net::Ipv4Addr::LOCALHOST.to_ipv6_mapped().octets() }
 }

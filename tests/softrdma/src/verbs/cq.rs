@@ -7,7 +7,6 @@ use crate::board::{self, Mood, Place};
 use crate::engine::engine;
 use crate::fault::{self, Point};
 use crate::fork;
-use crate::habits::habits;
 use crate::handle::Acks;
 use crate::notice::Notices;
 use rdma_sys::*;
@@ -130,10 +129,10 @@ impl Cq {
         user: *mut std::ffi::c_void,
         channel: Option<Arc<Channel>>,
     ) -> Result<Arc<Cq>, i32> {
-        if !(1..=habits().max_cqe).contains(&cqe) {
+        if !(1..=context.habits().max_cqe).contains(&cqe) {
             return Err(libc::EINVAL);
         }
-        if habits().cq_most.is_some_and(|most| cqe > most) {
+        if context.habits().cq_most.is_some_and(|most| cqe > most) {
             return Err(libc::ENOMEM);
         }
         // SAFETY: all zeroes is a valid ibv_cq (an initialised mutex and condition).
@@ -262,7 +261,7 @@ impl Cq {
         }
         let told = board::own().board.set_mood(self.hook, Mood::Told) == Mood::Told;
         if let (Some(channel), Some(cq)) = (&self.channel, self.weak.upgrade()) {
-            for _ in 1..habits().events {
+            for _ in 1..self.context.habits().events {
                 channel.notices.push(cq.clone());
             }
             let push = if told { signalled } else { Notices::push };
@@ -371,7 +370,7 @@ impl Cq {
     /// Arms the queue for one event (11.4.2.2 "Request Completion Notification").
     pub fn arm(&self, solicited_only: bool) {
         let how = if solicited_only { Armed::Solicited } else { Armed::Any };
-        if habits().deferred_arm {
+        if self.context.habits().deferred_arm {
             let mut inner = self.inner.lock().unwrap();
             if inner.deferred != Armed::Any {
                 inner.deferred = how;
@@ -384,7 +383,7 @@ impl Cq {
     /// Arms the queue if that was put off. What is there already raises the event at once: by
     /// its arming a device learns how far the application has polled.
     pub fn arm_deferred(&self) {
-        if !habits().deferred_arm {
+        if !self.context.habits().deferred_arm {
             return;
         }
         let how = std::mem::replace(&mut self.inner.lock().unwrap().deferred, Armed::No);
@@ -411,7 +410,8 @@ impl Cq {
             }
             // Another process can't know what a planned fault or a request for
             // solicited completions makes of its message.
-            let direct = inner.armed == Armed::Any && !fault::planned() && habits().events == 1;
+            let direct =
+                inner.armed == Armed::Any && !fault::planned() && self.context.habits().events == 1;
             let mood = if direct { Mood::Armed } else { Mood::Indirect };
             board::own().board.set_mood(self.hook, mood);
         }

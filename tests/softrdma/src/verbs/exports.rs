@@ -15,7 +15,6 @@ use super::srq::Srq;
 use super::strings;
 use super::work::RecvWork;
 use crate::fault::{self, Point};
-use crate::habits::habits;
 use crate::sys::set_errno;
 use crate::{fork, handle, removal};
 use rdma_sys::*;
@@ -58,17 +57,19 @@ pub fn fill(verbs: &mut verbs_context) {
 
 #[unsafe(no_mangle)]
 extern "C" fn ibv_get_device_list(count: *mut c_int) -> *mut *mut ibv_device {
-    // SAFETY: two pointers' room, freed by ibv_free_device_list.
-    let list = unsafe { libc::calloc(2, size_of::<*mut ibv_device>()) }.cast::<*mut ibv_device>();
-    let device = device::present();
+    let devices = device::present();
+    let room = devices.len() + 1;
+    // SAFETY: the pointers' room, freed by ibv_free_device_list.
+    let list = unsafe { libc::calloc(room, size_of::<*mut ibv_device>()) };
+    let list = list.cast::<*mut ibv_device>();
     if !list.is_null() {
         // SAFETY: allocated above; `count` may be null.
         unsafe {
-            if let Some(device) = device {
-                list.write(device.as_c());
+            for (place, device) in devices.iter().enumerate() {
+                list.add(place).write(device.as_c());
             }
             if !count.is_null() {
-                count.write(c_int::from(device.is_some()));
+                count.write(devices.len() as c_int);
             }
         }
     }
@@ -90,8 +91,8 @@ unsafe extern "C" fn ibv_get_device_name(device: *mut ibv_device) -> *const c_ch
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ibv_get_device_index(device: *mut ibv_device) -> c_int {
     // SAFETY: a device of ours.
-    let index = unsafe { Device::of(device) }.index;
-    if habits().netlink { index } else { -1 }
+    let device = unsafe { Device::of(device) };
+    if device.habits.netlink { device.index } else { -1 }
 }
 
 #[unsafe(no_mangle)]
@@ -136,11 +137,12 @@ unsafe extern "C" fn ibv_close_device(context: *mut ibv_context) -> c_int {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ibv_query_device(c: *mut ibv_context, attr: *mut ibv_device_attr) -> c_int {
     // SAFETY: see above.
-    if let Err(code) = unsafe { Context::share(c) }.check_there("ibv_query_device") {
+    let context = unsafe { Context::share(c) };
+    if let Err(code) = context.check_there("ibv_query_device") {
         return code;
     }
     // SAFETY: see above.
-    device_attributes(unsafe { &mut *attr });
+    device_attributes(context.device, unsafe { &mut *attr });
     0
 }
 
@@ -177,7 +179,7 @@ unsafe extern "C" fn ibv_query_port(
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ibv_query_gid(
-    _context: *mut ibv_context,
+    context: *mut ibv_context,
     port: u8,
     index: c_int,
     out: *mut ibv_gid,
@@ -186,7 +188,7 @@ unsafe extern "C" fn ibv_query_gid(
         return failed(libc::EINVAL);
     }
     // SAFETY: see above.
-    unsafe { out.write(gid()) };
+    unsafe { out.write(Context::share(context).device.gid()) };
     0
 }
 
@@ -194,7 +196,7 @@ const GID_TYPE_ROCE_V2: u32 = 2;
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn _ibv_query_gid_ex(
-    _context: *mut ibv_context,
+    context: *mut ibv_context,
     port: u32,
     index: u32,
     entry: *mut ibv_gid_entry,
@@ -205,7 +207,8 @@ unsafe extern "C" fn _ibv_query_gid_ex(
         return libc::EINVAL;
     }
     let found = ibv_gid_entry {
-        gid: gid(),
+        // SAFETY: see above.
+        gid: unsafe { Context::share(context) }.device.gid(),
         gid_index: 0,
         port_num: 1,
         gid_type: GID_TYPE_ROCE_V2,
@@ -675,10 +678,10 @@ unsafe extern "C" fn post_srq_recv(
         let code = if let Some(code) = fault::strikes(Point::PostReceive) {
             code as c_int
         } else if one.num_sge as u32 > srq.max_sge {
-            habits().as_returned(libc::EINVAL)
+            srq.context.habits().as_returned(libc::EINVAL)
         // SAFETY: see above.
         } else if !srq.post(unsafe { receive(one) }) {
-            habits().as_returned(habits().full)
+            srq.context.habits().as_returned(srq.context.habits().full)
         } else {
             0
         };
@@ -807,7 +810,7 @@ unsafe extern "C" fn post_send(
         if let Err(code) = posted {
             // SAFETY: see above.
             unsafe { bad.write(wr) };
-            result = habits().as_returned(code);
+            result = qp.habits().as_returned(code);
             break;
         }
         wr = one.next;
@@ -842,7 +845,7 @@ unsafe extern "C" fn post_recv(
         if let Err(code) = posted {
             // SAFETY: see above.
             unsafe { bad.write(wr) };
-            result = habits().as_returned(code);
+            result = qp.habits().as_returned(code);
             break;
         }
         wr = one.next;

@@ -3,7 +3,7 @@
 
 use super::context::{Context, limit, unique};
 use crate::fault::{self, Point};
-use crate::habits::habits;
+use crate::habits::Habits;
 use crate::handle;
 use crate::keys::{self, Grant};
 use rdma_sys::*;
@@ -52,7 +52,7 @@ impl Drop for InPd {
 
 impl Pd {
     pub fn new(context: Arc<Context>) -> Result<Arc<Pd>, i32> {
-        PDS.add(habits().max_pd)?;
+        PDS.add(context.habits(), context.habits().max_pd)?;
         let id = unique();
         let c = ibv_pd { context: context.as_c(), handle: id as u32 };
         Ok(Arc::new(Pd { c, id, context, users: AtomicUsize::new(0) }))
@@ -74,11 +74,11 @@ struct Count(AtomicI32);
 
 impl Count {
     /// One more, unless that were more than there may be.
-    fn add(&self, most: i32) -> Result<(), i32> {
+    fn add(&self, habits: &Habits, most: i32) -> Result<(), i32> {
         let add = |count| (count < most).then_some(count + 1);
         match self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add) {
             Ok(_) => Ok(()),
-            Err(_) => Err(habits().at_limit),
+            Err(_) => Err(habits.at_limit),
         }
     }
 
@@ -149,7 +149,8 @@ pub fn register(
         LOCKED.fetch_sub(length as u64, Ordering::Relaxed);
         return Err(libc::ENOMEM);
     }
-    MRS.add(habits().max_mr).inspect_err(|_| {
+    let habits = pd.context.habits();
+    MRS.add(habits, habits.max_mr).inspect_err(|_| {
         LOCKED.fetch_sub(length as u64, Ordering::Relaxed);
     })?;
     let iova = if access & keys::ZERO_BASED != 0 { 0 } else { iova };

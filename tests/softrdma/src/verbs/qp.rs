@@ -12,7 +12,7 @@ use super::responder::Inbound;
 use super::srq::Srq;
 use super::work::*;
 use crate::board::{self, Place};
-use crate::habits::{Inline, Rnr, habits};
+use crate::habits::{Habits, Inline, Rnr};
 use crate::handle::{self, Acks};
 use crate::keys;
 use crate::link::{Link, want};
@@ -183,15 +183,16 @@ impl Qp {
         {
             return Err(libc::EINVAL);
         }
-        cap.max_inline_data = match habits().inline {
+        let habits = pd.context.habits();
+        cap.max_inline_data = match habits.inline {
             // As Soft-RoCE does: inline data may fill the room of the gather list.
             Inline::Granted => cap.max_inline_data.max(cap.max_send_sge * 16),
             Inline::Clamped(bytes) => bytes,
             Inline::Limited(most) if cap.max_inline_data > most => return Err(libc::EINVAL),
             Inline::Limited(_) | Inline::Ignored => cap.max_inline_data,
         };
-        if QPS.lock().unwrap().as_ref().is_some_and(|qps| qps.len() >= habits().max_qp as usize) {
-            return Err(habits().at_limit);
+        if QPS.lock().unwrap().as_ref().is_some_and(|qps| qps.len() >= habits.max_qp as usize) {
+            return Err(habits.at_limit);
         }
         // SAFETY: the application passes live objects of ours.
         let (send_cq, recv_cq, srq) = unsafe {
@@ -270,7 +271,7 @@ impl Qp {
 
     /// Ends the queue pair: nothing more is sent, received or completed.
     pub fn destroy(&self) {
-        let cost = habits().destroy_cost * self.recv_cq.c.cqe as u32;
+        let cost = self.habits().destroy_cost * self.recv_cq.c.cqe as u32;
         let started = Instant::now();
         while started.elapsed() < cost {
             std::hint::spin_loop();
@@ -353,10 +354,10 @@ impl Qp {
         if mask & required != required {
             return libc::EINVAL;
         }
-        if (from, to) == (RTS, RTS) && habits().rnr == Rnr::Refused {
+        if (from, to) == (RTS, RTS) && self.habits().rnr == Rnr::Refused {
             return libc::EINVAL;
         }
-        if (from, to) == (RTS, RTS) && mask & mask::STATE == 0 && habits().modify_resets {
+        if (from, to) == (RTS, RTS) && mask & mask::STATE == 0 && self.habits().modify_resets {
             self.enter_reset(&mut inner);
             return 0;
         }
@@ -369,7 +370,7 @@ impl Qp {
             }
             // A wire that is not laid is met by number, once the state allows it.
         }
-        inner.merge(attr, mask);
+        inner.merge(attr, mask, self.habits());
         if from != to {
             match to {
                 ERR => self.enter_error(&mut inner),
@@ -467,6 +468,11 @@ impl Qp {
         }
     }
 
+    /// What its device does in its own way.
+    pub fn habits(&self) -> &'static Habits {
+        self.context.habits()
+    }
+
     /// The queue pair fails for a reason outside of it.
     pub fn fatal(&self) {
         let mut inner = self.inner.lock().unwrap();
@@ -502,7 +508,7 @@ impl Qp {
 
     /// Whether a completion is found by polling alone.
     fn is_quiet(&self, status: ibv_wc_status::Type) -> bool {
-        habits().flush_on_poll
+        self.habits().flush_on_poll
             && status == ibv_wc_status::IBV_WC_WR_FLUSH_ERR
             && self.flushed.swap(true, Ordering::Relaxed)
     }
@@ -531,13 +537,13 @@ impl Qp {
         if !matches!(inner.state, RTS | SQD | ERR) {
             return Err(libc::EINVAL);
         }
-        if let (ERR, Some(code)) = (inner.state, habits().dead) {
+        if let (ERR, Some(code)) = (inner.state, self.habits().dead) {
             return Err(code);
         }
         let held = inner.posted - self.released.load(Ordering::Relaxed);
         // A slot is free again once a completion at or after it was polled.
         if held >= u64::from(self.cap.max_send_wr) {
-            return Err(habits().full);
+            return Err(self.habits().full);
         }
         // SAFETY: the caller's word.
         let mut work = unsafe { self.translate(wr)? };
@@ -602,7 +608,7 @@ impl Qp {
             _ => return Err(libc::EOPNOTSUPP),
         };
         if matches!(wr.opcode, IBV_WR_SEND_WITH_IMM | IBV_WR_RDMA_WRITE_WITH_IMM) {
-            if !habits().immediate {
+            if !self.habits().immediate {
                 return Err(libc::EINVAL);
             }
             header.flags |= flag::IMM;
@@ -613,12 +619,12 @@ impl Qp {
             header.imm = imm;
         }
         let inline = flags & ibv_send_flags::IBV_SEND_INLINE.0 != 0;
-        let inline = if inline && habits().inline != Inline::Ignored {
+        let inline = if inline && self.habits().inline != Inline::Ignored {
             if header.kind == kind::READ {
                 return Err(libc::EINVAL);
             }
             if len > u64::from(self.cap.max_inline_data) {
-                return Err(habits().inline_error);
+                return Err(self.habits().inline_error);
             }
             let mut data = Vec::with_capacity(len as usize);
             for sge in &sges {
@@ -678,7 +684,7 @@ impl Qp {
         {
             return Err(libc::EINVAL);
         }
-        if let (ERR, Some(code)) = (inner.state, habits().dead) {
+        if let (ERR, Some(code)) = (inner.state, self.habits().dead) {
             return Err(code);
         }
         if inner.state == ERR {
@@ -686,11 +692,13 @@ impl Qp {
             return Ok(());
         }
         if inner.rq.len() >= self.cap.max_recv_wr as usize {
-            return Err(habits().full);
+            return Err(self.habits().full);
         }
         inner.receives += 1;
         let used_before = inner.receives > u64::from(self.cap.max_recv_wr);
-        if used_before && habits().receive_busy.is_some_and(|n| inner.receives.is_multiple_of(n)) {
+        if used_before
+            && self.habits().receive_busy.is_some_and(|n| inner.receives.is_multiple_of(n))
+        {
             return Err(-libc::EAGAIN);
         }
         inner.rq.push_back(work);
@@ -766,7 +774,7 @@ impl Qp {
 }
 
 impl Inner {
-    fn merge(&mut self, from: &ibv_qp_attr, mask: u32) {
+    fn merge(&mut self, from: &ibv_qp_attr, mask: u32, habits: &Habits) {
         let to = &mut self.attr;
         macro_rules! take {
             ($($bit:ident => $($field:ident),+;)*) => {
@@ -792,7 +800,7 @@ impl Inner {
         if mask & mask::RNR_RETRY != 0 {
             self.rnr_left = from.rnr_retry;
         }
-        let has_timer = matches!(habits().rnr, Rnr::Timed | Rnr::Refused);
+        let has_timer = matches!(habits.rnr, Rnr::Timed | Rnr::Refused);
         if mask & mask::MIN_RNR_TIMER != 0 && has_timer {
             to.min_rnr_timer = from.min_rnr_timer;
         }

@@ -7,7 +7,7 @@ use super::responder::Inbound;
 use super::work::*;
 use crate::engine::engine;
 use crate::fault::{self, Point};
-use crate::habits::{ZeroWrite, habits};
+use crate::habits::ZeroWrite;
 use crate::keys::{self, Grant};
 use crate::link::{Link, want};
 use rdma_sys::ibv_wc_status::{self, *};
@@ -74,7 +74,7 @@ impl Inner {
                 return Step::Blocked;
             }
             if header.is_write_of_nothing() {
-                match habits().zero_write {
+                match qp.habits().zero_write {
                     ZeroWrite::Arrives => {}
                     ZeroWrite::NeedsKey if header.rkey != 0 => {}
                     ZeroWrite::NeedsKey | ZeroWrite::Fails => {

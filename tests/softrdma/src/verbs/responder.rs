@@ -6,7 +6,7 @@ use super::cq::Completion;
 use super::qp::{Inner, Qp, RTR, RTS, SQD, right};
 use super::work::*;
 use crate::fault::{self, Point};
-use crate::habits::{Rnr, habits};
+use crate::habits::Rnr;
 use crate::keys;
 use crate::link::{Link, want};
 use rdma_sys::{ibv_event_type, ibv_wc_flags, ibv_wc_opcode, ibv_wc_status};
@@ -128,7 +128,7 @@ impl Inner {
                     self.put_back(qp, recv.take());
                 }
                 let Some(work) = &recv else {
-                    if habits().rnr == Rnr::Missing {
+                    if qp.habits().rnr == Rnr::Missing {
                         return Err((NO_RECEIVE, None));
                     }
                     let n = link.not_ready(self.attr.min_rnr_timer);
@@ -238,7 +238,7 @@ impl Inner {
             recv = self.next_recv(qp);
             if recv.is_none() || fault::strikes(Point::ReceiverNotReady).is_some() {
                 self.put_back(qp, recv.take());
-                if habits().rnr == Rnr::Missing {
+                if qp.habits().rnr == Rnr::Missing {
                     return Err((NO_RECEIVE, None));
                 }
                 let n = link.not_ready(self.attr.min_rnr_timer);

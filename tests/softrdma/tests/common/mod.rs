@@ -124,10 +124,15 @@ pub fn again(name: &str) -> Command {
 
 /// Runs `body` in a process of its own with that plan: a plan is the process's.
 pub fn planned(name: &str, plan: &str, body: impl FnOnce()) {
+    planned_by("SOFTRDMA_FAULTS", name, plan, body);
+}
+
+/// The same, with what stands in that variable.
+pub fn planned_by(variable: &str, name: &str, plan: &str, body: impl FnOnce()) {
     if std::env::var(PART).as_deref() == Ok(name) {
         return body();
     }
-    let out = again(name).env("SOFTRDMA_FAULTS", plan).output().expect("the process");
+    let out = again(name).env(variable, plan).output().expect("the process");
     let text = [out.stdout, out.stderr].concat();
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&text));
 }
