@@ -2,7 +2,7 @@
 //! Every way to say where to listen and how, at start and while the server runs.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use client::rdma::Connection;
@@ -170,7 +170,7 @@ fn both(cell: &mut Cell) -> Result<()> {
     at(cell, address)?;
     refused(cell, unheard)?;
     let words = format!("wins over the module's argument port={}", unheard.port());
-    cell.server().wait_log(&words, Duration::from_secs(1))?;
+    cell.server().wait_log(&words, cell.lab.patience())?;
     Ok(())
 }
 

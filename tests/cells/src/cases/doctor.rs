@@ -2,7 +2,7 @@
 //! `RDMA.DOCTOR` and `probe=`: what is said of a good device and of others, that nobody has to
 //! wait for it, and that nothing of it stays.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use client::Value;
@@ -162,7 +162,7 @@ fn at_load(cell: &mut Cell) -> Result<()> {
     cell.stop()?;
     with(cell, "probe=warn", "imm=none");
     cell.start()?;
-    cell.server().wait_log("softrdma0: immediate: a write of 1 bytes", Duration::from_secs(1))?;
+    cell.server().wait_log("softrdma0: immediate: a write of 1 bytes", cell.lab.patience())?;
     cell.stop()?;
     with(cell, "probe=require", "imm=none");
     refusal(cell, &["not loaded: probe=require, and softrdma0: immediate: "])?;

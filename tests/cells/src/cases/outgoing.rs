@@ -262,7 +262,7 @@ impl Driver {
         self.expect_line(number, "+PONG")
     }
 
-    /// Waits until none of this server's RDMA connections is left.
+    /// Waits until none of this server's RDMA connections is left, nor what belongs to one.
     pub(super) fn settle(&self, cell: &Cell) -> Result<Info> {
         let deadline = Instant::now() + cell.lab.patience();
         loop {
@@ -271,6 +271,7 @@ impl Driver {
                 "rdma_connections_handshaking",
                 "rdma_connections_established",
                 "rdma_connections_lingering",
+                "rdma_connections_ending",
             ])?;
             if open == 0 {
                 return Ok(info);

@@ -2,7 +2,6 @@
 //! Input that can't work: one clear line in the log that says what is wrong, and never a
 //! crash.
 
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
@@ -220,7 +219,7 @@ fn unknown_release(cell: &mut Cell) -> Result<()> {
     cell.settings.directive(&format!("loadmodule {} version=0x00{digits}7f", falsify.display()));
     cell.start()?;
     let words = format!("valkey-server {release} is newer than {}.", cell.id.line());
-    let line = cell.server().wait_log(&words, Duration::from_secs(2))?;
+    let line = cell.server().wait_log(&words, cell.lab.patience())?;
     ensure!(line.contains(" * "), "a line at notice: {line}");
     cell.figure("newer", line);
     let mut client = cell.rdma()?;
@@ -295,7 +294,7 @@ fn loaded_late(cell: &mut Cell) -> Result<()> {
         let reply = client.words(&format!("MODULE LOAD {module} port=0"))?;
         ensure!(reply.is_error(), "MODULE LOAD: {reply}");
     }
-    let line = cell.server().wait_log("loadmodule", Duration::from_secs(2))?;
+    let line = cell.server().wait_log("loadmodule", cell.lab.patience())?;
     cell.figure("MODULE LOAD", line);
     expect(&mut client, "PING", "PONG")
 }
@@ -304,7 +303,7 @@ fn loaded_late(cell: &mut Cell) -> Result<()> {
 fn unload(cell: &mut Cell) -> Result<()> {
     let reply = cell.tcp()?.words("MODULE UNLOAD rdma")?;
     ensure!(reply.is_error(), "MODULE UNLOAD: {reply}");
-    cell.server().wait_log("a connection type can't be unloaded", Duration::from_secs(2))?;
+    cell.server().wait_log("a connection type can't be unloaded", cell.lab.patience())?;
     // While there are connections the server does not even ask: a timer runs.
     let mut fast = cell.rdma()?;
     let reply = cell.tcp()?.words("MODULE UNLOAD rdma")?;
