@@ -547,7 +547,7 @@ the_sum() {
     stage "counters"
     tcp INFO rdma | tr -d '\r' >"$work/info"
     for name in errors_receiver_not_ready errors_transport errors_remote_access errors_remote errors_local \
-        ended_by_violation refused_memory refused_descriptors refused_device posts_refused poll_failures \
+        ended_by_violation refused_memory refused_descriptors refused_device posts_failed poll_failures \
         devices_lost devices_unfit queues_lost watchdog_nudges; do
         value=$(sed -n "s/^rdma_$name://p" "$work/info")
         if [[ $value == 0 ]]; then verdict PASS "rdma_$name is 0"; else verdict FAIL "rdma_$name is ${value:-not there}"; fi

@@ -125,7 +125,7 @@ build_all() {
 build_variants() {
     if [[ " $* " == *' deadlock-guard '* ]]; then
         step "cargo: the module without deferral, which has to fail" \
-            build_variant test-no-deferral without-deferral
+            build_variant test-handler-loop with-handler-loop
     fi
     if [[ " $* " =~ ' '(panics|watchdog) ]]; then
         step "cargo: the module with panics, which has to live on" \

@@ -14,7 +14,7 @@
 //! * [`conntype`]: the connection type that the server calls.
 //! * [`commands`], [`mod@doctor`]: what an operator may ask.
 //! * [`namesake`]: another module of our name.
-//! * [`module`]: loading and `INFO`; [`refusal`]: why it is not loaded.
+//! * [`module`]: loading and `INFO`; [`not_loaded`]: why it is not loaded.
 
 #![deny(missing_docs, unreachable_pub)]
 
@@ -36,9 +36,9 @@ pub mod log_limit;
 pub mod metrics;
 pub mod module;
 pub mod namesake;
+pub mod not_loaded;
 pub mod panic;
 pub mod poller;
-pub mod refusal;
 #[cfg(feature = "test-panics")]
 mod test_panics;
 pub mod time;

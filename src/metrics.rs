@@ -175,8 +175,8 @@ metrics! {
     errors_remote,
     /// Our own side.
     errors_local,
-    /// Work requests that a device refused, but for want of room; their connections ended.
-    posts_refused,
+    /// Work requests that could not be posted, but for want of room; their connections ended.
+    posts_failed,
     /// Polls of a completion queue that failed; the next one went on, or the device was lost.
     poll_failures,
     /// Keepalive probes: zero-length writes to a silent client, or behind the last reply.
@@ -200,7 +200,7 @@ impl Metrics {
         match violation {
             Violation::Message(_) | Violation::TooLong => &self.violations_message,
             Violation::Overrun(_) => &self.violations_overrun,
-            Violation::Early(_) | Violation::Wraps { .. } => &self.violations_announcement,
+            Violation::WindowInUse(_) | Violation::Wraps { .. } => &self.violations_announcement,
             Violation::Feature(_) => &self.violations_feature,
             Violation::Operation(_) => &self.violations_operation,
         }

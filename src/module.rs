@@ -14,9 +14,9 @@ use crate::host::main_cell::{declare_main_thread, is_main_thread};
 use crate::host::symbols::{self, Symbols, server_has_own_rdma};
 use crate::host::{api, fingerprint, probe};
 use crate::namesake;
+use crate::not_loaded::NotLoaded;
 use crate::panic::{guard, log_panics};
 use crate::poller::Poller;
-use crate::refusal::Refusal;
 use redis_module::raw;
 use std::ffi::{CString, c_char, c_int};
 use verbs::{account, fork, library};
@@ -124,7 +124,7 @@ unsafe fn load(
     ctx: *mut raw::RedisModuleCtx,
     argv: *mut *mut raw::RedisModuleString,
     argc: c_int,
-) -> Result<(), Refusal> {
+) -> Result<(), NotLoaded> {
     // SAFETY: by the caller's promise.
     let (version, arguments) = unsafe {
         (
@@ -133,19 +133,20 @@ unsafe fn load(
         )
     };
     if !api::is_starting() {
-        return Err(Refusal::TooLate);
+        return Err(NotLoaded::TooLate);
     }
-    let line = Line::of(version).ok_or(Refusal::Line(version))?;
+    let line = Line::of(version).ok_or(NotLoaded::Line(version))?;
     if server_has_own_rdma() {
-        return Err(Refusal::OwnTransport);
+        return Err(NotLoaded::OwnTransport);
     }
     let settings = Settings::from_arguments(arguments.iter().map(String::as_str))?;
     let known = Layout::of(version);
     if known.is_none() && settings.refuse_unknown {
-        return Err(Refusal::Release(version, line));
+        return Err(NotLoaded::Release(version, line));
     }
     // SAFETY: the server's, whose release is of this line.
-    let symbols = unsafe { probed(line, known) }.map_err(|what| Refusal::Differs(version, what))?;
+    let symbols =
+        unsafe { probed(line, known) }.map_err(|what| NotLoaded::Differs(version, what))?;
     if known.is_none() {
         log::info!(
             "valkey-server {version} is newer than {}, the last release of its line that this \
@@ -170,11 +171,11 @@ unsafe fn load(
         }
     }
     if !poller.watch() {
-        return Err(Refusal::EventLoop);
+        return Err(NotLoaded::EventLoop);
     }
     // SAFETY: the server's context.
     if !line.has_directives() && !unsafe { rebind::register(ctx) } {
-        return Err(Refusal::Setting);
+        return Err(NotLoaded::Setting);
     }
     // SAFETY: the server's context.
     unsafe { commands::register(ctx) }?;
@@ -187,7 +188,7 @@ unsafe fn load(
     // SAFETY: the line's table, which lives for ever; the listener is our type's own.
     unsafe {
         if !symbols.register(kind) {
-            return Err(Refusal::TypeTaken);
+            return Err(NotLoaded::TypeTaken);
         }
         listening.configure(symbols.listener(), kind);
         raw::RedisModule_RegisterInfoFunc.expect("server API")(ctx, Some(info));

@@ -13,7 +13,7 @@ use verbs::library::LoadError;
 
 /// Why the module is not loaded. The text fits behind "not loaded:".
 #[derive(Debug)]
-pub enum Refusal {
+pub enum NotLoaded {
     /// The server runs already.
     TooLate,
     /// The server's release is of no supported line.
@@ -42,7 +42,7 @@ pub enum Refusal {
     TypeTaken,
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for NotLoaded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::TooLate => f.write_str(
@@ -86,33 +86,33 @@ impl fmt::Display for Refusal {
     }
 }
 
-impl std::error::Error for Refusal {}
+impl std::error::Error for NotLoaded {}
 
-impl From<DoctorError> for Refusal {
+impl From<DoctorError> for NotLoaded {
     fn from(error: DoctorError) -> Self {
         Self::Doctor(error)
     }
 }
 
-impl From<ArgumentError> for Refusal {
+impl From<ArgumentError> for NotLoaded {
     fn from(error: ArgumentError) -> Self {
         Self::Argument(error)
     }
 }
 
-impl From<LoadError> for Refusal {
+impl From<LoadError> for NotLoaded {
     fn from(error: LoadError) -> Self {
         Self::Library(error)
     }
 }
 
-impl From<Error> for Refusal {
+impl From<Error> for NotLoaded {
     fn from(error: Error) -> Self {
         Self::Verbs(error)
     }
 }
 
-impl From<Unsupported> for Refusal {
+impl From<Unsupported> for NotLoaded {
     fn from(error: Unsupported) -> Self {
         Self::Api(error)
     }

@@ -20,7 +20,7 @@ impl Listening {
         if !self.poller.make_room(most) {
             id.reject();
             METRICS.refused_handshakes.add(1);
-            self.refused(
+            self.refuse_client(
                 &peer,
                 &format!("{most} connections are in handshake or ending (max-handshakes)"),
             );
@@ -44,12 +44,12 @@ impl Listening {
                 &METRICS.refused_device
             }
             .add(1);
-            self.refused(&peer, &error.to_string());
+            self.refuse_client(&peer, &error.to_string());
         }
     }
 
-    /// Counts a refusal and says so, once a minute.
-    pub(super) fn refused(&self, peer: &str, why: &str) {
+    /// Counts a client that is refused and says so, once a minute.
+    pub(super) fn refuse_client(&self, peer: &str, why: &str) {
         METRICS.connections_refused.add(1);
         let message = format_args!("client {peer} refused: {why}");
         self.refusals.borrow_mut().log(time::now(), log::Level::Warn, message);
@@ -61,7 +61,7 @@ impl Listening {
         // SAFETY: just made, nobody else's yet.
         unsafe {
             if !(*connection).has_descriptor() {
-                self.refused(&endpoint.peer_text(), "no descriptor left");
+                self.refuse_client(&endpoint.peer_text(), "no descriptor left");
                 METRICS.refused_descriptors.add(1);
                 RdmaConnection::free(connection);
                 poller.lose(endpoint, PeerState::Disconnected, Reason::Server);

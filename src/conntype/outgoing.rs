@@ -397,7 +397,7 @@ pub fn sync_read(
                 ReadOutcome::Bytes(count) => {
                     done += count;
                     if is_main_thread() {
-                        poller.close_on_error(endpoint, endpoint.announce_if_full());
+                        poller.lose_on_error(endpoint, endpoint.announce_if_full());
                     }
                 }
                 ReadOutcome::Again => return None,

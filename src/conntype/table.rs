@@ -394,7 +394,7 @@ unsafe extern "C" fn read(connection: *mut Connection, to: *mut c_void, length: 
                     if is_main_thread() {
                         // Soonest is best: the peer may be waiting for this window.
                         let poller = Poller::get();
-                        poller.close_on_error(endpoint, endpoint.announce_if_full());
+                        poller.lose_on_error(endpoint, endpoint.announce_if_full());
                     }
                     count as c_int
                 }
@@ -580,7 +580,7 @@ unsafe extern "C" fn update_state(connection: *mut Connection) {
             let poller = Poller::get();
             // If the job was a read, what it read is carried out right after this.
             poller.carries_out(&endpoint);
-            poller.close_on_error(&endpoint, endpoint.announce_if_full());
+            poller.lose_on_error(&endpoint, endpoint.announce_if_full());
             poller.mark_if_ready(&endpoint);
         }
     });

@@ -41,7 +41,7 @@ impl Abilities {
 
     /// A connection's first write was refused as something that there is not. Returns whether
     /// the device is found unable to serve anybody by that.
-    pub fn note_write_refused(&mut self) -> bool {
+    pub fn note_write_unsupported(&mut self) -> bool {
         let new = self.immediate.is_none();
         self.immediate.get_or_insert(false);
         new
@@ -66,7 +66,7 @@ impl Abilities {
     }
 
     /// The time to wait for acknowledgements can't be set. Returns whether that is news.
-    pub fn note_ack_timeout_refused(&mut self) -> bool {
+    pub fn note_ack_timeout_unsupported(&mut self) -> bool {
         !std::mem::replace(&mut self.keeps_ack_timeout, true)
     }
 
@@ -105,11 +105,11 @@ mod tests {
     fn who_has_written_is_not_called_unable() {
         let mut able = Abilities::default();
         able.note_written();
-        assert!(!able.note_write_refused() && able.can_serve());
+        assert!(!able.note_write_unsupported() && able.can_serve());
         let mut unable = Abilities::default();
         assert!(unable.can_serve(), "as far as is known");
-        assert!(unable.note_write_refused() && !unable.can_serve());
-        assert!(!unable.note_write_refused(), "it is said once");
+        assert!(unable.note_write_unsupported() && !unable.can_serve());
+        assert!(!unable.note_write_unsupported(), "it is said once");
         unable.note_written();
         assert!(!unable.can_serve());
     }

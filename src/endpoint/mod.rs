@@ -75,9 +75,9 @@ pub struct Endpoint {
     stream: Stream<Region>,
     control: Region,
     layout: Layout,
-    /// The error number with which the send queue refused a write for good, for the log; 0 for
+    /// The error number of a write that could not be posted for good, for the log; 0 for
     /// none.
-    refusal: AtomicI32,
+    post_error: AtomicI32,
     activity: Activity,
     key: EndpointId,
     peer: Option<SocketAddr>,
@@ -255,7 +255,7 @@ impl Endpoint {
             stream: Stream::new(PAYLOAD_DEPTH, layout.staging(), STEPS),
             control,
             layout,
-            refusal: AtomicI32::new(0),
+            post_error: AtomicI32::new(0),
             activity: Activity::new(plan.now),
             key: plan.key,
             peer: id.peer_address(),

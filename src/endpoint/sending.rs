@@ -57,8 +57,8 @@ impl Endpoint {
         }
         if let Some(shortage) = shortage {
             if let Shortage::Failed(error) = shortage {
-                METRICS.posts_refused.add(1);
-                self.refusal.store(error.errno, Ordering::Relaxed);
+                METRICS.posts_failed.add(1);
+                self.post_error.store(error.errno, Ordering::Relaxed);
             }
             self.activity.hold_back(match shortage {
                 Shortage::Window => activity::Shortage::Window,
@@ -79,9 +79,9 @@ impl Endpoint {
         self.stream.outbound().staging_bytes(Region::length)
     }
 
-    /// The error number with which the device refused a write for good, once. Main thread.
-    pub fn take_refusal(&self) -> Option<i32> {
-        Some(self.refusal.swap(0, Ordering::Relaxed)).filter(|errno| *errno != 0)
+    /// The error number of a write that could not be posted for good, once. Main thread.
+    pub fn take_post_error(&self) -> Option<i32> {
+        Some(self.post_error.swap(0, Ordering::Relaxed)).filter(|errno| *errno != 0)
     }
 }
 

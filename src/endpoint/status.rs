@@ -55,7 +55,7 @@ pub fn wait(endpoint: &Endpoint) -> (Wait, Millis) {
     let activity = endpoint.activity();
     let own = endpoint.main_state();
     let (stage, heard) = (own.stage, own.session.last_heard());
-    let (established, probing) = (own.session.is_established(), own.session.is_probing());
+    let (established, probing) = (own.session.is_cm_established(), own.session.is_probing());
     let (parked, quiet_since) = (own.parked, own.watch.since);
     let awaits_slot = own.session.awaits_control_slot();
     drop(own);

@@ -7,7 +7,6 @@ use crate::endpoint::wr_id::{EndpointId, WrKind};
 use crate::endpoint::{Endpoint, PeerState, Reason};
 use crate::metrics::METRICS;
 use crate::time;
-use log::Level;
 use proto::busy_poll::Nanos;
 use proto::session::{Lost, MessageAction, Violation};
 use std::cell::Cell;
@@ -80,7 +79,7 @@ impl Poller {
             (Outcome::Received(length), WrKind::Receive(slot)) => {
                 // The peer is ready, though the connection manager has not heard of it: a
                 // message that says so may be lost, and come again after seconds.
-                if !endpoint.main_state().session.is_established() {
+                if !endpoint.main_state().session.is_cm_established() {
                     endpoint.id().notify_arrival();
                 }
                 match endpoint.on_message(slot, length, time::now()) {
@@ -99,7 +98,7 @@ impl Poller {
             (Outcome::Sent, work) => {
                 match endpoint.on_sent(work, time::now()) {
                     Ok(action) => self.act(endpoint, action),
-                    Err(error) => self.close_on_error(endpoint, Err(error)),
+                    Err(error) => self.lose_on_error(endpoint, Err(error)),
                 }
                 if matches!(work, WrKind::Payload(_) | WrKind::Probe(_)) {
                     self.mark_if_ready(endpoint);
@@ -143,26 +142,10 @@ impl Poller {
         self.lose(endpoint, PeerState::Disconnected, Reason::Error);
     }
 
-    /// The device did not carry out a probe. From now on it is asked for none of that sort:
-    /// its other connections are to live.
-    fn doubt_probes(&self, endpoint: &Arc<Endpoint>) {
-        let keyed = endpoint.stream().outbound().announced().is_some();
-        let device = endpoint.device();
-        if device.abilities().note_probe_failed(keyed) {
-            let how = if keyed { "" } else { " without a key" };
-            let what = format!(
-                "device {} can't carry out RDMA writes of no bytes{how}: silent clients are not \
-                 probed that way from now on",
-                device.name()
-            );
-            self.say_trouble(Level::Warn, &what);
-        }
-    }
-
     fn end_by(&self, endpoint: &Arc<Endpoint>, lost: Lost<Error>) {
         match lost {
             Lost::Violation(violation) => self.violate(endpoint, violation),
-            Lost::Refused(error) => self.close_on_error(endpoint, Err(error)),
+            Lost::PostFailed(error) => self.lose_on_error(endpoint, Err(error)),
         }
     }
 }

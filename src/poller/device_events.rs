@@ -95,13 +95,6 @@ impl Poller {
         );
         self.say_trouble(Level::Warn, &what);
     }
-
-    /// The endpoints of a device.
-    pub(super) fn on_device(&self, device: &Arc<SharedDevice>) -> Vec<Arc<Endpoint>> {
-        let mut endpoints = self.endpoints();
-        endpoints.retain(|endpoint| Arc::ptr_eq(&endpoint.device(), device));
-        endpoints
-    }
 }
 
 /// Ends [`Poller::watch_events`].

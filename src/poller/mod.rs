@@ -18,12 +18,15 @@
 //! which it is looked at, and an edge outside of a pass also wakes the event loop,
 //! since the server asks only once before it sleeps whether anything is pending.
 //!
-//! Here is when a pass takes place. What it finds is in `completions`, whom it calls in
-//! `serving`, what devices tell in `device_events`, how connections end in `endings`, and which there are in `registry`.
+//! Here is when a pass takes place. What it finds is in `completions` and `cm_events`, whom it
+//! calls in `serving`, how connections end in `endings`, and which there are in `registry`. The
+//! devices are in `devices`, and what they tell in `device_events`.
 
+mod cm_events;
 mod completions;
 pub mod connection;
 mod device_events;
+mod devices;
 mod endings;
 mod receives;
 mod registry;
@@ -33,6 +36,7 @@ mod timers;
 mod wakeup_fds;
 mod watchdog;
 
+use self::cm_events::on_connection_event;
 use self::timers::Timers;
 pub use self::timers::again;
 use self::wakeup_fds::WakeupFds;
@@ -41,7 +45,6 @@ use crate::device::{SharedDevice, Which};
 use crate::endpoint::place::{self, Place};
 use crate::endpoint::wr_id::EndpointId;
 use crate::endpoint::{Endpoint, Plan};
-use crate::host::reply::Reply;
 use crate::host::{MainCell, api};
 use crate::log_limit::LogLimiter;
 use crate::metrics::METRICS;
@@ -222,74 +225,6 @@ impl Poller {
         &self.channel
     }
 
-    /// The device that an id is bound to, opened if this is its first connection.
-    ///
-    /// # Errors
-    /// If there is no device or it can't be opened.
-    fn device_of(&self, id: &Arc<Id>) -> Result<Arc<SharedDevice>, Error> {
-        let mut devices = self.devices.borrow_mut();
-        if let Some(device) = devices.iter().find(|device| device.owns(id)) {
-            return Ok(Arc::clone(device));
-        }
-        let (vector, patience) = {
-            let settings = self.settings.borrow_mut();
-            (settings.completion_vector, settings.busy_poll)
-        };
-        let mut opened = self.devices_opened.borrow_mut();
-        *opened += 1;
-        let device = match SharedDevice::new(id, *opened, vector, patience * 1000) {
-            Ok(device) => Arc::new(device),
-            Err(error) => {
-                // librdmacm may take a device that is back for the one that was removed, where
-                // it knows the two by their GUID alone: it looks at what there is now.
-                drop(verbs::device::Device::all());
-                return Err(error);
-            }
-        };
-        if !api::watch(device.fd(), on_completions, device.number()) {
-            return Err(Error { action: "watch the device's completions", errno: libc::ERANGE });
-        }
-        self.watch_events(&device).inspect_err(|_| api::unwatch(device.fd()))?;
-        log::debug!("device {} opened", device.name());
-        self.choose_receives(&device);
-        if !device.opened().has_index() {
-            let what = format!(
-                "device {}: librdmacm tells devices apart by their GUID alone, and takes one that \
-                 was reset for the one before, since netlink is closed to the server; a service \
-                 needs RestrictAddressFamilies=AF_NETLINK",
-                device.name()
-            );
-            self.say_trouble(Level::Warn, &what);
-        }
-        devices.push(Arc::clone(&device));
-        Ok(device)
-    }
-
-    /// The device of a number, unless it is retired.
-    fn find_device(&self, number: usize) -> Option<Arc<SharedDevice>> {
-        self.devices.borrow_mut().iter().find(|device| device.number() == number).cloned()
-    }
-
-    /// The device at a place, in the order of their opening.
-    fn nth_device(&self, index: usize) -> Option<Arc<SharedDevice>> {
-        self.devices.borrow_mut().get(index).cloned()
-    }
-
-    /// The devices that have or had connections and are there, as `INFO rdma` shows them.
-    pub fn describe_devices(&self) -> Vec<Reply> {
-        let endpoints = self.endpoints();
-        let devices = self.devices.borrow_mut().clone();
-        let describe = |device: &Arc<SharedDevice>| {
-            let own = endpoints.iter().filter(|endpoint| Arc::ptr_eq(&endpoint.device(), device));
-            let mut ports: Vec<u8> = own.map(|endpoint| endpoint.id().port()).collect();
-            let connections = ports.len() as u64;
-            ports.sort_unstable();
-            ports.dedup();
-            device.describe(&ports, connections)
-        };
-        devices.iter().map(describe).collect()
-    }
-
     /// Makes an endpoint for `id` and enters it.
     ///
     /// # Errors
@@ -330,16 +265,6 @@ impl Poller {
         self.registry.borrow_mut().enter(key, endpoint.id_key(), Arc::clone(&endpoint));
         self.track_transient(&endpoint);
         Ok(endpoint)
-    }
-
-    /// Sets how long a connection waits for acknowledgements. It lives with another time, too.
-    fn set_ack_timeout(&self, device: &SharedDevice, id: &Id, exponent: u8) {
-        if let Err(error) = id.set_ack_timeout(exponent)
-            && device.abilities().note_ack_timeout_refused()
-        {
-            let what = format!("device {}: ack-timeout has no effect: {error}", device.name());
-            self.say_trouble(Level::Warn, &what);
-        }
     }
 
     /// The endpoint of a key, unless it is gone.
@@ -484,35 +409,6 @@ impl Poller {
         self.wakeup_fds.borrow_mut().shrink(all);
     }
 
-    /// Handles what happened to connections.
-    fn run_connection_events(&self) {
-        let _pass = self.pass();
-        self.take_connection_events();
-        if !self.leaving.borrow_mut().is_empty() {
-            let devices = self.devices.borrow_mut().clone();
-            for device in &devices {
-                self.take_completions(device, Which::All);
-            }
-        }
-        self.serve_ready();
-    }
-
-    /// Takes what happened to connections, up to the bound of a pass. Returns whether that
-    /// was all.
-    fn take_connection_events(&self) -> bool {
-        for _ in 0..EVENTS_PER_GO {
-            match self.channel.next() {
-                Ok(Some(event)) => self.connection_event(event),
-                Ok(None) => return true,
-                Err(error) => {
-                    self.say_trouble(Level::Warn, &error.to_string());
-                    return true;
-                }
-            }
-        }
-        false
-    }
-
     /// Handles what happened to connections and what completed, up to the bound of a pass,
     /// without calling any handler: for calls of the server that block, and for the clock.
     /// Endpoints that became ready are served in a pass afterwards. Returns whether nothing was left.
@@ -581,10 +477,6 @@ unsafe extern "C" fn on_wake(_fd: c_int, _data: *mut c_void, _mask: c_int) {
         let _pass = poller.pass();
         poller.serve_ready();
     });
-}
-
-unsafe extern "C" fn on_connection_event(_fd: c_int, _data: *mut c_void, _mask: c_int) {
-    guard("connection event", || Poller::get().run_connection_events());
 }
 
 unsafe extern "C" fn on_completions(_fd: c_int, data: *mut c_void, mask: c_int) {

@@ -85,7 +85,7 @@ impl Poller {
             }
             return;
         }
-        self.say_refusal(endpoint);
+        self.say_post_error(endpoint);
         let before = endpoint.stream().progress();
         // SAFETY: as above.
         let write_first = unsafe { has_write_barrier(connection) };
@@ -99,7 +99,7 @@ impl Poller {
                 return;
             }
         }
-        self.close_on_error(endpoint, endpoint.announce_if_full());
+        self.lose_on_error(endpoint, endpoint.announce_if_full());
         if endpoint.has_work() {
             if self.waits_for_sync(endpoint) {
                 self.mark_ready(endpoint);
@@ -165,7 +165,7 @@ impl Poller {
                 }
             }
             // The test feature brings back what this transport exists to avoid.
-            if cfg!(not(feature = "test-no-deferral")) {
+            if cfg!(not(feature = "test-handler-loop")) {
                 return;
             }
         }

@@ -74,7 +74,7 @@ impl Poller {
     pub(super) fn step(&self, endpoint: &Arc<Endpoint>, now: Millis, caught_up: bool) {
         match endpoint.handle_timeout(caught_up, now) {
             Ok(action) => self.act(endpoint, action),
-            Err(error) => self.close_on_error(endpoint, Err(error)),
+            Err(error) => self.lose_on_error(endpoint, Err(error)),
         }
     }
 
@@ -132,9 +132,9 @@ impl Poller {
     /// What an endpoint needs once a second.
     fn on_housekeeping_tick(&self, endpoint: &Arc<Endpoint>, now: Millis, caught_up: bool) {
         self.step(endpoint, now, caught_up);
-        self.close_on_error(endpoint, endpoint.on_housekeeping_tick(now));
-        // What a full send queue refused, and no completion will bring back.
-        if endpoint.stream().outbound().take_refused() {
+        self.lose_on_error(endpoint, endpoint.on_housekeeping_tick(now));
+        // What a full send queue did not take, and no completion will bring back.
+        if endpoint.stream().outbound().take_no_room() {
             self.mark_if_ready(endpoint);
         }
         self.watch_over(endpoint, HOUSEKEEPING_INTERVAL, now);

@@ -55,7 +55,7 @@ enum Phase {
 const PROMPT: Millis = 100;
 
 /// Least time for delivering a refusal, whatever the time to read it is.
-const REFUSAL: Millis = 500;
+const UNSERVED: Millis = 500;
 
 /// One connection's phase and its deadlines.
 #[derive(Debug)]
@@ -104,7 +104,7 @@ impl Lifecycle {
     }
 
     /// Whether the connection manager has established the connection.
-    pub(crate) fn is_established(&self) -> bool {
+    pub(crate) fn is_cm_established(&self) -> bool {
         self.established
     }
 
@@ -127,7 +127,7 @@ impl Lifecycle {
     /// waited for no longer than it takes to read why.
     pub(crate) fn close(&mut self, written: Millis, served: bool, now: Millis) {
         let Timing { delivery, linger, .. } = self.timing;
-        let patience = if served { delivery } else { linger.max(REFUSAL).min(delivery) };
+        let patience = if served { delivery } else { linger.max(UNSERVED).min(delivery) };
         self.phase = Phase::Lingering { deadline: now + patience, since: written };
     }
 
@@ -347,8 +347,8 @@ mod tests {
         let mut refused = Lifecycle::new(timing, 0);
         refused.close(1000, false, 1000);
         assert_eq!(refused.duty(1000, false), Duty::Probe);
-        assert_eq!(refused.duty(1000 + REFUSAL - 1, false), Duty::Wait);
-        assert_eq!(refused.duty(1000 + REFUSAL, false), Duty::End, "a refused one, sooner");
+        assert_eq!(refused.duty(1000 + UNSERVED - 1, false), Duty::Wait);
+        assert_eq!(refused.duty(1000 + UNSERVED, false), Duty::End, "a refused one, sooner");
     }
 
     #[test]

@@ -11,7 +11,7 @@
 
 use crate::staging::{Staging, Steps};
 use crate::window::sync::{AtomicBool, Ordering};
-use crate::window::{Announcement, Chunk, Refused, SendLedger, SendWindow, Writer};
+use crate::window::{Announcement, Chunk, SendLedger, SendWindow, WindowInUse, Writer};
 
 /// Most bytes of one work request: the device sends one piece while the next is copied.
 const PIECE: usize = 256 * 1024;
@@ -72,7 +72,7 @@ pub enum Shortage<E> {
     Window,
     /// Staging memory or the send queue is full.
     Staging,
-    /// A work request was refused for good.
+    /// A work request could not be posted, and not for want of room.
     Failed(E),
 }
 
@@ -92,7 +92,7 @@ pub struct SendQueue<R> {
     pub(crate) window: SendWindow,
     pub(crate) ledger: SendLedger<Outgoing<R>>,
     /// A work request found no room although the ledger had some for it.
-    refused: AtomicBool,
+    no_room: AtomicBool,
     /// Bytes of the small staging memory.
     small: usize,
 }
@@ -114,7 +114,7 @@ impl<R> SendQueue<R> {
         Self {
             window: SendWindow::default(),
             ledger: SendLedger::new(depth, small, outgoing),
-            refused: AtomicBool::new(false),
+            no_room: AtomicBool::new(false),
             small,
         }
     }
@@ -168,7 +168,7 @@ impl<R> SendQueue<R> {
             self.window.publish_left(writer.window.length - writer.used);
             match error {
                 PostError::Full => {
-                    self.refused.store(true, Ordering::Relaxed);
+                    self.no_room.store(true, Ordering::Relaxed);
                     Shortage::Staging
                 }
                 PostError::Failed(error) => Shortage::Failed(error),
@@ -202,8 +202,8 @@ impl<R> SendQueue<R> {
     /// Poller: the peer opened a window. One of 0 bytes is legal and changes nothing.
     ///
     /// # Errors
-    /// [`Refused`] if the one before was not used to its last byte.
-    pub fn announce(&self, new: Announcement) -> Result<(), Refused> {
+    /// [`WindowInUse`] if the one before was not used to its last byte.
+    pub fn announce(&self, new: Announcement) -> Result<(), WindowInUse> {
         self.window.announce(new)
     }
 
@@ -252,8 +252,8 @@ impl<R> SendQueue<R> {
 
     /// Whether a work request found no room since the last call, so that no completion may
     /// be on its way that would bring the writer back.
-    pub fn take_refused(&self) -> bool {
-        self.refused.swap(false, Ordering::Relaxed)
+    pub fn take_no_room(&self) -> bool {
+        self.no_room.swap(false, Ordering::Relaxed)
     }
 
     /// Whether every posted work request is known to be over.
@@ -339,18 +339,18 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_work_request_leaves_the_window_and_the_staging_memory_as_they_were() {
+    fn a_failed_post_leaves_the_window_and_the_staging_memory_as_they_were() {
         let (queue, mut device) = queue(30);
         queue.write(10, &mut device).unwrap();
         device.answer = Some(PostError::Full);
         let sent = queue.write(20, &mut device).unwrap();
         assert_eq!(sent, Sent { bytes: 0, shortage: Some(Shortage::Staging) });
-        assert!(queue.take_refused());
-        assert!(!queue.take_refused(), "once");
+        assert!(queue.take_no_room());
+        assert!(!queue.take_no_room(), "once");
         device.answer = Some(PostError::Failed("no"));
         let sent = queue.write(20, &mut device).unwrap();
         assert_eq!(sent.shortage, Some(Shortage::Failed("no")));
-        assert!(!queue.take_refused());
+        assert!(!queue.take_no_room());
         assert_eq!((queue.total_posted(), queue.position()), (1, (10, 30)));
         queue.write(20, &mut device).unwrap();
         let [first, second] = [device.posted[1], device.posted[3]];

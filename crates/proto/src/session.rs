@@ -16,7 +16,7 @@ pub use crate::port::Port;
 use crate::receive_buffers::ReceiveBuffers;
 use crate::send_queue::PostError;
 use crate::stream::Stream;
-use crate::window::{Announcement, Overrun, PeerState, Refused};
+use crate::window::{Announcement, Overrun, PeerState, WindowInUse};
 use crate::wire::{DecodeError, MESSAGE_LEN, Memory, Message};
 use std::collections::VecDeque;
 use std::fmt;
@@ -31,7 +31,7 @@ pub enum Violation {
     /// An immediate that exceeds our window.
     Overrun(Overrun),
     /// An announcement before the last one was used up.
-    Early(Refused),
+    WindowInUse(WindowInUse),
     /// A buffer that would end beyond the address space.
     Wraps {
         /// Start of the announced buffer.
@@ -51,7 +51,7 @@ impl fmt::Display for Violation {
             Self::Message(error) => error.fmt(f),
             Self::TooLong => write!(f, "control message of more than {MESSAGE_LEN} bytes"),
             Self::Overrun(error) => error.fmt(f),
-            Self::Early(error) => error.fmt(f),
+            Self::WindowInUse(error) => error.fmt(f),
             Self::Wraps { address, length } => {
                 write!(f, "receive buffer of {length} bytes at {address:#x} wraps around")
             }
@@ -66,8 +66,8 @@ impl fmt::Display for Violation {
 pub enum Lost<E> {
     /// The peer broke the protocol.
     Violation(Violation),
-    /// The queue pair refused what the connection needs.
-    Refused(E),
+    /// A work request that the connection needs could not be posted.
+    PostFailed(E),
 }
 
 impl<E> From<Violation> for Lost<E> {
@@ -173,9 +173,9 @@ impl<B> Session<B> {
         self.lifecycle.heard(now);
         self.writes += 1;
         stream.inbound().arrived(count).map_err(Violation::Overrun)?;
-        self.give_back(stream, port, slot).map_err(Lost::Refused)?;
+        self.give_back(stream, port, slot).map_err(Lost::PostFailed)?;
         // The sooner the better: the peer has nowhere to write to.
-        self.announce_if_full(stream, port, now).map_err(Lost::Refused)
+        self.announce_if_full(stream, port, now).map_err(Lost::PostFailed)
     }
 
     /// The peer's SEND of `bytes` arrived in the receive of `slot`.
@@ -200,7 +200,7 @@ impl<B> Session<B> {
             }
             Message::GetServerFeature { select, .. } => {
                 self.pending_feature_requests.push_back((select, slot));
-                self.send_replies(port).map_err(Lost::Refused)?;
+                self.send_replies(port).map_err(Lost::PostFailed)?;
                 return Ok(MessageAction::Nothing);
             }
             Message::RegisterXferMemory(Memory { address, length, rkey }) => {
@@ -208,7 +208,7 @@ impl<B> Session<B> {
                     return Err(Violation::Wraps { address, length }.into());
                 }
                 let window = Announcement { address, length, rkey };
-                stream.outbound().announce(window).map_err(Violation::Early)?;
+                stream.outbound().announce(window).map_err(Violation::WindowInUse)?;
                 if self.lifecycle.announced() {
                     MessageAction::HandshakeCompleted
                 } else {
@@ -216,7 +216,7 @@ impl<B> Session<B> {
                 }
             }
         };
-        self.give_back(stream, port, slot).map_err(Lost::Refused)?;
+        self.give_back(stream, port, slot).map_err(Lost::PostFailed)?;
         Ok(action)
     }
 
@@ -417,7 +417,7 @@ impl<B> Session<B> {
     #[inline]
     pub fn may_announce<R>(&self, stream: &Stream<R>) -> bool {
         (self.unannounced.is_some() || stream.inbound().is_full())
-            && self.lifecycle.is_established()
+            && self.lifecycle.is_cm_established()
             && stream.peer_state() == PeerState::Connected
     }
 
@@ -512,8 +512,8 @@ impl<B> Session<B> {
     // --- For those who ask ----------------------------------------------------------
 
     /// Whether the connection manager has established the connection.
-    pub fn is_established(&self) -> bool {
-        self.lifecycle.is_established()
+    pub fn is_cm_established(&self) -> bool {
+        self.lifecycle.is_cm_established()
     }
 
     /// Whether the handshake is complete and the server has not closed.
@@ -557,7 +557,7 @@ impl<B> Session<B> {
     pub fn is_announcement_missed<R>(&self, stream: &Stream<R>) -> bool {
         stream.inbound().is_consumed()
             && self.unannounced.is_none()
-            && self.is_established()
+            && self.is_cm_established()
             && stream.peer_state() == PeerState::Connected
     }
 
@@ -705,10 +705,10 @@ mod tests {
             .unwrap_err()
         {
             Lost::Violation(violation) => violation,
-            Lost::Refused(why) => panic!("{why}"),
+            Lost::PostFailed(why) => panic!("{why}"),
         };
         assert_eq!(lost(&[0; 3]), Violation::Message(DecodeError::Length(3)));
-        assert_eq!(lost(&announcement(9)), Violation::Early(Refused { left: 64 }));
+        assert_eq!(lost(&announcement(9)), Violation::WindowInUse(WindowInUse { left: 64 }));
         let wraps = Message::RegisterXferMemory(Memory { address: u64::MAX, length: 2, rkey: 0 });
         assert!(matches!(lost(&wraps.encode()), Violation::Wraps { length: 2, .. }));
         let feature = Message::SetClientFeature { select: 0, features: 4 };

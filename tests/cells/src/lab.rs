@@ -217,7 +217,7 @@ impl Lab {
     }
 
     /// The module built with another feature by scripts/test.sh, which keeps it in this folder:
-    /// `without-deferral` or `with-panics`.
+    /// `with-handler-loop` or `with-panics`.
     pub fn variant(&self, folder: &str) -> Result<PathBuf> {
         let beside = self.module.parent().context("a module without a folder")?;
         let path = beside.join(folder).join("libvalkey_rdma.so");

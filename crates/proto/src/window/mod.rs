@@ -25,4 +25,4 @@ pub(crate) mod sync;
 pub use ledger::{Chunk, SendLedger, Writer};
 pub use peer_state::{PeerState, SharedPeerState};
 pub use receive::{Overrun, Reader, ReceiveWindow};
-pub use send::{Announcement, Refused, SendWindow};
+pub use send::{Announcement, SendWindow, WindowInUse};

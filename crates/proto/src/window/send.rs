@@ -24,12 +24,12 @@ pub struct Announcement {
 
 /// An announcement that came while the one before still had room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refused {
+pub struct WindowInUse {
     /// Bytes of the earlier announcement that were not used yet.
     pub left: u32,
 }
 
-impl fmt::Display for Refused {
+impl fmt::Display for WindowInUse {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
@@ -57,8 +57,8 @@ impl SendWindow {
     /// Poller: the peer opened a buffer. One of 0 bytes is legal and changes nothing.
     ///
     /// # Errors
-    /// [`Refused`] if the announcement before was not used to its last byte.
-    pub fn announce(&self, new: Announcement) -> Result<(), Refused> {
+    /// [`WindowInUse`] if the announcement before was not used to its last byte.
+    pub fn announce(&self, new: Announcement) -> Result<(), WindowInUse> {
         // Acquire pairs with the writer's clearing: its loads of the fields are over.
         let waiting = if self.full.load(Ordering::Acquire) {
             (self.length_and_key.load(Ordering::Relaxed) >> 32) as u32
@@ -67,7 +67,7 @@ impl SendWindow {
         };
         let left = waiting.max(self.left.load(Ordering::Relaxed));
         if left > 0 {
-            return Err(Refused { left });
+            return Err(WindowInUse { left });
         }
         if new.length > 0 {
             self.address.store(new.address, Ordering::Relaxed);
@@ -161,13 +161,13 @@ mod tests {
     }
 
     #[test]
-    fn early_announcements_are_refused() {
+    fn a_window_in_use_is_not_announced_again() {
         let window = SendWindow::default();
         window.announce(BUFFER).unwrap();
-        assert_eq!(window.announce(BUFFER), Err(Refused { left: 100 }), "one waits");
+        assert_eq!(window.announce(BUFFER), Err(WindowInUse { left: 100 }), "one waits");
         window.take();
         window.publish_left(1);
-        assert_eq!(window.announce(BUFFER), Err(Refused { left: 1 }), "one is in use");
+        assert_eq!(window.announce(BUFFER), Err(WindowInUse { left: 1 }), "one is in use");
         window.publish_left(0);
         window.announce(BUFFER).unwrap();
     }

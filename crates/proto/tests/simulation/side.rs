@@ -156,7 +156,7 @@ impl Side {
     }
 
     pub fn keep_alive(&mut self, fabric: &mut Fabric, rng: &mut Rng) {
-        if self.session.is_established() && self.is_peer_connected() {
+        if self.session.is_cm_established() && self.is_peer_connected() {
             self.with_session(fabric, rng, |session, _, ports| {
                 session.send(ports, Message::Keepalive).expect("no failure");
             });
@@ -317,7 +317,7 @@ impl Side {
         self.ready = false;
         if !self.connected {
             if self.session.is_open() {
-                assert!(self.session.is_established(), "handed over in the handshake");
+                assert!(self.session.is_cm_established(), "handed over in the handshake");
                 (self.connected, self.handed_over) = (true, true);
                 self.mark_if_ready();
             }
@@ -374,7 +374,7 @@ impl Side {
         self.with_session(fabric, rng, |session, stream, ports| {
             session.on_housekeeping_tick(stream, ports, now).expect("no failure");
         });
-        if self.stream.outbound().take_refused() {
+        if self.stream.outbound().take_no_room() {
             self.mark_if_ready();
         }
     }

@@ -138,7 +138,7 @@ fn stalls(cell: &mut Cell) -> Result<()> {
     let (stalls, window) =
         (info.number("rdma_staging_stalls")?, info.number("rdma_window_stalls")?);
     ensure!((stalls, window) == (1, 0), "{stalls} stalls, {window} for want of a window");
-    ensure!(info.number("rdma_posts_refused")? == 0, "a full queue is counted as a refusal");
+    ensure!(info.number("rdma_posts_failed")? == 0, "a full queue is counted as a refusal");
     cell.stop()
 }
 

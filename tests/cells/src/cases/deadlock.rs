@@ -24,9 +24,9 @@ pub const CASES: &[Case] = &[
 ];
 
 /// That the test above can fail: on 8.0, a module that does not defer, built with the feature
-/// `test-no-deferral`, hangs the server under the same load.
+/// `test-handler-loop`, hangs the server under the same load.
 fn guard(cell: &mut Cell) -> Result<()> {
-    cell.settings.module = Some(cell.lab.variant("without-deferral")?);
+    cell.settings.module = Some(cell.lab.variant("with-handler-loop")?);
     cell.start()?;
     let pinger = Pinger::start(cell, PING_LIMIT)?;
     let load = load(2000, 10, 40 << 10);

@@ -46,7 +46,7 @@ fn no_immediate(cell: &mut Cell) -> Result<()> {
     }
     let info = cell.info()?;
     ensure!(info.number("rdma_refused_device")? == 3, "the refusals are not counted");
-    ensure!(info.number("rdma_posts_refused")? == 1, "more than one write was tried");
+    ensure!(info.number("rdma_posts_failed")? == 1, "more than one write was tried");
     let words = "device softrdma0 can't serve clients: it refuses RDMA writes with immediate data";
     once(cell, words)?;
     once(

@@ -141,7 +141,7 @@ fn ended(cell: &Cell, answers: usize) -> Result<()> {
 pub(super) fn told(cell: &Cell, count: u64, words: &str) -> Result<()> {
     cell.wait_info("the refusals to be counted", |info| {
         let ended = info.number("rdma_ended_by_error")?;
-        Ok(info.number("rdma_posts_refused")? == count && ended == count)
+        Ok(info.number("rdma_posts_failed")? == count && ended == count)
     })?;
     let lines = cell.server().log_lines(" lost: ")?;
     ensure!(
