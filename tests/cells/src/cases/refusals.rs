@@ -2,7 +2,6 @@
 //! Input that can't work: one clear line in the log that says what is wrong, and never a
 //! crash.
 
-
 use anyhow::{Context, Result, ensure};
 
 use super::basics::expect;
