@@ -296,7 +296,7 @@ in_guests() {
 
 # run_cells FABRIC LOG SELECTOR… — the chosen cells of a fabric, shown as they end.
 run_cells() {
-    local fabric=$1 log=$2 start=$SECONDS where=() jobs=1 shown=() count
+    local fabric=$1 log=$2 start=$SECONDS where=() jobs=1 shown=() told=() count
     shift 2
     [[ -z $server ]] || shown=(--ro "${server%/*}")
     count=$(count_cells "$fabric" "$@")
@@ -305,6 +305,7 @@ run_cells() {
     soft)
         say "Cells on the software fabric: $count"
         where=("$repo/scripts/softrdma.sh")
+        told=(--junit "$target/cells.xml")
         # Most cells wait for most of their time.
         jobs=$((3 * $(nproc)))
         ;;
@@ -321,7 +322,7 @@ run_cells() {
         [[ ! -d $cache/cells ]] || where+=(--rw "$cache/cells")
         ;;
     esac
-    "${where[@]}" "${cells[@]}" --fabric "$fabric" --jobs "$jobs" "$@" </dev/null |
+    "${where[@]}" "${cells[@]}" --fabric "$fabric" --jobs "$jobs" "${told[@]}" "$@" </dev/null |
         tee "$log/$fabric" >&2 || true
     say "  $((SECONDS - start)) s"
 }

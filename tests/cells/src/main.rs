@@ -8,13 +8,14 @@
 mod bridge;
 mod cases;
 mod cell;
+mod junit;
 mod tools;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -23,6 +24,7 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use cell::{Case, Cell};
+use junit::Outcome;
 use lab::{Given, Lab};
 use matrix::{Expected, Fabric, Level, Selector};
 use report::{Record, State};
@@ -63,6 +65,9 @@ struct Options {
     /// How many cells run at a time, except for those that need the machine for themselves.
     #[arg(long, default_value_t = 1)]
     jobs: usize,
+    /// Writes what became of the cells to this file, as JUnit's XML.
+    #[arg(long)]
+    junit: Option<PathBuf>,
     /// Prints the chosen cells and runs none.
     #[arg(long)]
     list: bool,
@@ -126,6 +131,7 @@ fn run(options: &Options) -> Result<bool> {
         date: report::today()?,
         state: Mutex::new(state),
         totals: Mutex::default(),
+        junit: Mutex::new(junit::Cells::new(fabric)),
         progress: &progress,
         until_failure: options.rounds > 1,
     };
@@ -136,6 +142,9 @@ fn run(options: &Options) -> Result<bool> {
         run.cells(&alone, 1)?;
     }
     progress.finish_and_clear();
+    if let Some(path) = &options.junit {
+        run.junit.into_inner().expect("no cell panicked").write(path)?;
+    }
     let totals = run.totals.into_inner().expect("no cell panicked");
     if totals.failed == 0 {
         let _ = std::fs::remove_dir_all(&lab.scratch);
@@ -151,6 +160,7 @@ struct Run<'a> {
     date: String,
     state: Mutex<Option<State>>,
     totals: Mutex<Totals>,
+    junit: Mutex<junit::Cells>,
     progress: &'a ProgressBar,
     until_failure: bool,
 }
@@ -161,7 +171,7 @@ impl Run<'_> {
         let next = AtomicUsize::new(0);
         let work = || -> Result<()> {
             while let Some(cell) = cells.get(next.fetch_add(1, Ordering::Relaxed)) {
-                if self.until_failure && self.totals().failed > 0 {
+                if self.until_failure && self.failed() {
                     break;
                 }
                 self.cell(cell)?;
@@ -181,18 +191,20 @@ impl Run<'_> {
             state.as_ref().and_then(|it| it.passed(&cell.id, &self.lab.module_sha256)).cloned()
         };
         let line = if let Some(why) = &cell.skip {
-            self.totals().skipped += 1;
+            self.count(cell, 0.0, &Outcome::Skipped(why));
             format!("skip  {}: {why}", cell.id)
         } else if let Some(record) = earlier {
-            self.totals().passed += 1;
+            self.count(cell, record.seconds, &Outcome::Passed);
             format!("pass  {} (on {})", cell.id, record.date)
         } else {
-            let (line, record) = run_cell(self.lab, cell, &self.commit, &self.date);
-            self.totals().count(record.is_some());
+            let ran = run_cell(self.lab, cell);
+            let outcome = ran.failure.as_deref().map_or(Outcome::Passed, Outcome::Failed);
+            self.count(cell, ran.seconds, &outcome);
+            let line = ran.line(cell);
             if let Some(state) = &mut *self.state.lock().expect("no cell panicked") {
-                match record {
-                    Some(record) => state.add(&cell.id, record)?,
-                    None => state.remove(&cell.id)?,
+                match ran.failure {
+                    None => state.add(&cell.id, self.record(cell, ran.seconds, ran.figures))?,
+                    Some(_) => state.remove(&cell.id)?,
                 }
             }
             line
@@ -202,8 +214,29 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn totals(&self) -> MutexGuard<'_, Totals> {
-        self.totals.lock().expect("no cell panicked")
+    fn failed(&self) -> bool {
+        self.totals.lock().expect("no cell panicked").failed > 0
+    }
+
+    fn count(&self, cell: &Expected, seconds: f64, outcome: &Outcome<'_>) {
+        let mut totals = self.totals.lock().expect("no cell panicked");
+        match outcome {
+            Outcome::Passed => totals.passed += 1,
+            Outcome::Failed(_) => totals.failed += 1,
+            Outcome::Skipped(_) => totals.skipped += 1,
+        }
+        self.junit.lock().expect("no cell panicked").add(&cell.id, seconds, outcome);
+    }
+
+    fn record(&self, cell: &Expected, seconds: f64, figures: Vec<(String, String)>) -> Record {
+        Record {
+            commit: self.commit.clone(),
+            module: self.lab.module_sha256.clone(),
+            server: self.lab.describe(&cell.id.server),
+            date: self.date.clone(),
+            seconds,
+            figures,
+        }
     }
 }
 
@@ -215,51 +248,38 @@ struct Totals {
     skipped: u32,
 }
 
-impl Totals {
-    fn count(&mut self, passed: bool) {
-        match passed {
-            true => self.passed += 1,
-            false => self.failed += 1,
+/// What a cell came to.
+struct Ran {
+    seconds: f64,
+    figures: Vec<(String, String)>,
+    /// Why it failed, from the outermost reason to the innermost, a line each.
+    failure: Option<String>,
+}
+
+impl Ran {
+    /// What is printed of it.
+    fn line(&self, cell: &Expected) -> String {
+        let word = if self.failure.is_some() { "FAIL" } else { "pass" };
+        let mut text = format!("{word}  {} ({:.1} s)", cell.id, self.seconds);
+        for (name, value) in &self.figures {
+            text += &format!("\n        {name}: {value}");
         }
+        if let Some(failure) = &self.failure {
+            text += &format!("\n{failure}").replace('\n', "\n        ");
+        }
+        text
     }
 }
 
-/// Runs one cell: the line to print, and its record if it passed.
-fn run_cell(lab: &Lab, cell: &Expected, commit: &str, date: &str) -> (String, Option<Record>) {
+fn run_cell(lab: &Lab, cell: &Expected) -> Ran {
     let case: &Case = cases::all()
         .find(|case| case.name == cell.id.case)
         .expect("the matrix was checked against the cases");
     let limit = cell.seconds.map_or(lab.cell_limit(), Duration::from_secs);
     let started = Instant::now();
     let (result, figures) = Cell::run(lab, cell.id.clone(), case, limit);
-    let seconds = started.elapsed().as_secs_f64();
-    let shown: Vec<String> =
-        figures.iter().map(|(name, value)| format!("\n        {name}: {value}")).collect();
-    match result {
-        Ok(()) => (
-            format!("pass  {} ({seconds:.1} s){}", cell.id, shown.concat()),
-            Some(Record {
-                commit: commit.to_owned(),
-                module: lab.module_sha256.clone(),
-                server: lab.describe(&cell.id.server),
-                date: date.to_owned(),
-                seconds,
-                figures,
-            }),
-        ),
-        Err(error) => (
-            format!(
-                "FAIL  {} ({seconds:.1} s){}\n        {}",
-                cell.id,
-                shown.concat(),
-                error
-                    .chain()
-                    .map(ToString::to_string)
-                    .collect::<Vec<_>>()
-                    .join("\n")
-                    .replace('\n', "\n        ")
-            ),
-            None,
-        ),
-    }
+    let failure = result
+        .err()
+        .map(|error| error.chain().map(ToString::to_string).collect::<Vec<_>>().join("\n"));
+    Ran { seconds: started.elapsed().as_secs_f64(), figures, failure }
 }
