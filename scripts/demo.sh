@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 #
 # scripts/demo.sh [OPTION…] — a stock valkey-server with the module serves RDMA
-# clients: valkey-benchmark SETs and GETs large values, while a TCP client asks
-# all the time whether the server still answers. Ends with a table.
+# clients: valkey-benchmark SETs and GETs large values, over RDMA and then over TCP,
+# while a TCP client asks all the time whether the server still answers. Ends with a
+# table of both.
 #
 #   --fabric F      hw: this machine's RDMA device; soft: the software fabric, which
 #                   needs neither device nor root; vm: Soft-RoCE in a virtual machine.
@@ -13,11 +14,13 @@
 #   --clients N     50 unless given
 #   --size BYTES    10485760 unless given
 #   --requests N    of each kind; 500 unless given, in the virtual machine 50
-#   --io-threads N  8 unless given
+#   --io-threads N  as many as there are processors unless given, at least 2 and at most
+#                   8: these threads spin, and on fewer processors they take the time of
+#                   the main thread and of the clients
 # shellcheck source=scripts/lib.sh
 . "${BASH_SOURCE[0]%/*}/lib.sh"
 
-fabric='' address='' line=8.0 clients=50 size=$((10 << 20)) requests='' threads=8 inside=0
+fabric='' address='' line=8.0 clients=50 size=$((10 << 20)) requests='' threads='' inside=0
 declare -A figures=()
 
 main() {
@@ -26,11 +29,15 @@ main() {
         --inside) inside=1; shift; continue ;;
         --fabric | --address | --line | --clients | --size | --requests) ;;
         --io-threads) threads=${2:?}; shift 2; continue ;;
-        *) sed -n '4,16s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+        *) sed -n '4,19s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
         esac
         printf -v "${1#--}" %s "${2:?$1 needs a value}"
         shift 2
     done
+    if [[ -z $threads ]]; then
+        threads=$(nproc)
+        threads=$((threads < 2 ? 2 : threads > 8 ? 8 : threads))
+    fi
     target=${CARGO_TARGET_DIR:-$repo/target}
     module=$target/release/libvalkey_rdma.so
     if ((inside)); then
@@ -105,12 +112,15 @@ stuck() {
     die "$1"
 }
 
-# info FIELD — one number of INFO rdma.
-info() {
-    ask INFO rdma
-    [[ $reply =~ rdma_$1:([0-9]+) ]] || stuck "INFO rdma has no field $1"
+# field SECTION NAME — one number of INFO.
+field() {
+    ask INFO "$1"
+    [[ $reply =~ $2:([0-9]+) ]] || stuck "INFO $1 has no field $2"
     printf '%s\n' "${BASH_REMATCH[1]}"
 }
+
+# info NAME — one number of INFO rdma.
+info() { field rdma "rdma_$1"; }
 
 # What the server's main thread has used, in hundredths of a second.
 main_cpu() {
@@ -132,7 +142,10 @@ demonstrate() {
     password=$(od -An -N16 -tx8 /dev/urandom | tr -d ' \n')
     trap 'kill $jobs_of_ours 2>/dev/null || true; wait; rm -rf "$work"' EXIT
     jobs_of_ours=''
-    "$repo/scripts/chroot.sh" "$line" valkey-server --port "$port" --bind 127.0.0.1 --save '' --dir "$work" \
+    # Unquoted: one address or two.
+    # shellcheck disable=SC2046
+    "$repo/scripts/chroot.sh" "$line" valkey-server --port "$port" \
+        --bind $(printf '%s\n' 127.0.0.1 "$address" | sort -u) --save '' --dir "$work" \
         --logfile "$work/server.log" --io-threads "$threads" --requirepass "$password" \
         --loadmodule "$module" "bind=$address" "port=$((port + 1))" >"$work/server.out" 2>&1 &
     server=$!
@@ -150,12 +163,18 @@ demonstrate() {
     [[ $reply =~ valkey_version:([0-9.]+) ]] || die "the server does not say its version"
     say "valkey-server ${BASH_REMATCH[1]} with $(basename "$module"), $threads I/O threads; RDMA at $address:$((port + 1)) ($fabric)"
 
-    pings=0 slowest=0
-    local idle_before
+    local idle_before idle_after
     idle_before=$(idle)
-    load set $((port + 1))
-    load get $((port + 1))
-    table "$idle_before" "$(idle)"
+    pings=0 slowest=0
+    load rdma set $((port + 1))
+    load rdma get $((port + 1))
+    figures+=([rdma.pings]=$pings [rdma.slowest]=$((slowest / 1000)))
+    idle_after=$(idle)
+    pings=0 slowest=0
+    load tcp set "$port"
+    load tcp get "$port"
+    figures+=([tcp.pings]=$pings [tcp.slowest]=$((slowest / 1000)))
+    table "$idle_before" "$idle_after"
 }
 
 # Main-thread CPU of a server that nobody asks anything, in percent.
@@ -165,31 +184,41 @@ idle() {
     echo $((($(main_cpu) - cpu) / 3))
 }
 
-# load set|get PORT — one run of the benchmark, watched, into figures.
+# moved TRANSPORT set|get — bytes of payload that went over it so far.
+moved() {
+    case $1.$2 in
+    rdma.set) info bytes_received ;;
+    rdma.get) info bytes_sent ;;
+    tcp.set) field stats total_net_input_bytes ;;
+    tcp.get) field stats total_net_output_bytes ;;
+    esac
+}
+
+# load rdma|tcp set|get PORT — one run of the benchmark, watched, into figures.
 load() {
-    local name=$1 port=$2 direction=bytes_received bench status=0 start cpu bytes time csv
-    [[ $name == set ]] || direction=bytes_sent
-    timeout 900 "$cache/clients/valkey-benchmark" --rdma -h "$address" -p "$port" -a "$password" \
-        -t "$name" -c "$clients" -d "$size" -n "$requests" --csv >"$work/$name.csv" 2>"$work/$name.err" &
+    local transport=$1 name=$2 port=$3 run=$1.$2 how=() bench status=0 start cpu bytes time csv
+    [[ $transport == tcp ]] || how=(--rdma)
+    timeout 900 "$cache/clients/valkey-benchmark" "${how[@]}" -h "$address" -p "$port" -a "$password" \
+        -t "$name" -c "$clients" -d "$size" -n "$requests" --csv >"$work/$run.csv" 2>"$work/$run.err" &
     bench=$!
     jobs_of_ours="$server $bench"
     next_line=0
-    start=$(micros) cpu=$(main_cpu) bytes=$(info "$direction")
+    start=$(micros) cpu=$(main_cpu) bytes=$(moved "$transport" "$name")
     while kill -0 "$bench" 2>/dev/null; do
         ping_once
         # By payload, for a command that ran may still have most of its reply to send.
-        progress "$name" $((($(info "$direction") - bytes) / size)) "$start"
+        progress "$transport" "$name" $((($(moved "$transport" "$name") - bytes) / size)) "$start"
         sleep 0.4
     done
     wait "$bench" || status=$?
-    ((!status)) || stuck "valkey-benchmark ended with status $status: $(tail -n 3 "$work/$name.err")"
-    time=$(($(micros) - start)) cpu=$(($(main_cpu) - cpu)) bytes=$(($(info "$direction") - bytes))
-    progress "$name" "$requests" "$start" end
-    IFS=, read -r -a csv < <(sed -n '2s/"//gp' "$work/$name.csv")
-    figures+=([$name.requests]=$requests [$name.payload]=$(per "$bytes" 1000000 1e-6)
-        [$name.throughput]=$(per "$bytes" "$time" 1e-6) [$name.rate]=$(per "$requests" "$time" 1)
-        [$name.p50]=${csv[4]} [$name.p95]=${csv[5]} [$name.p99]=${csv[6]} [$name.max]=${csv[7]}
-        [$name.cpu]=$(per "$cpu" "$time" 1))
+    ((!status)) || stuck "valkey-benchmark ended with status $status: $(tail -n 3 "$work/$run.err")"
+    time=$(($(micros) - start)) cpu=$(($(main_cpu) - cpu)) bytes=$(($(moved "$transport" "$name") - bytes))
+    progress "$transport" "$name" "$requests" "$start" end
+    IFS=, read -r -a csv < <(sed -n '2s/"//gp' "$work/$run.csv")
+    figures+=([$run.requests]=$requests [$run.payload]=$(per "$bytes" 1000000 1e-6)
+        [$run.throughput]=$(per "$bytes" "$time" 1e-6) [$run.rate]=$(per "$requests" "$time" 1)
+        [$run.p50]=${csv[4]} [$run.p95]=${csv[5]} [$run.p99]=${csv[6]} [$run.max]=${csv[7]}
+        [$run.cpu]=$(per "$cpu" "$time" 1))
 }
 
 ping_once() {
@@ -200,23 +229,23 @@ ping_once() {
     ((++pings, slowest = before > slowest ? before : slowest))
 }
 
-# progress NAME DONE START [end] — redrawn in place on a terminal, else a line
+# progress TRANSPORT NAME DONE START [end] — redrawn in place on a terminal, else a line
 # now and then.
 progress() {
-    local width=40 done=$(($2 > requests ? requests : $2)) seconds bar
-    seconds=$((($(micros) - $3) / 1000000))
+    local width=40 done=$(($3 > requests ? requests : $3)) seconds bar
+    seconds=$((($(micros) - $4) / 1000000))
     printf -v bar '%*s' $((width * done / requests)) ''
-    printf -v bar '  %s [%-*s] %*d of %d, %d s, slowest PING over TCP %d ms' "${1^^}" "$width" "${bar// /#}" \
+    printf -v bar '  %-4s %s [%-*s] %*d of %d, %d s, slowest PING over TCP %d ms' "${1^^}" "${2^^}" "$width" "${bar// /#}" \
         "${#requests}" "$done" "$requests" "$seconds" $((slowest / 1000))
     if [[ -t 2 ]]; then
-        printf '\r%s\e[K%s' "$bar" "${4:+$'\n'}" >&2
-    elif [[ ${4:-} || $seconds -ge $((next_line)) ]]; then
+        printf '\r%s\e[K%s' "$bar" "${5:+$'\n'}" >&2
+    elif [[ ${5:-} || $seconds -ge $((next_line)) ]]; then
         say "$bar"
         next_line=$((seconds + 5))
     fi
 }
 
-row() { printf '%-36s %12s %12s\n' "$@"; }
+row() { printf '%-36s %10s %10s %10s %10s\n' "$@"; }
 
 # per NUMBER MICROS SCALE — NUMBER * SCALE for each second, with one decimal.
 per() { awk -v n="$1" -v t="$2" -v s="$3" 'BEGIN { printf "%.1f", n * s * 1e6 / t }'; }
@@ -225,12 +254,13 @@ per() { awk -v n="$1" -v t="$2" -v s="$3" 'BEGIN { printf "%.1f", n * s * 1e6 / 
 table() {
     local name line
     echo
-    row "$clients RDMA clients, $size bytes" SET GET
+    row "$clients clients, $size bytes" "RDMA SET" "RDMA GET" "TCP SET" "TCP GET"
     while IFS=: read -r name line; do
-        row "$line" "${figures[set.$name]}" "${figures[get.$name]}"
+        row "$line" "${figures[rdma.set.$name]}" "${figures[rdma.get.$name]}" \
+            "${figures[tcp.set.$name]}" "${figures[tcp.get.$name]}"
     done <<'END'
 requests:requests
-payload:payload over RDMA, MB
+payload:payload, MB
 throughput:throughput, MB/s
 rate:requests/s
 p50:latency p50, ms
@@ -239,14 +269,17 @@ p99:latency p99, ms
 max:latency, longest (to 3,000), ms
 cpu:main-thread CPU during, %
 END
+    row "PING beside it, asked" "" "${figures[rdma.pings]}" "" "${figures[tcp.pings]}"
+    row "PING beside it, slowest, ms" "" "${figures[rdma.slowest]}" "" "${figures[tcp.slowest]}"
     echo
-    row "Whole run" before after
-    row "main-thread CPU of the idle server, %" "$1" "$2"
-    row "" "I/O threads" "main thread"
-    row "short writes" "$(info short_writes_io)" "$(info short_writes_main)"
-    row "resumptions" "-" "$(info resumptions)"
-    row "" asked "slowest, ms"
-    row "PING over TCP" "$pings" $((slowest / 1000))
+    printf '%-36s %10s %10s\n' \
+        "Over RDMA" before after \
+        "main-thread CPU of the idle server, %" "$1" "$2" \
+        "" "I/O threads" "main thread" \
+        "short writes" "$(info short_writes_io)" "$(info short_writes_main)" \
+        "resumptions" "-" "$(info resumptions)"
+    ((threads <= $(nproc))) || printf '\n%s\n' "$threads I/O threads on $(nproc) processors: the threads of \
+the server take time from its main thread and from the clients, over RDMA and over TCP."
 }
 
 main "$@"
