@@ -10,6 +10,7 @@ use crate::conntype::listener::Listening;
 use crate::host::api;
 use crate::host::reply::Reply;
 use crate::panic::guard;
+use crate::poller::Poller;
 use doctor::{Examination, Outcome};
 use redis_module::raw;
 use std::ffi::{CString, c_int, c_void};
@@ -213,6 +214,7 @@ unsafe extern "C" fn reply(
         let answer = data.cast::<Option<Answer>>().as_ref();
         match answer.and_then(Option::as_ref) {
             Some(Ok(examinations)) => {
+                learn(examinations);
                 Reply::List(examinations.iter().map(describe).collect()).send(ctx);
             }
             other => fail(ctx, other.and_then(|failed| failed.as_ref().err())),
@@ -240,13 +242,22 @@ fn describe(found: &Examination) -> Reply {
     ])
 }
 
-/// Examines the devices at load, as far as it is wanted.
+/// What was found out about a device is gone by from its next connection on. Main thread.
+pub fn learn(examinations: &[Examination]) {
+    for found in examinations {
+        if let (Some(facts), Some(immediate)) = (&found.facts, found.immediate) {
+            Poller::get().note_examined(facts, immediate);
+        }
+    }
+}
+
+/// Examines the devices at load, as far as it is wanted, and hands over what was found.
 ///
 /// # Errors
 /// With `require`: what failed, or that there is no device to examine.
-pub fn at_load(probe: Probe, binds: &[String]) -> Result<(), DoctorError> {
+pub fn at_load(probe: Probe, binds: &[String]) -> Result<Vec<Examination>, DoctorError> {
     if probe == Probe::No {
-        return Ok(());
+        return Ok(Vec::new());
     }
     // A name that is no address, and directives of the server's, come to all that there are.
     let binds: Vec<IpAddr> =
@@ -260,7 +271,7 @@ pub fn at_load(probe: Probe, binds: &[String]) -> Result<(), DoctorError> {
             Vec::new()
         }
     };
-    for found in examined {
+    for found in &examined {
         let device = found.facts.as_ref().map_or("unknown", |facts| facts.name.as_str());
         failed.extend(found.failures().map(|(name, why)| format!("{device}: {name}: {why}")));
         for (name, outcome) in &found.checks {
@@ -273,11 +284,11 @@ pub fn at_load(probe: Probe, binds: &[String]) -> Result<(), DoctorError> {
         }
     }
     match (probe, failed.is_empty()) {
-        (_, true) => Ok(()),
+        (_, true) => Ok(examined),
         (Probe::Require, _) => Err(DoctorError::Unfit(failed)),
         _ => {
             failed.iter().for_each(|what| log::warn!("device {what}"));
-            Ok(())
+            Ok(examined)
         }
     }
 }

@@ -158,8 +158,9 @@ unsafe fn load(
     fork::prepare()?;
     account::limit_registered(settings.max_registered_memory, config::MAX_REGISTERED_MEMORY);
 
-    doctor::at_load(settings.probe, &settings.bind)?;
+    let examined = doctor::at_load(settings.probe, &settings.bind)?;
     let (poller, listening) = conntype::start(line, symbols, settings)?;
+    doctor::learn(&examined);
     if line.wakes_threads_by_descriptors() {
         // 9.0 can change the number while it runs.
         // SAFETY: by the caller's promise.

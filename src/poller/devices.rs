@@ -46,6 +46,7 @@ impl Poller {
         self.watch_events(&device).inspect_err(|_| api::unwatch(device.fd()))?;
         log::debug!("device {} opened", device.name());
         self.choose_receives(&device);
+        self.recall_examination(&device);
         if !device.opened().has_index() {
             let what = format!(
                 "device {}: librdmacm tells devices apart by their GUID alone, and takes one that \
@@ -123,24 +124,6 @@ impl Poller {
         }
         let what = format!("device {} is lost: {why}; its {ended} connections end", device.name());
         self.say_trouble(Level::Warn, &what);
-    }
-
-    /// A device refused a connection's first write as something that there is not. If none has
-    /// ever written there, nobody can be served by it.
-    pub(super) fn doubt_device(&self, device: &Arc<SharedDevice>, error: Error) {
-        let has_written = |it: &Arc<Endpoint>| it.stream().outbound().total_posted() > 0;
-        if self.on_device(device).iter().any(has_written) {
-            device.abilities().note_written();
-        }
-        if device.abilities().note_write_unsupported() {
-            METRICS.devices_unfit.add(1);
-            let what = format!(
-                "device {} can't serve clients: it refuses RDMA writes with immediate data, which \
-                 the protocol needs ({error}); they are refused from now on",
-                device.name()
-            );
-            self.say_trouble(Level::Warn, &what);
-        }
     }
 
     /// The device did not carry out a probe. From now on it is asked for none of that sort:

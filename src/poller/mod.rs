@@ -33,6 +33,7 @@ mod registry;
 pub mod serving;
 mod teardown;
 mod timers;
+mod unfit;
 mod wakeup_fds;
 mod watchdog;
 
@@ -63,6 +64,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use verbs::Error;
 use verbs::cm::{Event, EventChannel, Id, IdKey};
+use verbs::device::Facts;
 
 /// Connection manager events handled in one go, so that a storm of connects leaves
 /// the event loop its turn.
@@ -83,6 +85,8 @@ pub struct Poller {
     devices: MainCell<Vec<Arc<SharedDevice>>>,
     /// Devices that were opened so far.
     devices_opened: MainCell<usize>,
+    /// Devices that were examined, each with whether it takes writes with immediate data.
+    examined: MainCell<Vec<(Facts, bool)>>,
     registry: MainCell<Registry<IdKey, Arc<Endpoint>>>,
     ready: MainCell<VecDeque<EndpointId>>,
     doomed: MainCell<VecDeque<EndpointId>>,
@@ -150,6 +154,7 @@ impl Poller {
         Ok(Self {
             devices: MainCell::default(),
             devices_opened: MainCell::default(),
+            examined: MainCell::default(),
             registry: MainCell::default(),
             ready: MainCell::default(),
             doomed: MainCell::default(),

@@ -56,6 +56,8 @@ pub struct Examination {
     pub checks: Vec<(&'static str, Outcome)>,
     /// The known kind of device that it is most like.
     pub resembles: &'static str,
+    /// Whether it takes RDMA writes with immediate data, if that could be tried.
+    pub immediate: Option<bool>,
 }
 
 impl Examination {
@@ -95,5 +97,5 @@ pub fn devices(addresses: &[IpAddr]) -> Result<Vec<(String, IpAddr)>, verbs::Err
 pub fn examine(address: IpAddr) -> Examination {
     let (facts, checks, seen) = checks::all(address);
     let resembles = profile::of(facts.as_ref(), &seen);
-    Examination { address, facts, checks, resembles }
+    Examination { address, facts, checks, resembles, immediate: seen.immediate }
 }

@@ -18,6 +18,24 @@ pub const CASES: &[Case] = &[
     Case::new("doctor", examine),
     Case::new("doctor-devices", on_devices).unstarted(),
     Case::new("doctor-at-load", at_load).unstarted(),
+    Case::new("doctor-profiles", on_profiles).unstarted(),
+];
+
+/// The devices that the software fabric behaves as, what each is to be taken for, and which
+/// checks fail there. The first is the fabric in its own way.
+const PROFILES: [(&str, &str, &[&str]); 12] = [
+    ("", "rxe", &[]),
+    ("mlx5", "mlx5", &[]),
+    ("mlx4", "mlx5", &[]),
+    ("irdma", "irdma", &["receiver-not-ready"]),
+    ("irdma-iwarp", "irdma-iwarp", &["receiver-not-ready"]),
+    ("erdma", "erdma", &["receiver-not-ready"]),
+    ("bnxt", "bnxt", &[]),
+    ("hns-hip08", "hns", &["receiver-not-ready"]),
+    ("iwarp", "iwarp", &["immediate"]),
+    ("ionic", "ionic", &[]),
+    ("mana", "mana", &["send-queue"]),
+    ("qedr", "qedr", &[]),
 ];
 
 /// Every check that there is.
@@ -37,10 +55,26 @@ const CHECKS: [&str; 12] = [
 ];
 
 /// What was said of one device.
-struct Said {
-    device: String,
-    resembles: String,
+pub(super) struct Said {
+    pub(super) device: String,
+    pub(super) resembles: String,
     checks: Vec<(String, String)>,
+}
+
+impl Said {
+    /// The checks that failed, by name.
+    pub(super) fn failures(&self) -> Vec<&str> {
+        let failed = self.checks.iter().filter(|(_, outcome)| outcome.starts_with("failed: "));
+        failed.map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// In a line, for a table: what did not pass, and which device it is like.
+    pub(super) fn text(&self) -> String {
+        let bad = self.checks.iter().filter(|(_, outcome)| !outcome.starts_with("passed"));
+        let bad: Vec<_> = bad.map(|(name, outcome)| format!("{name} {outcome}")).collect();
+        let bad = if bad.is_empty() { "all passed".to_owned() } else { bad.join("; ") };
+        format!("resembles {}: {bad}", self.resembles)
+    }
 }
 
 /// A map's values by their names.
@@ -50,17 +84,25 @@ fn value<'a>(map: &'a Value, name: &str) -> Result<&'a Value> {
     at.and_then(|at| fields.get(at + 1)).with_context(|| format!("no {name} in {map}"))
 }
 
-fn said(reply: &Value) -> Result<Said> {
+/// What was said of each device.
+pub(super) fn all_said(reply: &Value) -> Result<Vec<Said>> {
     ensure!(!reply.is_error(), "RDMA.DOCTOR: {reply}");
-    ensure!(reply.elements().len() == 1, "not one device: {reply}");
-    let map = &reply.elements()[0];
-    let checks = value(map, "checks")?;
-    let pairs = checks.elements().chunks_exact(2);
-    Ok(Said {
-        device: value(map, "device")?.text(),
-        resembles: value(map, "resembles")?.text(),
-        checks: pairs.map(|pair| (pair[0].text(), pair[1].text())).collect(),
-    })
+    let said = |map: &Value| {
+        let checks = value(map, "checks")?;
+        let pairs = checks.elements().chunks_exact(2);
+        Ok(Said {
+            device: value(map, "device")?.text(),
+            resembles: value(map, "resembles")?.text(),
+            checks: pairs.map(|pair| (pair[0].text(), pair[1].text())).collect(),
+        })
+    };
+    reply.elements().iter().map(said).collect()
+}
+
+fn said(reply: &Value) -> Result<Said> {
+    let mut all = all_said(reply)?;
+    ensure!(all.len() == 1, "not one device: {reply}");
+    Ok(all.remove(0))
 }
 
 fn doctor(cell: &Cell) -> Result<Said> {
@@ -142,11 +184,40 @@ fn on_devices(cell: &mut Cell) -> Result<()> {
 
 fn fails(cell: &mut Cell, checks: &[&str], resembles: &str) -> Result<()> {
     let found = doctor(cell)?;
-    let failed: Vec<_> =
-        found.checks.iter().filter(|(_, outcome)| outcome.starts_with("failed: ")).collect();
-    let names: Vec<_> = failed.iter().map(|(name, _)| name.as_str()).collect();
-    ensure!(names == checks, "{failed:?} failed instead of {checks:?}");
+    ensure!(found.failures() == checks, "{} instead of {checks:?}", found.text());
     ensure!(found.resembles == resembles, "it resembles {}", found.resembles);
+    Ok(())
+}
+
+/// What is said of every device that the software fabric behaves as.
+fn on_profiles(cell: &mut Cell) -> Result<()> {
+    let mut wrong = Vec::new();
+    for (device, resembles, checks) in PROFILES {
+        cell.settings.environment = vec![("SOFTRDMA_DEVICE".to_owned(), device.to_owned())];
+        cell.start()?;
+        let found = doctor(cell)?;
+        cell.stop()?;
+        let device = if device.is_empty() { "the fabric" } else { device };
+        cell.figure(device, found.text());
+        if found.failures() != checks || found.resembles != resembles {
+            wrong.push(format!("{device}: {}", found.text()));
+        }
+    }
+    ensure!(wrong.is_empty(), "not as expected: {}", wrong.join("\n"));
+    Ok(())
+}
+
+/// What was found is gone by: no client has to find it out again.
+fn refused_at_once(cell: &mut Cell) -> Result<()> {
+    for _ in 0..2 {
+        ensure!(cell.rdma().is_err(), "a client is accepted");
+    }
+    let info = cell.info()?;
+    ensure!(info.number("rdma_refused_device")? == 2, "the refusals are not counted");
+    ensure!(info.number("rdma_posts_failed")? == 0, "a write was tried");
+    ensure!(info.number("rdma_devices_unfit")? == 1, "the device is not called unfit");
+    let lines = cell.server().log_lines("device softrdma0 can't serve clients")?;
+    ensure!(lines.len() == 1, "not one line: {lines:?}");
     Ok(())
 }
 
@@ -163,6 +234,12 @@ fn at_load(cell: &mut Cell) -> Result<()> {
     with(cell, "probe=warn", "imm=none");
     cell.start()?;
     cell.server().wait_log("softrdma0: immediate: a write of 1 bytes", cell.lab.patience())?;
+    refused_at_once(cell)?;
+    cell.stop()?;
+    with(cell, "probe=no", "imm=none");
+    cell.start()?;
+    doctor(cell)?;
+    refused_at_once(cell)?;
     cell.stop()?;
     with(cell, "probe=require", "imm=none");
     refusal(cell, &["not loaded: probe=require, and softrdma0: immediate: "])?;
