@@ -59,9 +59,9 @@ const TCP_ANSWER: Duration = Duration::from_millis(100);
 /// brings are let through thirty times.
 const LINES: usize = 150;
 
-/// Resident memory that may be kept for the crew's like to come: pools, and the fabric's own
-/// devices, which it never frees.
-const MEMORY: u64 = 8 << 20;
+/// Resident memory that may be kept for the crew's like to come: pools, the fabric's own
+/// devices, which it never frees, and what a sanitizer holds back. Without one it is some 3 MiB.
+const MEMORY: u64 = 24 << 20;
 
 /// Turns of an idle event loop in a second, with plenty to spare: one that spins on a
 /// descriptor makes hundreds of thousands.
