@@ -8,6 +8,7 @@
 
 use crate::conntype::listener::Listening;
 use crate::doctor;
+use crate::endpoint::Role;
 use crate::endpoint::status;
 use crate::endpoint::wr_id::MAX_ENDPOINTS;
 use crate::host::api::{self, Unsupported};
@@ -15,6 +16,7 @@ use crate::host::reply::Reply;
 use crate::metrics::METRICS;
 use crate::panic::guard;
 use crate::poller::Poller;
+use crate::replication;
 use redis_module::raw;
 use std::ffi::{CStr, c_int};
 use std::ptr;
@@ -24,12 +26,36 @@ const OK: c_int = raw::REDISMODULE_OK as c_int;
 
 /// The ACL category of all commands of this module.
 const CATEGORY: &CStr = c"rdma";
-/// As `CLIENT LIST`; *rdma* comes on top.
-const CATEGORIES: &CStr = c"admin dangerous slow rdma";
-const CATEGORIES_OF_SERVER: &CStr = c"admin dangerous slow";
 
-/// They answer whatever state the server is in: that is when they are needed.
-const FLAGS: &CStr = c"readonly admin deny-script allow-loading allow-stale allow-busy";
+/// Who may call a command.
+#[derive(Clone, Copy)]
+enum Who {
+    /// An operator.
+    Operator,
+    /// Anybody who can connect, before it has said who it is.
+    Anybody,
+}
+
+impl Who {
+    /// The ACL categories with and without the module's own.
+    fn categories(self) -> [&'static CStr; 2] {
+        match self {
+            // As `CLIENT LIST`.
+            Self::Operator => [c"admin dangerous slow rdma", c"admin dangerous slow"],
+            Self::Anybody => [c"fast connection rdma", c"fast connection"],
+        }
+    }
+
+    /// They answer whatever state the server is in: that is when they are needed.
+    fn flags(self) -> &'static CStr {
+        match self {
+            Self::Operator => c"readonly admin deny-script allow-loading allow-stale allow-busy",
+            Self::Anybody => {
+                c"readonly no-auth fast deny-script allow-loading allow-stale allow-busy"
+            }
+        }
+    }
+}
 
 struct Command {
     name: &'static CStr,
@@ -37,6 +63,7 @@ struct Command {
     complexity: &'static CStr,
     /// Its words at least, as the server counts them.
     arity: c_int,
+    who: Who,
     run: raw::RedisModuleCmdFunc,
 }
 
@@ -48,12 +75,13 @@ pub fn names() -> impl Iterator<Item = &'static str> {
 /// The limits that are told, in the order of `limits`.
 pub const LIMITS: [&str; 4] = ["handshakes", "registered_bytes", "locked_bytes", "connections"];
 
-const COMMANDS: [Command; 3] = [
+const COMMANDS: [Command; 4] = [
     Command {
         name: c"rdma.clients",
         summary: c"Lists the RDMA connections: what each does, and what it waits for.",
         complexity: c"O(N) where N is the number of RDMA connections",
         arity: 1,
+        who: Who::Operator,
         run: Some(clients),
     },
     Command {
@@ -61,6 +89,7 @@ const COMMANDS: [Command; 3] = [
         summary: c"Returns the counters, limits and devices of the RDMA transport.",
         complexity: c"O(N) where N is the number of RDMA connections",
         arity: 1,
+        who: Who::Operator,
         run: Some(stats),
     },
     Command {
@@ -70,7 +99,16 @@ const COMMANDS: [Command; 3] = [
         complexity:
             c"O(N) where N is the number of RDMA devices; it takes up to some seconds for each",
         arity: -1,
+        who: Who::Operator,
         run: Some(doctor::command),
+    },
+    Command {
+        name: c"rdma.identity",
+        summary: c"Returns a token of this server process, by which a replica knows it again.",
+        complexity: c"O(1)",
+        arity: 1,
+        who: Who::Anybody,
+        run: Some(identity),
     },
 ];
 
@@ -90,8 +128,10 @@ pub unsafe fn register(ctx: *mut raw::RedisModuleCtx) -> Result<(), Unsupported>
         // Another module may have taken the category's name: then there is none of ours.
         let own_category =
             raw::RedisModule_AddACLCategory.expect("server API")(ctx, CATEGORY.as_ptr()) == OK;
-        let categories = if own_category { CATEGORIES } else { CATEGORIES_OF_SERVER };
-        COMMANDS.iter().try_for_each(|command| enter(ctx, command, categories))
+        COMMANDS.iter().try_for_each(|command| {
+            let [all, of_server] = command.who.categories();
+            enter(ctx, command, if own_category { all } else { of_server })
+        })
     }
 }
 
@@ -126,7 +166,7 @@ unsafe fn enter(
             ctx,
             name,
             command.run,
-            FLAGS.as_ptr(),
+            command.who.flags().as_ptr(),
             0,
             0,
             0,
@@ -175,6 +215,24 @@ unsafe extern "C" fn stats(
             map.push(("limits", Reply::Map(limits.collect())));
             map.push(("devices", Reply::List(Poller::get().describe_devices())));
             Reply::Map(map)
+        })
+    }
+}
+
+/// `RDMA.IDENTITY`. Who asks over RDMA is a server that wants a link.
+unsafe extern "C" fn identity(
+    ctx: *mut raw::RedisModuleCtx,
+    _argv: *mut *mut raw::RedisModuleString,
+    _argc: c_int,
+) -> c_int {
+    // SAFETY: the server's context of this command.
+    unsafe {
+        let client = raw::RedisModule_GetClientId.expect("server API")(ctx);
+        answer(ctx, || {
+            if let Some(endpoint) = Poller::get().find_client(client) {
+                endpoint.main_state().role = Role::Replica;
+            }
+            Reply::Status(replication::identity::own().to_string())
         })
     }
 }
@@ -237,6 +295,11 @@ pub fn fields() -> Vec<(String, Reply)> {
     let mut fields = Vec::new();
     for (index, device) in Poller::get().describe_devices().into_iter().enumerate() {
         fields.push((format!("device{index}"), device));
+    }
+    let policy = Poller::get().settings().borrow_mut().replication;
+    fields.push((String::from("replication"), policy.text().into()));
+    if let Some(link) = replication::report::primary() {
+        fields.push((String::from("primary_link"), link));
     }
     fields.extend(counters());
     for limit in limits() {

@@ -35,6 +35,33 @@ pub enum Probe {
     Require,
 }
 
+/// What carries the links that this server opens to others: to its primary, and to those that
+/// its slots move to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Replication {
+    /// TCP, as the server has it: nothing of it is touched.
+    #[default]
+    No,
+    /// RDMA where that works, else TCP.
+    Prefer,
+    /// RDMA, or no link.
+    Require,
+}
+
+impl Replication {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::No, Self::Prefer, Self::Require];
+
+    /// As the operator writes it.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::No => "no",
+            Self::Prefer => "prefer",
+            Self::Require => "require",
+        }
+    }
+}
+
 /// The module's settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -63,6 +90,8 @@ pub struct Settings {
     pub ack_timeout: u8,
     /// Whether devices are examined at load.
     pub probe: Probe,
+    /// What carries links between servers.
+    pub replication: Replication,
     /// Keepalive intervals in which a probe may stay without an answer; 0 means any number.
     pub keepalive_probes: u64,
     /// Durations of sessions.
@@ -83,6 +112,7 @@ impl Default for Settings {
             refuse_unknown: false,
             ack_timeout: 0,
             probe: Probe::No,
+            replication: Replication::No,
             keepalive_probes: 12,
             timing: Timing {
                 handshake: 10_000,
@@ -114,7 +144,7 @@ const NAMES: &str = "one of bind=ADDRESS, port=NUMBER, rx-size=BYTES, completion
      max-handshakes=NUMBER, max-registered-memory=BYTES, handshake-timeout=MS, keepalive-interval=MS, \
      keepalive-probes=NUMBER, linger-time=MS, watchdog-timeout=MS, busy-poll=US, \
      ack-timeout=NUMBER, \
-     unknown-release=accept|refuse, probe=no|warn|require";
+     unknown-release=accept|refuse, probe=no|warn|require, replication=no|prefer|require";
 
 /// Arguments of builds before 0.1.0, and the names that they have now.
 pub const RENAMED: [(&str, &str); 4] = [
@@ -206,6 +236,12 @@ impl Settings {
                         _ => return Err(error("no, warn or require")),
                     };
                 }
+                "replication" => {
+                    settings.replication = Replication::ALL
+                        .into_iter()
+                        .find(|it| it.text() == value)
+                        .ok_or_else(|| error("no, prefer or require"))?;
+                }
                 "linger-time" => settings.timing.linger = number(0, 60_000)?,
                 name => {
                     let renamed = RENAMED.iter().find(|(old, _)| *old == name);
@@ -262,6 +298,7 @@ mod tests {
             "unknown-release=refuse",
             "ack-timeout=14",
             "probe=warn",
+            "replication=prefer",
         ])
         .unwrap();
         assert_eq!(settings.bind, ["10.0.0.1", "-::1", "*"]);
@@ -272,6 +309,7 @@ mod tests {
         assert!(settings.refuse_unknown);
         assert_eq!(settings.ack_timeout, 14);
         assert_eq!(settings.probe, Probe::Warn);
+        assert_eq!(settings.replication, Replication::Prefer);
         assert_eq!(parse(&["keepalive-probes=0"]).unwrap().timing.answer, Millis::MAX);
         assert_eq!(parse(&[]).unwrap(), Settings::default());
     }
@@ -312,6 +350,7 @@ mod tests {
             ("unknown-release=yes", "accept or refuse"),
             ("ack-timeout=32", "a number from 0 to 31"),
             ("probe=yes", "no, warn or require"),
+            ("replication=yes", "no, prefer or require"),
             ("busy-poll=1001", "a number from 0 to 1000"),
             ("watchdog-timeout=999", "0, or a number from 1000"),
             ("max-registered-memory=99999999999g", "a number of bytes"),

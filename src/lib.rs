@@ -39,6 +39,7 @@ pub mod namesake;
 pub mod not_loaded;
 pub mod panic;
 pub mod poller;
+pub mod replication;
 #[cfg(feature = "test-panics")]
 mod test_panics;
 pub mod time;

@@ -77,6 +77,14 @@ metrics! {
     connections_accepted,
     /// Connections that this server opened to others, ever.
     connections_opened,
+    /// Links to primaries, and for moving slots, that went over RDMA, ever.
+    links_over_rdma,
+    /// Those that went over TCP, though RDMA was preferred, ever.
+    links_over_tcp,
+    /// Those that did not come about, since RDMA was required, ever.
+    links_refused,
+    /// Of the last two, those for which there was another server over RDMA than over TCP.
+    links_to_another_server,
     /// Connection requests that were refused.
     connections_refused,
     /// Of these, because of `max-handshakes`.

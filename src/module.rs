@@ -17,6 +17,7 @@ use crate::namesake;
 use crate::not_loaded::NotLoaded;
 use crate::panic::{guard, log_panics};
 use crate::poller::Poller;
+use crate::replication;
 use redis_module::raw;
 use std::ffi::{CString, c_char, c_int};
 use verbs::{account, fork, library};
@@ -175,9 +176,10 @@ unsafe fn load(
         return Err(NotLoaded::EventLoop);
     }
     // SAFETY: the server's context.
-    if !line.has_directives() && !unsafe { rebind::register(ctx) } {
-        return Err(NotLoaded::Setting);
-    }
+    unsafe { take_settings(ctx, line) }?;
+    let wanted = poller.settings().borrow_mut().replication;
+    // SAFETY: the server's table, which is as the line has it.
+    let fit = unsafe { replication::patch::examine(wanted, version, line, symbols.tcp_table()) }?;
     // SAFETY: the server's context.
     unsafe { commands::register(ctx) }?;
     if symbols::stay() {
@@ -194,6 +196,9 @@ unsafe fn load(
         listening.configure(symbols.listener(), kind);
         raw::RedisModule_RegisterInfoFunc.expect("server API")(ctx, Some(info));
     }
+    if let Some(fit) = fit {
+        fit.install();
+    }
     log::info!(
         "valkey-rdma {} loaded into valkey-server {version} (line {line})",
         env!("CARGO_PKG_VERSION")
@@ -202,6 +207,25 @@ unsafe fn load(
     // SAFETY: the server's context.
     unsafe { namesake::followers(ctx) }.iter().for_each(|what| log::warn!("{what}"));
     Ok(())
+}
+
+/// Registers the module's own settings and takes over what the configuration file says.
+///
+/// # Safety
+/// As [`ValkeyModule_OnLoad`], with the API in place.
+unsafe fn take_settings(ctx: *mut raw::RedisModuleCtx, line: Line) -> Result<(), NotLoaded> {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        if !line.has_directives() {
+            rebind::register(ctx);
+        }
+        replication::setting::register(ctx);
+        // The server has said why not.
+        match raw::RedisModule_LoadConfigs.expect("server API")(ctx) == OK {
+            true => Ok(()),
+            false => Err(NotLoaded::Setting),
+        }
+    }
 }
 
 /// The server's functions, after all that can be found out about it was found to be as the

@@ -7,6 +7,7 @@ use crate::host::Line;
 use crate::host::api::Unsupported;
 use crate::host::difference::Difference;
 use crate::host::line::Version;
+use crate::replication::patch::Unfit;
 use std::fmt;
 use verbs::Error;
 use verbs::library::LoadError;
@@ -32,6 +33,8 @@ pub enum NotLoaded {
     Verbs(Error),
     /// A device is unfit, or there is none to examine, and that is required.
     Doctor(DoctorError),
+    /// Links between servers can't go over RDMA, and are to.
+    Replication(Unfit),
     /// The module API lacks something.
     Api(Unsupported),
     /// The event loop has no room for our descriptors.
@@ -74,13 +77,14 @@ impl fmt::Display for NotLoaded {
             Self::Library(error) => write!(f, "{error}"),
             Self::Verbs(error) => write!(f, "{error}"),
             Self::Doctor(error) => write!(f, "{error}"),
+            Self::Replication(error) => write!(f, "{error}"),
             Self::Api(error) => write!(f, "{error}"),
             Self::EventLoop => {
                 f.write_str("the server's event loop takes no more descriptors (maxclients)")
             }
-            Self::Setting => {
-                f.write_str("a value of rdma.port or rdma.bind can't be used; see the line above")
-            }
+            Self::Setting => f.write_str(
+                "a value of one of its settings, rdma.…, can't be used; see the line above",
+            ),
             Self::TypeTaken => f.write_str("the server has a connection type \"rdma\" already"),
         }
     }
@@ -91,6 +95,12 @@ impl std::error::Error for NotLoaded {}
 impl From<DoctorError> for NotLoaded {
     fn from(error: DoctorError) -> Self {
         Self::Doctor(error)
+    }
+}
+
+impl From<Unfit> for NotLoaded {
+    fn from(error: Unfit) -> Self {
+        Self::Replication(error)
     }
 }
 

@@ -100,7 +100,7 @@ fn defaults_and_ranges_are_the_documented_ones() {
         if name == "bind" {
             continue;
         }
-        if matches!(name, "unknown-release" | "probe") {
+        if matches!(name, "unknown-release" | "probe" | "replication") {
             assert_eq!(set(&row[1]), Ok(Settings::default()));
             assert!(row[2].split(", ").all(|value| set(value).is_ok()) && set("yes").is_err());
             seen += 1;
@@ -151,7 +151,10 @@ fn every_field_of_info_is_documented() {
     let counters = METRICS.fields();
     let there = counters.iter().map(|(name, _)| format!("rdma_{name}"));
     let there = there.chain(commands::LIMITS.iter().map(|name| format!("rdma_limit_{name}")));
-    let there = there.chain(["version", "line", "device0"].map(|name| format!("rdma_{name}")));
+    let there = there.chain(
+        ["version", "line", "device0", "replication", "primary_link"]
+            .map(|name| format!("rdma_{name}")),
+    );
     let documented = rows.iter().flat_map(|row| quoted(&row[0])).map(str::to_owned).collect();
     same("docs/troubleshooting.md, INFO rdma", &documented, &there.collect());
 }
@@ -210,7 +213,10 @@ fn nothing_is_named_that_is_not_there() {
         let limit =
             name.strip_prefix("limit_").is_some_and(|limit| commands::LIMITS.contains(&limit));
         let device = name.strip_prefix("device").is_some_and(|n| n.parse::<u32>().is_ok());
-        fields.contains(name) || limit || device || ["version", "line"].contains(&name)
+        fields.contains(name)
+            || limit
+            || device
+            || ["version", "line", "replication", "primary_link"].contains(&name)
     };
     for (page, text) in pages().into_iter().filter(|(page, _)| !BELOW.contains(&page.as_str())) {
         let words = text.split(|c: char| !c.is_alphanumeric() && !"_-.*".contains(c));

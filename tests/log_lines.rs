@@ -11,6 +11,7 @@ const ONCE: &[(&str, usize, &str)] = &[
     ("doctor.rs", 5, "the module is loaded, and each device is told of once"),
     ("conntype/listener.rs", 5, "the server starts to listen, or is told to listen elsewhere"),
     ("conntype/rebind.rs", 1, "a setting is changed"),
+    ("replication/setting.rs", 1, "a setting is changed"),
     ("log_limit.rs", 1, "this is the limiter"),
 ];
 

@@ -6,8 +6,8 @@ use crate::conntype::listener::Listening;
 use crate::endpoint::{Endpoint, PeerState, Reason, Stage};
 use crate::host::connection::State;
 use crate::metrics::METRICS;
-use crate::poller::Poller;
 use crate::poller::connection::RdmaConnection;
+use crate::poller::{Origin, Poller};
 use crate::time;
 use std::sync::Arc;
 use verbs::cm::Id;
@@ -28,7 +28,7 @@ impl Listening {
         }
         let result = id
             .migrate(self.poller.channel())
-            .and_then(|()| self.poller.enter(id))
+            .and_then(|()| self.poller.enter(id, Origin::Client))
             .and_then(|endpoint| {
                 let accepted = self.poller.accept(&endpoint);
                 if accepted.is_err() {

@@ -13,7 +13,11 @@
 //! only from the moment at which the server gives that answer over RDMA until nothing of such a
 //! replica was seen for a while. The second channel of the first attempt is refused, in words
 //! that the replica logs; the next attempt, a second later, goes by one channel.
+//!
+//! A replica that has this module and comes to us by it (`replication`) opens its second channel
+//! over TCP, where a child can write. It is left alone.
 
+use crate::endpoint::{Endpoint, Role};
 use crate::host::filter::{Command, Filter};
 use crate::host::main_cell::is_main_thread;
 use crate::host::{MainCell, api};
@@ -44,9 +48,9 @@ static FILTER: MainCell<Option<(Filter, Millis)>> = MainCell::new(None);
 
 /// Looks at what the server writes to a connection: whether it offers a replica the second
 /// channel. Any thread.
-pub(super) fn look_at(written: &[u8]) {
+pub(super) fn look_at(endpoint: &Endpoint, written: &[u8]) {
     // A client may have a script answer the same: then the filter comes in vain.
-    if written == OFFER && is_main_thread() && !api::is_exiting() {
+    if written == OFFER && is_main_thread() && !api::is_exiting() && !is_link(endpoint) {
         let mut filter = FILTER.borrow_mut();
         let now = time::now();
         match &mut *filter {
@@ -54,6 +58,11 @@ pub(super) fn look_at(written: &[u8]) {
             None => *filter = Some((Filter::new(before_command), now)),
         }
     }
+}
+
+/// Whether the peer is a server with this module, whose second channel goes over TCP.
+fn is_link(endpoint: &Endpoint) -> bool {
+    endpoint.main_state().role == Role::Replica
 }
 
 /// Whether the filter is there.
@@ -91,7 +100,8 @@ fn correct(command: &mut Command) {
     if found.is_empty() {
         return;
     }
-    let Some(endpoint) = Poller::get().find_client(command.client()) else { return };
+    let endpoint = Poller::get().find_client(command.client());
+    let Some(endpoint) = endpoint.filter(|endpoint| !is_link(endpoint)) else { return };
     for (at, with) in found {
         command.replace(at, with);
     }

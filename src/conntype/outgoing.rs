@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Connections that this server opens, and the calls of the server that block.
 //!
-//! No stock server calls these for RDMA yet (replication and the cluster use TCP),
-//! but the table has them, and they do what TCP's do.
+//! A stock server opens none over RDMA by itself; `replication` does it in its place. What
+//! blocks does what TCP's calls do, on the main thread and beside it.
 
 use crate::conntype::address::resolve;
 use crate::endpoint::{Endpoint, PeerState, ReadOutcome, Reason, Stage, WriteOutcome};
-use crate::host::connection::{Handler, State};
+use crate::host::connection::{Connection, Handler, State};
 use crate::host::main_cell::{MainPtr, is_main_thread};
 use crate::host::{MainCell, api};
 use crate::metrics::METRICS;
-use crate::poller::Poller;
 use crate::poller::connection::RdmaConnection;
 use crate::poller::serving::call_handler;
+use crate::poller::{Origin, Poller};
 use redis_module::raw::RedisModuleCtx;
 use std::collections::VecDeque;
 use std::ffi::c_void;
@@ -28,6 +28,11 @@ use verbs::cm::{Event, EventKind, Id};
 
 /// Time for resolving an address, and again for a route, in milliseconds.
 const RESOLVE_MS: i32 = 2000;
+
+/// How long a read that blocks another thread than the main one takes at most.
+const ELSEWHERE: Duration = Duration::from_millis(20);
+/// The main thread comes round ten times a second at least, unless it is busy or waits.
+const STANDS_STILL: Duration = Duration::from_millis(500);
 
 /// Connections whose address or route is being resolved.
 static RESOLVING: MainCell<Vec<Resolving>> = MainCell::new(Vec::new());
@@ -152,7 +157,7 @@ pub fn event(poller: &Poller, event: Event) {
 
 /// Gives a resolved id its endpoint and asks for the connection.
 fn join(poller: &Poller, id: Id, connection: *mut RdmaConnection) {
-    let joined = poller.enter(id).and_then(|endpoint| {
+    let joined = poller.enter(id, Origin::Server).and_then(|endpoint| {
         endpoint.main_state().set_connection(connection.cast());
         // SAFETY: a connection that is being resolved is live: its close removes it
         // from the list.
@@ -241,8 +246,10 @@ fn settle(poller: &Poller, endpoint: &Arc<Endpoint>, connection: *mut RdmaConnec
         return false;
     }
     base.set_state(State::Connected);
-    endpoint.enter_stage(Stage::Established);
-    METRICS.connections_opened.add(1);
+    if endpoint.main_state().stage == Stage::Handshaking {
+        endpoint.enter_stage(Stage::Established);
+        METRICS.connections_opened.add(1);
+    }
     true
 }
 
@@ -270,6 +277,9 @@ fn wait_for<T>(
     deadline: Instant,
     mut done: impl FnMut() -> Option<T>,
 ) -> Option<T> {
+    if !is_main_thread() {
+        return poller.wait_elsewhere(deadline, done);
+    }
     loop {
         if let Some(answer) = done() {
             return Some(answer);
@@ -278,14 +288,8 @@ fn wait_for<T>(
         if left.is_zero() {
             return None;
         }
-        if is_main_thread() {
-            sleep_until_readable(&poller.descriptors(), left);
-            poller.catch_up();
-        } else {
-            // The poller is at work on the main thread and can't be waited for by a
-            // descriptor of its own.
-            std::thread::sleep(left.min(Duration::from_millis(1)));
-        }
+        sleep_until_readable(&poller.descriptors(), left);
+        poller.catch_up();
     }
 }
 
@@ -362,21 +366,40 @@ pub fn sync_write(
     .unwrap_or(Err(libc::ETIMEDOUT))
 }
 
-/// A read that waits for as long as it takes. Main thread.
+/// A read of a connection that blocks, for `limit` at most. Beside the main thread it comes back
+/// sooner with nothing: there the server asks again, and in between whether it is to stop.
 pub fn blocking_read(
     poller: &Poller,
     endpoint: &Endpoint,
     to: &mut [MaybeUninit<u8>],
+    limit: Duration,
 ) -> ReadOutcome {
-    loop {
-        let outcome =
-            wait_for(poller, later(Duration::from_secs(3600)), || match endpoint.read(to) {
-                ReadOutcome::Again => None,
-                outcome => Some(outcome),
-            });
-        if let Some(outcome) = outcome {
-            return outcome;
-        }
+    let limit = if is_main_thread() { limit } else { limit.min(ELSEWHERE) };
+    let outcome = wait_for(poller, later(limit), || match endpoint.read(to) {
+        ReadOutcome::Again => None,
+        outcome => Some(outcome),
+    });
+    outcome.unwrap_or(ReadOutcome::Again)
+}
+
+/// Something was read from a connection: has the next receive buffer announced if that is due.
+///
+/// # Safety
+/// `connection` is live and the endpoint's own.
+pub unsafe fn has_read(poller: &Poller, endpoint: &Arc<Endpoint>, connection: *mut Connection) {
+    if is_main_thread() {
+        // Soonest is best: the peer may be waiting for this window.
+        poller.lose_on_error(endpoint, endpoint.announce_if_full());
+        return;
+    }
+    // The result of an I/O thread's job is collected, which announces.
+    // SAFETY: by the caller's promise; what is looked at does not change while somebody reads.
+    let reads_alone = || unsafe {
+        let own = connection.cast::<RdmaConnection>();
+        (*own).opener.is_some() && (*own).blocks_for().is_some()
+    };
+    if endpoint.stream().is_buffer_read() && reads_alone() {
+        poller.read_elsewhere(endpoint);
     }
 }
 
@@ -384,8 +407,12 @@ pub fn blocking_read(
 ///
 /// # Errors
 /// As [`sync_write`].
-pub fn sync_read(
+///
+/// # Safety
+/// As [`has_read`]'s.
+pub unsafe fn sync_read(
     poller: &Poller,
+    connection: *mut Connection,
     endpoint: &Arc<Endpoint>,
     to: &mut [MaybeUninit<u8>],
     timeout: Duration,
@@ -396,9 +423,8 @@ pub fn sync_read(
             match endpoint.read(&mut to[done..]) {
                 ReadOutcome::Bytes(count) => {
                     done += count;
-                    if is_main_thread() {
-                        poller.lose_on_error(endpoint, endpoint.announce_if_full());
-                    }
+                    // SAFETY: by the caller's promise.
+                    unsafe { has_read(poller, endpoint, connection) };
                 }
                 ReadOutcome::Again => return None,
                 ReadOutcome::End | ReadOutcome::Broken => return Some(Err(libc::ECONNRESET)),
@@ -415,8 +441,12 @@ pub fn sync_read(
 ///
 /// # Errors
 /// As [`sync_write`].
-pub fn sync_readline(
+///
+/// # Safety
+/// As [`has_read`]'s.
+pub unsafe fn sync_readline(
     poller: &Poller,
+    connection: *mut Connection,
     endpoint: &Arc<Endpoint>,
     to: &mut [MaybeUninit<u8>],
     timeout: Duration,
@@ -425,9 +455,16 @@ pub fn sync_readline(
     let mut length = 0;
     let mut before = 0;
     while length + 1 < to.len() {
+        if length == 0 && !is_main_thread() && !begins(poller, endpoint, deadline) {
+            // The main thread waits for this one to stop, so that nothing can arrive. A primary
+            // that is not ready yet sends empty lines: after one the server looks up.
+            to[0].write(0);
+            return Ok(0);
+        }
         let left = deadline.saturating_duration_since(Instant::now());
         let place = &mut to[length..=length];
-        sync_read(poller, endpoint, place, left)?;
+        // SAFETY: by the caller's promise.
+        unsafe { sync_read(poller, connection, endpoint, place, left)? };
         // SAFETY: it was read.
         let byte = unsafe { place[0].assume_init() };
         if byte == b'\n' {
@@ -442,4 +479,20 @@ pub fn sync_readline(
         to[length].write(0);
     }
     Ok(length)
+}
+
+/// Waits beside the main thread until a line begins, or the connection or the time is over.
+/// `false` if the main thread has stood still instead.
+fn begins(poller: &Poller, endpoint: &Endpoint, deadline: Instant) -> bool {
+    let (mut turns, mut since) = (poller.turns(), Instant::now());
+    while !endpoint.is_readable() && Instant::now() < deadline {
+        let nap = deadline.min(Instant::now() + ELSEWHERE);
+        poller.wait_elsewhere(nap, || endpoint.is_readable().then_some(()));
+        if poller.turns() != turns {
+            (turns, since) = (poller.turns(), Instant::now());
+        } else if since.elapsed() >= STANDS_STILL {
+            return false;
+        }
+    }
+    true
 }

@@ -15,7 +15,6 @@ use redis_module::configuration::{
     register_string_configuration,
 };
 use redis_module::{Context, RedisError, RedisString, raw};
-use std::ffi::c_int;
 
 struct Port;
 struct Bind;
@@ -82,19 +81,15 @@ fn apply((bind, port): (Vec<String>, u16)) -> Result<(), RedisError> {
     Err(RedisError::Str("cannot listen there; the server's log says why"))
 }
 
-/// Registers the two settings and takes over what the configuration file says. Returns whether
-/// that can be used; the server has said why not.
+/// Registers the two settings.
 ///
 /// # Safety
 /// `ctx` is the context that the server passed while loading.
-pub unsafe fn register(ctx: *mut raw::RedisModuleCtx) -> bool {
+pub unsafe fn register(ctx: *mut raw::RedisModuleCtx) {
     let context = Context::new(ctx);
     let (bind, port) = Listening::get().own();
     let (port, bind) = (i64::from(port), bind.join(" "));
     let flags = || ConfigurationFlags::DEFAULT;
     register_i64_configuration(&context, "port", &Port, port, 0, 65_535, flags(), None);
     register_string_configuration(&context, "bind", &Bind, &bind, flags(), None);
-    // SAFETY: by the caller's promise.
-    let loaded = unsafe { raw::RedisModule_LoadConfigs.expect("server API")(ctx) };
-    loaded == raw::REDISMODULE_OK as c_int
 }

@@ -180,8 +180,12 @@ unsafe extern "C" fn close(connection: *mut Connection) {
         (*connection).write_handler = None;
         (*connection).set_state(State::Closed);
         let endpoint = (*own).endpoint.take();
+        let opener = (*own).opener.take();
         let closed = guard("close", || {
             outgoing::forget(own);
+            if let Some(mut opener) = opener {
+                opener.closed(&(*own).base);
+            }
             if let Some(endpoint) = &endpoint {
                 Poller::get().close(endpoint);
             }
@@ -300,15 +304,18 @@ unsafe extern "C" fn write(
         unsafe {
             let bytes = std::slice::from_raw_parts(data.cast::<u8>(), length);
             let taken = write_pieces(connection, &[IoSlice::new(bytes)]);
-            if usize::try_from(taken) == Ok(length) {
-                dual_channel::look_at(bytes);
+            let endpoint = &(*ours(connection)).endpoint;
+            if usize::try_from(taken) == Ok(length)
+                && let Some(endpoint) = endpoint
+            {
+                dual_channel::look_at(endpoint, bytes);
             }
-            match &(*ours(connection)).endpoint {
+            match endpoint {
                 Some(endpoint)
                     if usize::try_from(taken).unwrap_or(0) < length
                         && is_main_thread()
                         && !in_child()
-                        && (*ours(connection)).is_blocking() =>
+                        && (*ours(connection)).blocks_for().is_some() =>
                 {
                     let rest = &bytes[usize::try_from(taken).unwrap_or(0)..];
                     match outgoing::sync_write(Poller::get(), endpoint, rest, BLOCKING_WRITE) {
@@ -383,19 +390,17 @@ unsafe extern "C" fn read(connection: *mut Connection, to: *mut c_void, length: 
             let length = length.min(c_int::MAX as usize);
             let to = std::slice::from_raw_parts_mut(to.cast::<MaybeUninit<u8>>(), length);
             let mut outcome = endpoint.read(to);
+            // I/O threads never block. What reads a link on another thread may be the server's
+            // loading of a replica's data.
             if matches!(outcome, ReadOutcome::Again)
-                && is_main_thread()
-                && (*ours(connection)).is_blocking()
+                && (is_main_thread() || (*ours(connection)).opener.is_some())
+                && let Some(limit) = (*ours(connection)).blocks_for()
             {
-                outcome = outgoing::blocking_read(Poller::get(), endpoint, to);
+                outcome = outgoing::blocking_read(Poller::get(), endpoint, to, limit);
             }
             match outcome {
                 ReadOutcome::Bytes(count) => {
-                    if is_main_thread() {
-                        // Soonest is best: the peer may be waiting for this window.
-                        let poller = Poller::get();
-                        poller.lose_on_error(endpoint, endpoint.announce_if_full());
-                    }
+                    outgoing::has_read(Poller::get(), endpoint, connection);
                     count as c_int
                 }
                 ReadOutcome::Again => {
@@ -503,7 +508,10 @@ unsafe extern "C" fn sync_read(
         // SAFETY: the server passes a live connection and `size` writable bytes.
         let to = unsafe { std::slice::from_raw_parts_mut(to.cast(), size.max(0) as usize) };
         blocking(connection, |endpoint| {
-            outgoing::sync_read(Poller::get(), endpoint, to, millis(timeout)).map(|()| to.len())
+            let poller = Poller::get();
+            // SAFETY: as above; the endpoint is the connection's.
+            unsafe { outgoing::sync_read(poller, connection, endpoint, to, millis(timeout)) }
+                .map(|()| to.len())
         })
     })
     .unwrap_or(-1)
@@ -519,7 +527,9 @@ unsafe extern "C" fn sync_readline(
         // SAFETY: the server passes a live connection and `size` writable bytes.
         let to = unsafe { std::slice::from_raw_parts_mut(to.cast(), size.max(0) as usize) };
         blocking(connection, |endpoint| {
-            outgoing::sync_readline(Poller::get(), endpoint, to, millis(timeout))
+            let poller = Poller::get();
+            // SAFETY: as above; the endpoint is the connection's.
+            unsafe { outgoing::sync_readline(poller, connection, endpoint, to, millis(timeout)) }
         })
     })
     .unwrap_or(-1)

@@ -46,6 +46,7 @@ pub use proto::window::PeerState;
 pub use sending::WriteOutcome;
 use std::fmt;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::AtomicI32;
 use verbs::Error;
@@ -117,6 +118,8 @@ pub struct MainState {
     pub(super) stage: Stage,
     /// The server's number for the client, once there is one.
     pub client: Option<u64>,
+    /// Who the peer is.
+    pub role: Role,
     /// The watchdog's notes.
     pub watch: Watch,
 }
@@ -146,6 +149,28 @@ pub enum Reason {
     Error,
     /// The peer was silent for too long.
     Timeout,
+}
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// A client, for all that is known.
+    Client,
+    /// A server that has opened a link to this one: a replica, or a node whose slots move here.
+    Replica,
+    /// A server that this one has opened a link to.
+    Primary,
+}
+
+impl Role {
+    /// In a word.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Client => "client",
+            Self::Replica => "replica",
+            Self::Primary => "primary",
+        }
+    }
 }
 
 /// The state of a connection, as `INFO rdma` counts it and `RDMA.CLIENTS` shows it.
@@ -211,8 +236,8 @@ pub struct Plan {
     pub key: EndpointId,
     /// Its place among the endpoints.
     pub place: Place,
-    /// The largest that its receive buffer may be.
-    pub receive_bytes: u32,
+    /// The smallest and the largest that its receive buffer may be; it begins with the smallest.
+    pub receive_sizes: RangeInclusive<u32>,
     /// Intervals and limits of the protocol.
     pub timing: Timing,
     /// The time at which it is made.
@@ -243,7 +268,7 @@ impl Endpoint {
         let domain = Arc::new(ProtectionDomain::new(&opened)?);
         let layout = Layout { receives: device.receives() };
         let control = Region::new(&domain, layout.bytes(), Access::Local)?;
-        let first = buffer_size::FIRST.min(plan.receive_bytes);
+        let first = *plan.receive_sizes.start();
         let region = Region::new(&domain, first as usize, Access::RemoteWrite)?;
         let receives = u32::from(layout.receives);
         // As many completions as it can cause at a time.
@@ -264,7 +289,7 @@ impl Endpoint {
                 session: Session::new(
                     plan.timing,
                     region,
-                    plan.receive_bytes,
+                    plan.receive_sizes,
                     CONTROL_SLOTS,
                     plan.now,
                 ),
@@ -277,6 +302,7 @@ impl Endpoint {
                 failure: libc::ECONNREFUSED,
                 stage: Stage::Handshaking,
                 client: None,
+                role: Role::Client,
                 watch: Watch::new(plan.now),
             }),
             domain,

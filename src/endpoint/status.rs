@@ -97,6 +97,7 @@ pub fn describe(endpoint: &Endpoint) -> Reply {
     let (sent, sent_size) = endpoint.stream().outbound().position();
     let own = endpoint.main_state();
     let (id, stage, heard) = (own.client, own.stage, own.session.last_heard());
+    let role = own.role;
     drop(own);
     Reply::Map(vec![
         ("id", id.into()),
@@ -121,5 +122,6 @@ pub fn describe(endpoint: &Endpoint) -> Reply {
         ("staging-buffer", endpoint.staging_bytes().map(|bytes| bytes as u64).into()),
         ("receive-slots", u64::from(endpoint.receive_slots()).into()),
         ("receive-slots-kind", endpoint.device().receive_slots().into()),
+        ("role", role.text().into()),
     ])
 }

@@ -61,20 +61,31 @@ pub fn is_starting() -> bool {
     unsafe { raw::RedisModule_GetContextFlags.expect("server API")(context()) & starting != 0 }
 }
 
+/// A descriptor's callback: the descriptor, the number it was registered with, what it is ready
+/// for.
+pub type OnDescriptor = unsafe extern "C" fn(c_int, *mut c_void, c_int);
+
+const READABLE: c_int = raw::REDISMODULE_EVENTLOOP_READABLE as c_int;
+const WRITABLE: c_int = raw::REDISMODULE_EVENTLOOP_WRITABLE as c_int;
+
 /// Calls `callback` on the main thread whenever `fd` is readable.
 ///
 /// Returns whether the event loop took it: it has a limit on descriptors.
-pub fn watch(
-    fd: RawFd,
-    callback: unsafe extern "C" fn(c_int, *mut c_void, c_int),
-    data: usize,
-) -> bool {
-    let readable = raw::REDISMODULE_EVENTLOOP_READABLE as c_int;
+pub fn watch(fd: RawFd, callback: OnDescriptor, data: usize) -> bool {
+    add(fd, READABLE, callback, data)
+}
+
+/// The same whenever it is writable.
+pub fn watch_writable(fd: RawFd, callback: OnDescriptor, data: usize) -> bool {
+    add(fd, WRITABLE, callback, data)
+}
+
+fn add(fd: RawFd, what: c_int, callback: OnDescriptor, data: usize) -> bool {
     // SAFETY: the API table is filled at load; `data` is a number to the callback.
     unsafe {
         raw::RedisModule_EventLoopAdd.expect("server API")(
             fd,
-            readable,
+            what,
             Some(callback),
             data as *mut c_void,
         ) == 0
@@ -83,9 +94,14 @@ pub fn watch(
 
 /// Ends [`watch`]. Before the descriptor is closed.
 pub fn unwatch(fd: RawFd) {
-    let readable = raw::REDISMODULE_EVENTLOOP_READABLE as c_int;
-    // SAFETY: as above; the descriptor was registered by `watch`.
-    unsafe { raw::RedisModule_EventLoopDel.expect("server API")(fd, readable) };
+    // SAFETY: the API table is filled at load; what is not registered is an error, no more.
+    unsafe { raw::RedisModule_EventLoopDel.expect("server API")(fd, READABLE) };
+}
+
+/// Ends [`watch_writable`]. Before the descriptor is closed.
+pub fn unwatch_writable(fd: RawFd) {
+    // SAFETY: as above.
+    unsafe { raw::RedisModule_EventLoopDel.expect("server API")(fd, WRITABLE) };
 }
 
 /// A part of the module API that this server lacks.

@@ -12,6 +12,7 @@
 //! * [`symbols`]: the functions that the executable exports.
 //! * [`fingerprint`]: whether the running server's tables have the shape of its line.
 //! * [`probe`]: whether it does what its line does.
+//! * [`tcp_slots`]: the two slots of the TCP type that may be replaced.
 //! * [`difference`]: how it differs from its line.
 //! * [`api`]: the public module API: event loop, timers, log.
 //! * [`filter`]: a look at each command, while somebody needs it.
@@ -28,6 +29,7 @@ pub mod main_cell;
 pub mod probe;
 pub mod reply;
 pub mod symbols;
+pub mod tcp_slots;
 
 pub use connection::Connection;
 pub use line::Line;

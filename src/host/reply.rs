@@ -6,7 +6,7 @@
 //! RESP3, and lists of names and values to one that speaks RESP2.
 
 use redis_module::raw;
-use std::ffi::{c_char, c_long};
+use std::ffi::{CString, c_char, c_long};
 use std::fmt;
 
 /// The reply of a command.
@@ -16,6 +16,8 @@ pub enum Reply {
     Number(u64),
     /// A text.
     Text(String),
+    /// A line without its length, as `OK` is.
+    Status(String),
     /// There is no value.
     Nothing,
     /// Values in their order.
@@ -38,6 +40,10 @@ impl Reply {
                     raw::RedisModule_ReplyWithLongLong.expect("server API")(ctx, number);
                 }
                 Self::Text(text) => send_text(ctx, text),
+                Self::Status(line) => {
+                    let line = CString::new(line.as_str()).unwrap_or_default();
+                    raw::RedisModule_ReplyWithSimpleString.expect("server API")(ctx, line.as_ptr());
+                }
                 Self::Nothing => {
                     raw::RedisModule_ReplyWithNull.expect("server API")(ctx);
                 }
@@ -100,7 +106,7 @@ impl fmt::Display for Reply {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Number(number) => write!(f, "{number}"),
-            Self::Text(text) => f.write_str(text),
+            Self::Text(text) | Self::Status(text) => f.write_str(text),
             Self::Nothing => f.write_str("-"),
             Self::List(items) => {
                 let texts: Vec<_> = items.iter().map(ToString::to_string).collect();

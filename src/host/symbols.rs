@@ -36,7 +36,8 @@ unsafe impl Send for Symbols {}
 // SAFETY: as above.
 unsafe impl Sync for Symbols {}
 
-fn find(name: &'static CStr) -> Option<*mut c_void> {
+/// The address of a function that the server's executable exports.
+pub fn find(name: &'static CStr) -> Option<*mut c_void> {
     // SAFETY: the handle of the main program is always there; a NUL-terminated name.
     // Not RTLD_DEFAULT: that would look into this module too, and what it depends on.
     let address = unsafe {

@@ -42,6 +42,7 @@ impl Poller {
         if count.get() > 0 {
             METRICS.completions.add(count.get());
             METRICS.completions_per_poll_peak.raise(count.get());
+            self.tell_elsewhere();
         }
         self.let_go();
         match progress {

@@ -122,6 +122,7 @@ impl Poller {
         own.reason.get_or_insert(reason);
         let orphan = own.connection().is_null();
         drop(own);
+        self.tell_elsewhere();
         if orphan {
             self.doom(endpoint);
         } else {

@@ -27,6 +27,7 @@ mod completions;
 pub mod connection;
 mod device_events;
 mod devices;
+mod elsewhere;
 mod endings;
 mod receives;
 mod registry;
@@ -38,6 +39,7 @@ mod wakeup_fds;
 mod watchdog;
 
 use self::cm_events::on_connection_event;
+use self::elsewhere::Elsewhere;
 use self::timers::Timers;
 pub use self::timers::again;
 use self::wakeup_fds::WakeupFds;
@@ -53,6 +55,7 @@ use crate::panic::guard;
 use crate::time;
 use log::Level;
 use once_cell::sync::OnceCell;
+use proto::buffer_size;
 use proto::session::Millis;
 use redis_module::raw;
 use registry::Registry;
@@ -115,8 +118,18 @@ pub struct Poller {
     troubles: MainCell<LogLimiter>,
     nudges: MainCell<LogLimiter>,
     timers: MainCell<Timers>,
+    elsewhere: Elsewhere,
     settings: Arc<MainCell<Settings>>,
     upcalls: &'static dyn Upcalls,
+}
+
+/// Who opened a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// A client, to this server.
+    Client,
+    /// This server, to another.
+    Server,
 }
 
 /// Calls from the poller to the connection type, which knows the server. Main thread, all of
@@ -173,6 +186,7 @@ impl Poller {
             troubles: MainCell::new(LogLimiter::new(LOSSES_PER_MINUTE)),
             nudges: MainCell::new(LogLimiter::new(watchdog::LINES_PER_MINUTE)),
             timers: MainCell::default(),
+            elsewhere: Elsewhere::default(),
             settings,
             upcalls,
         })
@@ -230,13 +244,13 @@ impl Poller {
         &self.channel
     }
 
-    /// Makes an endpoint for `id` and enters it.
+    /// Makes an endpoint for `id`, which `origin` opened, and enters it.
     ///
     /// # Errors
     /// If a part of it can't be had.
-    pub fn enter(&self, id: Id) -> Result<Arc<Endpoint>, Error> {
+    pub fn enter(&self, id: Id, origin: Origin) -> Result<Arc<Endpoint>, Error> {
         let id = Arc::new(id);
-        let entered = self.enter_on(self.device_of(&id)?, &id);
+        let entered = self.enter_on(self.device_of(&id)?, &id, origin);
         if entered.is_err() {
             // The id may hold the device open, and the peer would wait for an answer.
             id.reject();
@@ -244,7 +258,12 @@ impl Poller {
         entered
     }
 
-    fn enter_on(&self, device: Arc<SharedDevice>, id: &Arc<Id>) -> Result<Arc<Endpoint>, Error> {
+    fn enter_on(
+        &self,
+        device: Arc<SharedDevice>,
+        id: &Arc<Id>,
+        origin: Origin,
+    ) -> Result<Arc<Endpoint>, Error> {
         if !device.abilities().can_serve() {
             let action =
                 "serve clients on its device, which refuses RDMA writes with immediate data";
@@ -257,7 +276,7 @@ impl Poller {
             registry.reserve()
         };
         let key = key.ok_or(Error { action: "enter an endpoint", errno: libc::EMFILE })?;
-        let (receive_bytes, timing, ack_timeout) = {
+        let (largest, timing, ack_timeout) = {
             let settings = self.settings.borrow_mut();
             (settings.rx_size, settings.timing, settings.ack_timeout)
         };
@@ -265,7 +284,13 @@ impl Poller {
             self.set_ack_timeout(&device, id, ack_timeout);
         }
         let place = Place::new(key);
-        let plan = Plan { key, place, receive_bytes, timing, now: time::now() };
+        let smallest = match origin {
+            Origin::Client => buffer_size::FIRST.min(largest),
+            // One size for good: a server with upstream's own module ends at the second.
+            Origin::Server => largest,
+        };
+        let receive_sizes = smallest..=largest;
+        let plan = Plan { key, place, receive_sizes, timing, now: time::now() };
         let endpoint = Arc::new(Endpoint::new(Arc::clone(id), device, plan)?);
         self.registry.borrow_mut().enter(key, endpoint.id_key(), Arc::clone(&endpoint));
         self.track_transient(&endpoint);
@@ -319,11 +344,16 @@ impl Poller {
 
     fn wake_loop(&self) {
         if !std::mem::replace(&mut *self.awake.borrow_mut(), true) {
-            let one: u64 = 1;
-            // SAFETY: eight bytes from a u64. The counter can't overflow: it is
-            // written only when it was read since.
-            unsafe { libc::write(self.wake.as_raw_fd(), (&raw const one).cast(), 8) };
+            self.write_wake();
         }
+    }
+
+    /// Wakes the event loop. Any thread.
+    fn write_wake(&self) {
+        let one: u64 = 1;
+        // SAFETY: eight bytes from a u64. The counter does not come near its end: each of those
+        // who write waits for what the loop does then before it writes again.
+        unsafe { libc::write(self.wake.as_raw_fd(), (&raw const one).cast(), 8) };
     }
 
     /// Whether completions wait that the last pass did not take.
@@ -370,6 +400,7 @@ impl Poller {
         }
         let served = if self.is_pending() { self.serve_ready() } else { 0 };
         *self.turn.borrow_mut() += 1;
+        self.turn_elsewhere();
         served
     }
 
@@ -480,6 +511,7 @@ unsafe extern "C" fn on_wake(_fd: c_int, _data: *mut c_void, _mask: c_int) {
         let poller = Poller::get();
         poller.clear_wake();
         let _pass = poller.pass();
+        poller.announce_elsewhere();
         poller.serve_ready();
     });
 }

@@ -155,7 +155,7 @@ const ANNOUNCEMENT: Message =
 
 /// A session whose handshake is complete.
 fn open(stream: &Stream<()>, queue: &mut Queue) -> Session<u32> {
-    let mut session = Session::new(TIMING, WINDOW as u32, WINDOW as u32, 8, 0);
+    let mut session = Session::new(TIMING, WINDOW as u32, WINDOW as u32..=WINDOW as u32, 8, 0);
     session.establish(stream, queue, 0).expect("nothing is refused");
     let announcement = ANNOUNCEMENT.encode();
     session.on_message(stream, queue, 0, &announcement, 0).expect("the first announcement");

@@ -9,6 +9,7 @@ use crate::buffer_size;
 use crate::lifecycle::Millis;
 use crate::port::Port;
 use crate::window::ReceiveWindow;
+use std::ops::RangeInclusive;
 
 #[derive(Debug)]
 pub(crate) struct ReceiveBuffers<B> {
@@ -20,13 +21,13 @@ pub(crate) struct ReceiveBuffers<B> {
     since: Option<Millis>,
     /// The peer's writes until then, since the connection began.
     writes_before: u64,
-    /// The largest that one may be, in bytes.
-    largest: u32,
+    /// The smallest and the largest that one may be, in bytes.
+    sizes: RangeInclusive<u32>,
 }
 
 impl<B> ReceiveBuffers<B> {
-    pub(crate) fn new(first: B, largest: u32) -> Self {
-        Self { present: first, other: None, since: None, writes_before: 0, largest }
+    pub(crate) fn new(first: B, sizes: RangeInclusive<u32>) -> Self {
+        Self { present: first, other: None, since: None, writes_before: 0, sizes }
     }
 
     pub(crate) fn present(&self) -> &B {
@@ -54,8 +55,9 @@ impl<B> ReceiveBuffers<B> {
         let took = self.since.map(|since| now - since);
         let present = port.memory(&self.present).length;
         let by = writes - self.writes_before;
-        let wanted =
-            took.map_or(present, |took| buffer_size::next(present, self.largest, took, by));
+        let wanted = took.map_or(present, |took| {
+            buffer_size::next(present, *self.sizes.end(), took, by).max(*self.sizes.start())
+        });
         let fits = |port: &P, buffer: &B| port.memory(buffer).length == wanted;
         let has_two = self.other.as_ref().is_some_and(|other| fits(port, other));
         let two = took.is_some_and(|took| buffer_size::wants_two(took, has_two));

@@ -20,6 +20,7 @@ use crate::window::{Announcement, Overrun, PeerState, WindowInUse};
 use crate::wire::{DecodeError, MESSAGE_LEN, Memory, Message};
 use std::collections::VecDeque;
 use std::fmt;
+use std::ops::RangeInclusive;
 
 /// An act of the peer that the protocol forbids. It ends the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,12 +126,18 @@ pub struct Session<B> {
 }
 
 impl<B> Session<B> {
-    /// A session whose handshake begins now. `first` is its receive buffer, `largest` the most
-    /// bytes that one may have; `control_slots` of its messages may be in flight.
-    pub fn new(timing: Timing, first: B, largest: u32, control_slots: u16, now: Millis) -> Self {
+    /// A session whose handshake begins now. `first` is its receive buffer, `sizes` the least and
+    /// the most bytes that a later one may have; `control_slots` of its messages may be in flight.
+    pub fn new(
+        timing: Timing,
+        first: B,
+        sizes: RangeInclusive<u32>,
+        control_slots: u16,
+        now: Millis,
+    ) -> Self {
         Self {
             lifecycle: Lifecycle::new(timing, now),
-            buffers: ReceiveBuffers::new(first, largest),
+            buffers: ReceiveBuffers::new(first, sizes),
             pending_feature_requests: VecDeque::new(),
             control_slots,
             free_control_slots: (0..control_slots).collect(),
@@ -630,7 +637,7 @@ mod tests {
     }
 
     fn new() -> (Session<u32>, Stream<()>, Queue) {
-        let session = Session::new(TIMING, 64, 64, 8, 0);
+        let session = Session::new(TIMING, 64, 64..=64, 8, 0);
         (session, Stream::new(8, 1024, STEPS), Queue { room: 100, ..Queue::default() })
     }
 

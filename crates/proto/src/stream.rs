@@ -139,6 +139,12 @@ impl<R> Stream<R> {
         &self.inbound
     }
 
+    /// Reader: whether the last byte that was read was the last of its buffer, and no other has
+    /// been read since.
+    pub fn is_buffer_read(&self) -> bool {
+        self.inbound.is_buffer_read()
+    }
+
     /// Bytes that wait for the reader at this moment.
     pub fn unread(&self) -> u64 {
         self.inbound.unread()

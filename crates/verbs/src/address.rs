@@ -7,7 +7,7 @@ use std::mem;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
 
 /// The structure of an address.
-pub(crate) fn to_c(address: SocketAddr) -> sockaddr_storage {
+pub fn to_c(address: SocketAddr) -> sockaddr_storage {
     // SAFETY: a socket address of zeroes is valid, and the storage is large and
     // aligned enough for either family's structure.
     unsafe {

@@ -20,7 +20,7 @@
 #![deny(missing_docs, unreachable_pub)]
 
 pub mod account;
-mod address;
+pub mod address;
 pub mod cm;
 pub mod cq;
 mod descriptor;

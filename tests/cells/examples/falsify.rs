@@ -9,9 +9,11 @@
 //! - `cut=N`: the table ends before slot N, and something else lies there;
 //! - `swap=N`: slots N and N+1 have each other's function;
 //! - `larger=N`: slot N, which makes connections, makes larger ones;
-//! - `moved=N`: it makes some with a member more in front of the descriptor.
+//! - `moved=N`: it makes some with a member more in front of the descriptor;
+//! - `hide=NAME`: the executable does not export the function of that name;
+//! - `readonly=1`: the TCP connection type can't be written to.
 
-use std::ffi::{CStr, c_char, c_int, c_long, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_long, c_void};
 use std::sync::OnceLock;
 
 const OK: c_int = 0;
@@ -77,6 +79,8 @@ pub unsafe extern "C" fn RedisModule_OnLoad(
             "swap" => value.parse().ok().and_then(|slot| change(c"tcp", slot, Change::Swap)),
             "larger" => value.parse().ok().and_then(|slot| make_others(context, slot, 64 + 24, 16)),
             "moved" => value.parse().ok().and_then(|slot| make_others(context, slot, 64 + 8, 24)),
+            "hide" => CString::new(value).ok().and_then(|name| hide(&name)),
+            "readonly" => table(c"tcp").and_then(|table| read_only(table.cast())),
             _ => None,
         };
         if done.is_some() { OK } else { ERR }
@@ -96,6 +100,44 @@ unsafe fn claim(version: u32) -> Option<()> {
         std::ptr::copy_nonoverlapping(code.as_ptr(), function.cast(), code.len());
     }
     Some(())
+}
+
+/// Gives an exported function another name.
+///
+/// # Safety
+/// Changes the executable's table of names, while nobody else looks for one.
+unsafe fn hide(name: &CStr) -> Option<()> {
+    // SAFETY: numbers and pointers, where zeros are valid; the name that is found is the
+    // executable's own.
+    unsafe {
+        let function = libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr());
+        let mut found: libc::Dl_info = std::mem::zeroed();
+        if function.is_null() || libc::dladdr(function, &mut found) == 0 {
+            return None;
+        }
+        let own = found.dli_sname.cast_mut();
+        if own.is_null() || CStr::from_ptr(own) != name {
+            return None;
+        }
+        writable(own.cast(), name.count_bytes(), 0)?;
+        *own = b'?' as c_char;
+    }
+    Some(())
+}
+
+/// Makes the pages of a table what they are not.
+///
+/// # Safety
+/// A server that writes to these pages ends.
+unsafe fn read_only(table: *mut c_void) -> Option<()> {
+    // SAFETY: whole pages around an address that is mapped.
+    unsafe {
+        let page = libc::sysconf(libc::_SC_PAGESIZE) as usize;
+        let start = table as usize & !(page - 1);
+        let end = (table as usize + SLOTS * size_of::<*mut c_void>()).next_multiple_of(page);
+        let done = libc::mprotect(start as *mut c_void, end - start, libc::PROT_READ) == 0;
+        done.then_some(())
+    }
 }
 
 /// What becomes of a table from a slot on.

@@ -84,6 +84,28 @@ pub fn rdma(version: u32) -> Result<&'static ConnectionType, String> {
     Ok(RDMA.get_or_init(|| ConnectionType { table, offsets: offsets.collect(), line }))
 }
 
+/// Words of the shortest table of all lines.
+const LEAST_WORDS: usize = 30;
+
+/// The table of the TCP type as it is now: 0, or the distance of what a word points to from the
+/// start of the executable.
+pub fn tcp_words() -> Result<Vec<usize>, String> {
+    // SAFETY: the main program exports the function, with this signature in every line; zeros
+    // are a valid structure.
+    unsafe {
+        let find = libc::dlsym(libc::RTLD_DEFAULT, c"connectionTypeTcp".as_ptr());
+        let mut found: libc::Dl_info = std::mem::zeroed();
+        if find.is_null() || libc::dladdr(find, &mut found) == 0 {
+            return Err("the server exports no connectionTypeTcp".to_owned());
+        }
+        type Table = unsafe extern "C" fn() -> *const usize;
+        let table = std::mem::transmute::<*mut c_void, Table>(find)();
+        let words = std::slice::from_raw_parts(table, LEAST_WORDS);
+        let base = found.dli_fbase as usize;
+        Ok(words.iter().map(|&word| if word == 0 { 0 } else { word.wrapping_sub(base) }).collect())
+    }
+}
+
 fn constant(headers: &str, name: &str) -> c_int {
     let mut rows = headers.lines().filter_map(|row| row.strip_prefix("const\t"));
     let value = rows.find_map(|row| row.strip_prefix(name)?.strip_prefix('\t'));

@@ -124,6 +124,13 @@ fn failed_with(
     RedisError::String(format!("{rest}; errno {}", error_text(errno)))
 }
 
+/// The words of the server's TCP type, relative to where its executable was loaded.
+pub fn table(_: &Context, _: Vec<RedisString>) -> RedisResult {
+    let words = abi::tcp_words().map_err(RedisError::String)?;
+    let texts = words.into_iter().map(|word| RedisValue::BulkString(format!("{word:#x}")));
+    Ok(RedisValue::Array(texts.collect()))
+}
+
 /// State, last error, local and remote address, and whether the peer is local.
 fn view(rdma: &ConnectionType, connection: *mut Connection) -> RedisValue {
     // SAFETY: a live connection.

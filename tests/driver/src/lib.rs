@@ -23,6 +23,8 @@
 //! | `DRIVER.READ n count` | `read`, once |
 //! | `DRIVER.SHUTDOWN n` | `shutdown` |
 //! | `DRIVER.CLOSE n` | `close` |
+//!
+//! `DRIVER.TABLE` shows the words of the server's TCP type, for which no RDMA has to be there.
 
 mod abi;
 mod driver;
@@ -62,6 +64,7 @@ pub unsafe extern "C" fn ValkeyModule_OnLoad(
     redis_command!(ctx, "driver.write", driver::write, "admin", 0, 0, 0, "");
     redis_command!(ctx, "driver.read", driver::read, "admin", 0, 0, 0, "");
     redis_command!(ctx, "driver.shutdown", driver::shutdown, "admin", 0, 0, 0, "");
+    redis_command!(ctx, "driver.table", driver::table, "admin", 0, 0, 0, "");
     redis_command!(ctx, "driver.close", driver::close, "admin", 0, 0, 0, "");
     OK
 }

@@ -170,6 +170,17 @@ impl ReceiveWindow {
         (own(&self.tail) - start, end - start)
     }
 
+    /// Reader: whether the last byte that was read was the last of its buffer, and no other has
+    /// been read since. The peer may be waiting for an announcement then.
+    pub fn is_buffer_read(&self) -> bool {
+        let reading = self.reading.load(Ordering::Relaxed);
+        // The poller may have announced another buffer in that one's place. Then it has looked
+        // already, and "no" is right as well.
+        reading > 1
+            && self.head.load(Ordering::Relaxed)
+                == self.buffer(reading - 1).end.load(Ordering::Relaxed)
+    }
+
     /// Bytes that were read since the connection began.
     pub fn total_read(&self) -> u64 {
         self.head.load(Ordering::Relaxed)
@@ -295,6 +306,23 @@ mod tests {
         window.reader().unwrap().consume(5);
         assert!(!window.is_consumed(), "three bytes are still the peer's to write");
         assert_eq!(window.position(), (5, 8));
+    }
+
+    #[test]
+    fn a_reader_knows_when_a_buffer_is_read() {
+        let window = ReceiveWindow::new();
+        assert!(!window.is_buffer_read(), "there was none");
+        window.announce(0, 4);
+        window.arrived(4).unwrap();
+        window.reader().unwrap().consume(3);
+        assert!(!window.is_buffer_read());
+        window.reader().unwrap().consume(1);
+        assert!(window.is_buffer_read());
+        window.announce(64, 4);
+        window.arrived(1).unwrap();
+        assert!(window.is_buffer_read(), "nothing of the next one was read");
+        window.reader().unwrap().consume(1);
+        assert!(!window.is_buffer_read());
     }
 
     #[test]

@@ -95,7 +95,7 @@ impl Side {
         let first = fabric.register(plan.port, rng.usize(1..=plan.receive_bytes), true);
         let largest = plan.receive_bytes as u32;
         let mut side = Self {
-            session: Session::new(TIMING, first, largest, plan.control_slots, 0),
+            session: Session::new(TIMING, first, 1..=largest, plan.control_slots, 0),
             stream: Stream::new(plan.payload_depth, plan.small_staging, plan.larger_staging),
             control: fabric.register(plan.port, slots * MESSAGE_LEN + plan.small_staging, false),
             connected: false,
@@ -360,7 +360,7 @@ impl Side {
         // What is over keeps no memory.
         let mut nothing = || fabric.register(self.plan.port, 0, false);
         self.stream = Stream::new(1, 1, self.plan.larger_staging);
-        self.session = Session::new(TIMING, nothing(), 0, 0, 0);
+        self.session = Session::new(TIMING, nothing(), 0..=0, 0, 0);
         self.control = nothing();
     }
 

@@ -29,6 +29,7 @@ mod providers;
 mod refusals;
 mod removal;
 mod replica;
+mod replication;
 mod sizes;
 mod soak;
 mod stalled;
@@ -68,6 +69,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         refusals::CASES,
         removal::CASES,
         replica::CASES,
+        replication::CASES,
         two_devices::CASES,
     ]
     .into_iter()

@@ -71,7 +71,7 @@ pub(super) fn on_driver_with(
 }
 
 /// The driver module, which is built along with this program.
-fn module() -> Result<PathBuf> {
+pub(super) fn module() -> Result<PathBuf> {
     let folder = std::env::current_exe()?;
     let path = folder.parent().context("a program without a folder")?.join("libdriver.so");
     ensure!(path.exists(), "{} is missing: cargo build -p driver", path.display());

@@ -12,6 +12,7 @@ use client::{Client, pattern, tcp};
 
 use super::basics::expect;
 use super::outgoing::{Driver, on_driver_with};
+use super::replication::{Peer, linked};
 use crate::cell::{Case, Cell};
 use crate::lab::Lab;
 use crate::server::{Settings, free_port};
@@ -20,6 +21,7 @@ pub const CASES: &[Case] = &[
     Case::new("panics", panics).unstarted(),
     Case::new("panics-outgoing", panics_outgoing),
     Case::new("panics-listening", panics_listening).unstarted(),
+    Case::new("panics-links", panics_links).with(super::replication::primary),
 ];
 
 /// Clients over RDMA that have nothing to do with it.
@@ -84,6 +86,8 @@ const FUNCTIONS: &[(&str, Act)] = &[
     ("INFO", Asks("INFO everything")),
     ("a command", Asks("RDMA.STATS")),
     ("the doctor", Asks("RDMA.DOCTOR")),
+    ("rdma.replication", Asks("CONFIG SET rdma.replication prefer")),
+    ("the value of rdma.replication", Asks("CONFIG GET rdma.replication")),
     ("rdma.port", Stays),
     ("the value of rdma.port", Asks("CONFIG GET rdma.port")),
     ("rdma.bind", Asks("CONFIG SET rdma.bind 127.0.0.2")),
@@ -105,6 +109,15 @@ const OUTGOING: &[&str] = &[
     "sync_read",
     "sync_readline",
     "shutdown",
+];
+
+/// Those for links to other servers.
+const LINKS: &[&str] = &[
+    "conn_create of TCP",
+    "connect of TCP",
+    "a link's inquiry",
+    "a link's connection",
+    "the links' clock",
 ];
 
 /// Asks for panics in a server's module.
@@ -432,6 +445,30 @@ fn panics_listening(cell: &mut Cell) -> Result<()> {
     Ok(())
 }
 
+/// The link of a replica comes about in the next attempt, if not in this one.
+fn panics_links(cell: &mut Cell) -> Result<()> {
+    let panics = Panics::new(cell)?;
+    let module = cell.lab.variant("with-panics")?;
+    let replica = Peer::start_with(cell, "replica", "require", |settings| {
+        settings.module = Some(module);
+        let variable = "VALKEY_RDMA_TEST_PANICS".to_owned();
+        settings.environment.push((variable, panics.0.display().to_string()));
+    })?;
+    expect(&mut cell.tcp()?, "SET key value", "OK")?;
+    for function in LINKS {
+        replica.ask("REPLICAOF NO ONE")?;
+        panics.ask(function)?;
+        replica.follow(cell)?;
+        linked(&replica)
+            .and_then(|()| panics.wait(function, cell.lab.patience()))
+            .with_context(|| format!("a panic in {function}"))?;
+        let said = replica.server.log_lines(&format!("panic in {function}:"))?.len();
+        ensure!(said == 1, "the log names a panic in {function} {said} times");
+        ensure!(replica.transport()? == "rdma", "the link after a panic in {function}");
+    }
+    replica.stop()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -467,8 +504,7 @@ mod tests {
         sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../src"), &mut text);
         let tried = FUNCTIONS.iter().map(|(name, _)| *name);
         let untried = UNTRIED.iter().map(|(name, _)| *name);
-        let known: Vec<_> =
-            tried.chain(OUTGOING.iter().copied()).chain(LISTENING.iter().copied()).collect();
+        let known: Vec<_> = tried.chain([OUTGOING, LISTENING, LINKS].concat()).collect();
         let mut guarded = 0;
         for (at, _) in text.match_indices("guard") {
             let rest = &text[at..];

@@ -1,0 +1,606 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! Links between servers over RDMA. The cell's own server is the primary; its replicas are
+//! servers of the same kind. Whatever the link carries, data and offsets have to be the same on
+//! both sides, and what moved over RDMA is counted.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use client::{Client, tcp};
+
+use super::basics::expect;
+use crate::cell::{Case, Cell, no_crash};
+use crate::info::Info;
+use crate::lab::LOOPBACK;
+use crate::server::{Server, Settings, free_port};
+
+pub const CASES: &[Case] = &[
+    Case::new("repl-full-sync", full_sync).with(primary),
+    Case::new("repl-partial", partial).with(primary),
+    Case::new("repl-failover", failover).with(primary),
+    Case::new("repl-chain", chain).with(primary),
+    Case::new("repl-fallback", fallback).with(primary),
+    Case::new("repl-wrong-server", wrong_server).with(primary),
+    Case::new("repl-dual-channel", dual_channel).with(primary),
+    Case::new("repl-kill", kill).with(primary),
+    Case::new("repl-table", table).unstarted(),
+    Case::new("repl-refused", refused).with(primary).unstarted(),
+];
+
+/// Data that a full synchronization moves: so many values of a size.
+const KEYS: usize = 4000;
+const VALUE: usize = 10_000;
+
+/// Has a server be one that is replicated: RDMA and TCP have one port and one address.
+pub(super) fn primary(settings: &mut Settings) {
+    settings.port = settings.rdma.port();
+    // Several servers whose I/O threads never rest would only wait for each other's processor.
+    settings.io_threads_as_they_are();
+    settings.arguments = arguments(settings.rdma, "require");
+    if settings.rdma.ip() != LOOPBACK {
+        settings.directive(&format!("bind {LOOPBACK} {}", settings.rdma.ip()));
+    }
+    settings.directive("repl-diskless-sync-delay 0");
+    settings.directive("rdbcompression no");
+    settings.directive("repl-backlog-size 32mb");
+    settings.directive("client-output-buffer-limit replica 0 0 0");
+}
+
+fn arguments(rdma: SocketAddr, replication: &str) -> Vec<String> {
+    vec![
+        format!("bind={}", rdma.ip()),
+        format!("port={}", rdma.port()),
+        format!("replication={replication}"),
+    ]
+}
+
+/// A server beside the cell's own.
+pub(super) struct Peer {
+    pub(super) server: Server,
+    patience: Duration,
+}
+
+impl Peer {
+    /// Starts one with the cell's settings; `replication` is the module's argument.
+    fn start(cell: &Cell, name: &str, replication: &str) -> Result<Self> {
+        Self::start_with(cell, name, replication, |_| {})
+    }
+
+    pub(super) fn start_with(
+        cell: &Cell,
+        name: &str,
+        replication: &str,
+        change: impl FnOnce(&mut Settings),
+    ) -> Result<Self> {
+        let mut settings = cell.settings.clone();
+        settings.port = free_port()?;
+        settings.rdma.set_port(settings.port);
+        settings.arguments = arguments(settings.rdma, replication);
+        change(&mut settings);
+        let folder = cell.folder().join(name);
+        let server = Server::start(cell.lab, &cell.id.server, &folder, &settings)?;
+        Ok(Self { server, patience: cell.lab.patience() })
+    }
+
+    fn client(&self) -> Result<Client<tcp::Connection>> {
+        self.server.tcp(self.patience)
+    }
+
+    /// A command, which has to succeed.
+    pub(super) fn ask(&self, line: &str) -> Result<String> {
+        ask(&self.server, line, self.patience)
+    }
+
+    fn info(&self) -> Result<Info> {
+        self.server.info(self.patience)
+    }
+
+    pub(super) fn follow(&self, cell: &Cell) -> Result<()> {
+        self.follow_at(cell.server().settings().rdma)
+    }
+
+    fn follow_at(&self, primary: SocketAddr) -> Result<()> {
+        self.ask(&format!("REPLICAOF {} {}", primary.ip(), primary.port())).map(drop)
+    }
+
+    /// What carries the link to the primary, as the module tells it.
+    pub(super) fn transport(&self) -> Result<String> {
+        let info = self.info()?;
+        let link = info.text("rdma_primary_link").unwrap_or("transport=,");
+        let word = link.split(',').find_map(|field| field.strip_prefix("transport="));
+        Ok(word.unwrap_or_default().to_owned())
+    }
+
+    /// Ends it; it has to be there still, and nothing may be wrong with it.
+    pub(super) fn stop(mut self) -> Result<()> {
+        ensure!(self.server.is_running()?, "a server has ended by itself");
+        let info = self.info()?;
+        if let Ok(nudges) = info.number("rdma_watchdog_nudges") {
+            ensure!(nudges == 0, "the watchdog had to nudge {nudges} of a replica's connections");
+        }
+        let status = self.server.stop()?;
+        no_crash(&self.server)?;
+        ensure!(status.success(), "a server ended with {status}");
+        Ok(())
+    }
+}
+
+fn ask(server: &Server, line: &str, patience: Duration) -> Result<String> {
+    let reply = server.tcp(patience)?.words(line)?;
+    ensure!(!reply.is_error(), "{line}: {reply}");
+    Ok(reply.text())
+}
+
+/// Waits until `condition` holds.
+fn wait(what: &str, patience: Duration, condition: impl FnMut() -> Result<bool>) -> Result<()> {
+    let mut condition = condition;
+    let deadline = Instant::now() + patience;
+    while !condition()? {
+        ensure!(Instant::now() < deadline, "waited {} s for: {what}", patience.as_secs());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// Waits until a replica's link is up.
+pub(super) fn linked(peer: &Peer) -> Result<()> {
+    let up = || Ok(peer.info()?.text("master_link_status")? == "up");
+    wait("a link that is up", peer.patience, up).with_context(|| {
+        let log = peer.server.log().unwrap_or_default();
+        format!("the replica's log ends:\n{}", crate::process::tail(&log))
+    })
+}
+
+/// Waits until both servers are at the same offset, and makes sure that they have the same data.
+fn same(one: &Server, other: &Peer) -> Result<()> {
+    let patience = other.patience;
+    let other = &other.server;
+    let offset = |server: &Server| server.info(patience)?.number("master_repl_offset");
+    wait("equal offsets", patience, || Ok(offset(one)? == offset(other)?))?;
+    let digest = |server: &Server| ask(server, "DEBUG DIGEST", patience);
+    let (left, right) = (digest(one)?, digest(other)?);
+    ensure!(left == right, "the data of the primary is {left}, that of its replica {right}");
+    ensure!(left != "0".repeat(40), "there is no data");
+    Ok(())
+}
+
+fn fill(server: &Server, patience: Duration) -> Result<()> {
+    ask(server, &format!("DEBUG POPULATE {KEYS} key {VALUE}"), patience).map(drop)
+}
+
+/// A client that writes to a server all the time.
+struct Writer {
+    stop: Arc<AtomicBool>,
+    acknowledged: Arc<AtomicU64>,
+    thread: Option<JoinHandle<Result<()>>>,
+}
+
+impl Writer {
+    fn start(server: &Server, patience: Duration) -> Result<Self> {
+        let mut client = server.tcp(patience)?;
+        let (stop, acknowledged) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (until, count) = (Arc::clone(&stop), Arc::clone(&acknowledged));
+        let thread = std::thread::spawn(move || {
+            let mut at = 0_u64;
+            while !until.load(Ordering::Relaxed) {
+                let (key, value) = (format!("w:{}", at % 5000), format!("{at:0>100}"));
+                let reply = client.command(&[b"SET", key.as_bytes(), value.as_bytes()])?;
+                ensure!(reply.text() == "OK", "SET: {reply}");
+                at += 1;
+                count.store(at, Ordering::Relaxed);
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            Ok(())
+        });
+        Ok(Self { stop, acknowledged, thread: Some(thread) })
+    }
+
+    /// Ends it. Returns how many writes it made.
+    fn stop(mut self) -> Result<u64> {
+        self.stop.store(true, Ordering::Relaxed);
+        let ended = self.thread.take().context("joined once")?.join();
+        ended.map_err(|_| anyhow::anyhow!("the writer panicked"))??;
+        Ok(self.acknowledged.load(Ordering::Relaxed))
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Every way in which a replica is loaded, while the primary is written to.
+fn full_sync(cell: &mut Cell) -> Result<()> {
+    let patience = cell.lab.patience();
+    fill(cell.server(), patience)?;
+    let replica = Peer::start(cell, "replica", "require")?;
+    let mut loads = 0;
+    for diskless in ["yes", "no"] {
+        for load in ["disabled", "on-empty-db", "swapdb"] {
+            let what = format!("repl-diskless-sync {diskless}, repl-diskless-load {load}");
+            replica.ask("REPLICAOF NO ONE")?;
+            replica.ask("FLUSHALL")?;
+            replica.ask(&format!("CONFIG SET repl-diskless-load {load}"))?;
+            ask(cell.server(), &format!("CONFIG SET repl-diskless-sync {diskless}"), patience)?;
+            ask(cell.server(), "DEBUG CHANGE-REPL-ID", patience)?;
+            let writer = Writer::start(cell.server(), patience)?;
+            let (began, before) = (Instant::now(), cell.info()?.number("rdma_bytes_sent")?);
+            replica.follow(cell).and_then(|()| linked(&replica)).context(what.clone())?;
+            let took = began.elapsed();
+            writer.stop()?;
+            same(cell.server(), &replica).context(what.clone())?;
+            loads += 1;
+            let info = cell.info()?;
+            ensure!(info.number("sync_full")? == loads, "{what}: more than one attempt");
+            let sent = info.number("rdma_bytes_sent")? - before;
+            ensure!(sent as usize >= KEYS * VALUE, "{what}: {sent} bytes over RDMA");
+            ensure!(replica.transport()? == "rdma", "{what}: {}", replica.transport()?);
+            cell.figure(&what, format!("{} ms", took.as_millis()));
+        }
+    }
+    replica.stop()
+}
+
+/// Links that are killed at either end, while the primary is written to: each is resumed.
+fn partial(cell: &mut Cell) -> Result<()> {
+    let patience = cell.lab.patience();
+    fill(cell.server(), patience)?;
+    let replica = Peer::start(cell, "replica", "require")?;
+    replica.follow(cell)?;
+    linked(&replica)?;
+    let writer = Writer::start(cell.server(), patience)?;
+    const TIMES: u64 = 6;
+    for time in 1..=TIMES {
+        std::thread::sleep(Duration::from_millis(150));
+        match time % 2 {
+            0 => ask(cell.server(), "CLIENT KILL TYPE replica", patience)?,
+            _ => replica.ask("CLIENT KILL TYPE master")?,
+        };
+        cell.wait_info("a resumed link", |info| Ok(info.number("sync_partial_ok")? == time))?;
+        linked(&replica)?;
+    }
+    let writes = writer.stop()?;
+    same(cell.server(), &replica)?;
+    let info = cell.info()?;
+    ensure!(info.number("sync_full")? == 1, "more than one full synchronization");
+    let opened = replica.info()?.number("rdma_links_over_rdma")?;
+    ensure!(opened == 1 + TIMES, "{opened} links over RDMA");
+    cell.figure("writes meanwhile", writes);
+    replica.stop()
+}
+
+/// The replica becomes the primary, and the primary its replica: both links over RDMA, and no
+/// data is sent anew.
+fn failover(cell: &mut Cell) -> Result<()> {
+    let patience = cell.lab.patience();
+    fill(cell.server(), patience)?;
+    let replica = Peer::start(cell, "replica", "require")?;
+    replica.follow(cell)?;
+    linked(&replica)?;
+    let address = replica.server.settings().rdma;
+    let target = format!("FAILOVER TO {} {} TIMEOUT 20000", address.ip(), address.port());
+    ask(cell.server(), &target, patience)?;
+    cell.wait_info("the other role", |info| {
+        Ok(info.text("role")? == "slave" && info.text("master_link_status")? == "up")
+    })?;
+    let info = replica.info()?;
+    ensure!(info.text("role")? == "master", "two replicas");
+    ensure!(info.number("sync_full")? == 0 && info.number("sync_partial_ok")? == 1, "a full sync");
+    expect(&mut replica.client()?, "SET after failover", "OK")?;
+    same(cell.server(), &replica)?;
+    let link = cell.info()?.text("rdma_primary_link")?.to_owned();
+    ensure!(link.starts_with("transport=rdma,"), "the old primary's link: {link}");
+    replica.stop()
+}
+
+/// A replica of a replica over RDMA, and one over TCP beside it.
+fn chain(cell: &mut Cell) -> Result<()> {
+    let patience = cell.lab.patience();
+    fill(cell.server(), patience)?;
+    let middle = Peer::start(cell, "middle", "require")?;
+    middle.follow(cell)?;
+    linked(&middle)?;
+    let last = Peer::start(cell, "last", "require")?;
+    let by_tcp = Peer::start(cell, "by-tcp", "no")?;
+    for peer in [&last, &by_tcp] {
+        peer.follow_at(middle.server.settings().rdma)?;
+    }
+    let writer = Writer::start(cell.server(), patience)?;
+    linked(&last)?;
+    linked(&by_tcp)?;
+    writer.stop()?;
+    for peer in [&middle, &last, &by_tcp] {
+        same(cell.server(), peer)?;
+    }
+    ensure!(last.transport()? == "rdma", "the last link: {}", last.transport()?);
+    ensure!(by_tcp.transport()?.is_empty(), "a link that nobody asked for over RDMA");
+    let roles = middle.ask("RDMA.CLIENTS")?;
+    ensure!(roles.contains("role primary") && roles.contains("role replica"), "{roles}");
+    [last, by_tcp, middle].into_iter().try_for_each(Peer::stop)
+}
+
+/// The lines of a server's log that tell what carries a link.
+fn told(peer: &Peer) -> Result<Vec<String>> {
+    peer.server.log_lines("link to the primary")
+}
+
+/// A primary that can't be had over RDMA: TCP in the same attempt, or no link at all.
+fn fallback(cell: &mut Cell) -> Result<()> {
+    let patience = cell.lab.patience();
+    let without = Peer::start_with(cell, "without", "no", |settings| settings.module = None)?;
+    let elsewhere = Peer::start_with(cell, "elsewhere", "no", |settings| {
+        settings.rdma.set_port(free_port().expect("a port"));
+        settings.arguments = arguments(settings.rdma, "no");
+    })?;
+    let prefers = Peer::start(cell, "prefers", "prefer")?;
+    let requires = Peer::start(cell, "requires", "require")?;
+    for (primary, why) in [
+        (&without, "it does not tell over TCP which server it is"),
+        (&elsewhere, "no connection over RDMA: Connection refused"),
+    ] {
+        fill(&primary.server, patience)?;
+        let address = SocketAddr::new(cell.lab.address, primary.server.settings().port);
+        let attempts = prefers.server.log_lines("REPLICA sync started")?.len();
+        let tries = requires.info()?.number("rdma_links_refused")?;
+        requires.follow_at(address)?;
+        prefers.follow_at(address)?;
+        linked(&prefers)?;
+        same(&primary.server, &prefers)?;
+        ensure!(prefers.transport()? == "tcp", "the link: {}", prefers.transport()?);
+        let attempts = prefers.server.log_lines("REPLICA sync started")?.len() - attempts;
+        ensure!(attempts == 1, "{attempts} attempts");
+        let line = told(&prefers)?.pop().context("no line")?;
+        ensure!(line.contains("over TCP") && line.contains(why), "the log says {line}");
+        cell.figure("prefer", line);
+
+        let refused = || Ok(requires.info()?.number("rdma_links_refused")? >= tries + 3);
+        wait("three attempts that are refused", patience, refused)?;
+        let info = requires.info()?;
+        ensure!(info.text("master_link_status")? == "down", "a link in spite of require");
+        let lines = told(&requires)?;
+        let said = lines.iter().filter(|line| line.contains(why)).count();
+        ensure!(said == 1, "{said} lines for one change: {lines:?}");
+    }
+    let counted = prefers.info()?.number("rdma_links_over_tcp")?;
+    ensure!(counted == 2, "{counted} links over TCP");
+    // A primary that can be had over RDMA is.
+    fill(cell.server(), patience)?;
+    for peer in [&prefers, &requires] {
+        peer.follow(cell)?;
+        linked(peer)?;
+        same(cell.server(), peer)?;
+        ensure!(peer.transport()? == "rdma", "the link: {}", peer.transport()?);
+    }
+    [prefers, requires, without, elsewhere].into_iter().try_for_each(Peer::stop)
+}
+
+/// One address and port, and behind it one server over TCP and another one over RDMA.
+fn wrong_server(cell: &mut Cell) -> Result<()> {
+    let patience = cell.lab.patience();
+    // The cell's own server has the RDMA port, this one the TCP port of that number.
+    let port = free_port()?;
+    let right = Peer::start_with(cell, "right", "no", |settings| {
+        settings.arguments = arguments(SocketAddr::new(cell.lab.address, port), "no");
+    })?;
+    let mut settings = cell.settings.clone();
+    settings.port = port;
+    let both = right.server.settings().port;
+    settings.rdma.set_port(both);
+    settings.arguments = arguments(settings.rdma, "no");
+    let folder = cell.folder().join("wrong");
+    let wrong = Server::start(cell.lab, &cell.id.server, &folder, &settings)?;
+    fill(&right.server, patience)?;
+    expect(&mut wrong.tcp(patience)?, "SET wrong server", "OK")?;
+    let wrong = Peer { server: wrong, patience };
+    let address = SocketAddr::new(cell.lab.address, both);
+    let prefers = Peer::start(cell, "prefers", "prefer")?;
+    let requires = Peer::start(cell, "requires", "require")?;
+    requires.ask("SET mine 1")?;
+    requires.follow_at(address)?;
+    prefers.follow_at(address)?;
+    linked(&prefers)?;
+    same(&right.server, &prefers)?;
+    ensure!(prefers.transport()? == "tcp", "the link: {}", prefers.transport()?);
+    let refused = || Ok(requires.info()?.number("rdma_links_refused")? >= 3);
+    wait("three attempts that are refused", patience, refused)?;
+    expect(&mut requires.client()?, "GET mine", "1")?;
+    for peer in [&prefers, &requires] {
+        ensure!(peer.info()?.number("rdma_links_to_another_server")? > 0, "not counted");
+        let line = told(peer)?.pop().context("no line")?;
+        ensure!(line.contains("are not those of one server"), "the log says {line}");
+        cell.figure("the log", line);
+    }
+    let info = wrong.info()?;
+    ensure!(info.number("sync_full")? == 0, "the wrong server has sent its data");
+    [prefers, requires, wrong, right].into_iter().try_for_each(Peer::stop)
+}
+
+/// Both sides offer a second channel for the data: that goes over TCP, the stream over RDMA.
+fn dual_channel(cell: &mut Cell) -> Result<()> {
+    let patience = cell.lab.patience();
+    const ON: &str = "CONFIG SET dual-channel-replication-enabled yes";
+    ask(cell.server(), ON, patience)?;
+    ask(cell.server(), "CONFIG SET repl-diskless-sync yes", patience)?;
+    fill(cell.server(), patience)?;
+    let replica = Peer::start(cell, "replica", "require")?;
+    replica.ask(ON)?;
+    for time in 1..=2 {
+        let writer = Writer::start(cell.server(), patience)?;
+        let before = cell.info()?;
+        replica.follow(cell)?;
+        linked(&replica)?;
+        writer.stop()?;
+        same(cell.server(), &replica)?;
+        let info = cell.info()?;
+        let sent = info.number("rdma_bytes_sent")? - before.number("rdma_bytes_sent")?;
+        ensure!((sent as usize) < KEYS * VALUE, "{sent} bytes over RDMA: the data too");
+        ensure!(replica.transport()? == "rdma", "the link: {}", replica.transport()?);
+        ensure!(info.number("total_forks")? == time, "a fork more than once");
+        replica.ask("REPLICAOF NO ONE")?;
+        ask(cell.server(), "DEBUG CHANGE-REPL-ID", patience)?;
+    }
+    replica.stop()
+}
+
+/// Makes a full synchronization slow, so that something can happen in the middle of it.
+const SLOW: &str = "CONFIG SET rdb-key-save-delay 500";
+
+/// Waits until a replica is in the middle of its full synchronization over RDMA.
+fn amid_sync(replica: &Peer, primary: &Server) -> Result<()> {
+    let begun = primary.info(replica.patience)?.number("rdma_bytes_sent")?;
+    wait("a synchronization under way", replica.patience, || {
+        let sent = primary.info(replica.patience)?.number("rdma_bytes_sent")?;
+        Ok(sent > begun + (2 << 20))
+    })
+}
+
+/// Either side is killed in the middle of a full synchronization, or the operator ends it.
+fn kill(cell: &mut Cell) -> Result<()> {
+    let patience = cell.lab.patience();
+    ask(cell.server(), "CONFIG SET repl-diskless-sync yes", patience)?;
+    ask(cell.server(), SLOW, patience)?;
+    fill(cell.server(), patience)?;
+    let replica = Peer::start(cell, "replica", "require")?;
+    for load in ["disabled", "swapdb"] {
+        replica.ask(&format!("CONFIG SET repl-diskless-load {load}"))?;
+        // The primary is killed.
+        let mut other = Peer::start(cell, &format!("primary-{load}"), "no")?;
+        other.ask("CONFIG SET repl-diskless-sync yes")?;
+        other.ask(SLOW)?;
+        fill(&other.server, patience)?;
+        replica.follow_at(other.server.settings().rdma)?;
+        amid_sync(&replica, &other.server)?;
+        other.server.kill()?;
+        wait("a link that is down", patience, || {
+            let info = replica.info()?;
+            Ok(info.text("master_link_status")? == "down"
+                && info.number("master_sync_in_progress")? == 0
+                && info.number("loading")? == 0)
+        })
+        .with_context(|| format!("the primary is killed, repl-diskless-load {load}"))?;
+        // The operator ends it; a server that loads its memory takes no such command.
+        if load == "disabled" {
+            replica.follow(cell)?;
+            amid_sync(&replica, cell.server())?;
+            let began = Instant::now();
+            replica.ask("REPLICAOF NO ONE")?;
+            let took = began.elapsed();
+            ensure!(took < Duration::from_secs(4), "{} ms to end it", took.as_millis());
+            ensure!(replica.info()?.text("role")? == "master", "still a replica");
+            cell.figure("REPLICAOF NO ONE", format!("{} ms", took.as_millis()));
+            cell.wait_info("no child", |info| Ok(info.number("rdb_bgsave_in_progress")? == 0))?;
+        }
+        // The replica is killed.
+        let mut victim = Peer::start(cell, &format!("victim-{load}"), "require")?;
+        victim.ask(&format!("CONFIG SET repl-diskless-load {load}"))?;
+        victim.follow(cell)?;
+        amid_sync(&victim, cell.server())?;
+        victim.server.kill()?;
+        cell.wait_info("no replica and no child", |info| {
+            Ok(info.number("connected_slaves")? == 0
+                && info.number("rdb_bgsave_in_progress")? == 0
+                && info.number("rdma_connections_established")? == 0)
+        })?;
+    }
+    ask(cell.server(), "CONFIG SET rdb-key-save-delay 0", patience)?;
+    replica.follow(cell)?;
+    linked(&replica)?;
+    same(cell.server(), &replica)?;
+    replica.stop()
+}
+
+/// With `replication=no` nothing of the server is touched; otherwise two words are.
+fn table(cell: &mut Cell) -> Result<()> {
+    let driver = super::outgoing::module()?;
+    let words = |name: &str, replication: Option<&str>| -> Result<Vec<String>> {
+        let mut settings = cell.settings.clone();
+        settings.directive(&format!("loadmodule {}", driver.display()));
+        (settings.port, settings.module) = (free_port()?, None);
+        if let Some(replication) = replication {
+            settings.module = Some(cell.lab.module.clone());
+            settings.arguments = arguments(settings.rdma, replication);
+        }
+        let folder = cell.folder().join(name);
+        let mut server = Server::start(cell.lab, &cell.id.server, &folder, &settings)?;
+        let reply = server.tcp(cell.lab.patience())?.words("DRIVER.TABLE")?;
+        ensure!(!reply.is_error(), "DRIVER.TABLE: {reply}");
+        server.stop()?;
+        Ok(reply.elements().iter().map(client::Value::text).collect())
+    };
+    let stock = words("stock", None)?;
+    ensure!(stock.len() == 30 && stock.iter().any(|word| word != "0x0"), "{stock:?}");
+    ensure!(words("no", Some("no"))? == stock, "replication=no changes the table");
+    // `conn_create` and `connect`.
+    let wanted = if cell.id.line() == "8.0" { [9, 13] } else { [10, 14] };
+    for replication in ["prefer", "require"] {
+        let now = words(replication, Some(replication))?;
+        let changed: Vec<_> = (0..30).filter(|&at| now[at] != stock[at]).collect();
+        ensure!(changed == wanted, "replication={replication} changes the slots {changed:?}");
+    }
+    Ok(())
+}
+
+/// Servers in which links can't go over RDMA: refused where that is asked for, with one line.
+fn refused(cell: &mut Cell) -> Result<()> {
+    let falsify = cell.lab.example("libfalsify.so")?;
+    let usual = cell.settings.clone();
+    let digits: String = cell.id.line().split('.').map(|number| format!("{number:0>2}")).collect();
+    let newer = format!("version=0x00{digits}7f");
+    let mut changes = vec![
+        ("hide=syncWithPrimary", "it exports no function syncWithPrimary"),
+        (&newer, "is the last release of its line whose replication this module knows"),
+    ];
+    if cell.id.line() != "8.0" {
+        // There other variables of the server lie beside it.
+        changes.push(("readonly=1", "its TCP connection type lies in read-only memory"));
+    }
+    if cell.id.line().starts_with('9') {
+        let name = "hide=slotExportConnectHandler";
+        changes.push((name, "it exports no function slotExportConnectHandler"));
+    }
+    for (change, why) in changes {
+        cell.settings = usual.clone();
+        cell.settings.directive(&format!("loadmodule {} {change}", falsify.display()));
+        let line = super::refusals::refusal(cell, &["not loaded: replication over RDMA is", why])
+            .with_context(|| format!("a server with {change}"))?;
+        cell.figure(change, line);
+        if change != "readonly=1" {
+            cell.settings.arguments = arguments(cell.settings.rdma, "no");
+            cell.start().with_context(|| format!("replication=no and {change}"))?;
+            cell.stop()?;
+        }
+    }
+    // A policy that can't be changed while the server runs, and one that can.
+    cell.settings = usual.clone();
+    cell.settings.arguments = arguments(cell.settings.rdma, "prefer");
+    cell.start()?;
+    let mut client = cell.tcp()?;
+    expect(&mut client, "CONFIG SET rdma.replication require", "OK")?;
+    ensure!(cell.info()?.text("rdma_replication")? == "require", "not taken over");
+    expect(&mut client, "CONFIG SET rdma.replication prefer", "OK")?;
+    ensure!(client.words("CONFIG SET rdma.replication no")?.is_error(), "CONFIG SET no");
+    ensure!(client.words("CONFIG SET rdma.replication yes")?.is_error(), "CONFIG SET yes");
+    drop(client);
+    cell.stop()?;
+    cell.settings.arguments = arguments(cell.settings.rdma, "no");
+    cell.start()?;
+    let reply = cell.tcp()?.words("CONFIG SET rdma.replication prefer")?;
+    ensure!(reply.is_error(), "CONFIG SET rdma.replication prefer: {reply}");
+    // Who it is, it says without a password, and each time the same.
+    let mut client = cell.tcp()?;
+    expect(&mut client, "CONFIG SET requirepass secret", "OK")?;
+    let mut stranger = cell.tcp()?;
+    let identity = stranger.words("RDMA.IDENTITY")?;
+    ensure!(identity.text().len() == 40 && !identity.is_error(), "RDMA.IDENTITY: {identity}");
+    ensure!(stranger.words("GET key")?.is_error(), "GET without a password");
+    ensure!(stranger.words("RDMA.IDENTITY")? == identity, "another identity");
+    // What ends the cell asks as well.
+    let reply = client.command(&[b"CONFIG", b"SET", b"requirepass", b""])?;
+    ensure!(reply.text() == "OK", "CONFIG SET requirepass: {reply}");
+    Ok(())
+}
