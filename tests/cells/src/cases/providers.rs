@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! Devices of the kernel beside the guest's own: a second Soft-RoCE, and siw, which is iWARP in
-//! software, with a provider and a connection manager of its own and without immediate data.
+//! software, with a provider and a connection manager of its own and without immediate data; and
+//! servers that can't reach a device that is there.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
@@ -11,11 +12,19 @@ use anyhow::{Context, Result, ensure};
 use client::{Client, rdma, tcp};
 
 use super::basics::expect;
+use super::doctor::all_said;
+use super::refusals::refusal;
 use crate::cell::{Case, Cell};
 use crate::process::run;
 
-pub const CASES: &[Case] =
-    &[Case::new("two-devices", two_devices).unstarted(), Case::new("siw", siw).unstarted()];
+pub const CASES: &[Case] = &[
+    Case::new("two-devices", two_devices).unstarted(),
+    Case::new("siw", siw).unstarted(),
+    Case::new("doctor-providers", doctor_providers).unstarted(),
+    Case::new("no-netdev", no_netdev).unstarted(),
+    Case::new("no-address", no_address).unstarted(),
+    Case::new("no-rdma-ucm", no_rdma_ucm).unstarted(),
+];
 
 /// A device beside the guest's own, on a network interface of its own.
 struct Device {
@@ -146,4 +155,71 @@ fn others_live(
 ) -> Result<()> {
     expect(rdma, "PING", "PONG")?;
     expect(tcp, "PING", "PONG")
+}
+
+/// What `RDMA.DOCTOR` says of Soft-RoCE and of siw.
+fn doctor_providers(cell: &mut Cell) -> Result<()> {
+    load_siw(cell)?;
+    SIW.serve(cell)?;
+    let reply = cell.tcp()?.words("RDMA.DOCTOR")?;
+    let said = all_said(&reply)?;
+    for (device, resembles, failures) in
+        [("rxe0", "rxe", &[][..]), ("siw1", "iwarp", &["immediate"])]
+    {
+        let one = said.iter().find(|one| one.device == device);
+        let one = one.with_context(|| format!("no {device} in {reply}"))?;
+        cell.figure(device, one.text());
+        ensure!(one.resembles == resembles, "{device} {}", one.text());
+        ensure!(one.failures() == failures, "{device} {}", one.text());
+    }
+    expect(&mut cell.rdma()?, "PING", "PONG")?;
+    cell.stop()
+}
+
+/// Has the server run behind a command of the shell's.
+fn behind(cell: &mut Cell, unshare: &[&str], command: &str) {
+    let shell = format!("{command} && exec \"$@\"");
+    let prefix = [&["unshare"], unshare, &["sh", "-c", &shell, "sh"]].concat();
+    cell.settings.prefix = prefix.into_iter().map(str::to_owned).collect();
+}
+
+/// In a network namespace without the device's interface, as in a pod: the device shows, and
+/// none of its addresses is there. That is the reason that is given, and nothing starts.
+fn no_netdev(cell: &mut Cell) -> Result<()> {
+    behind(cell, &["--net"], "ip link set lo up");
+    let line = refusal(cell, &["cannot listen on ", "Cannot assign requested address"])?;
+    cell.figure("bind", line);
+    cell.settings.arguments.retain(|argument| !argument.starts_with("bind="));
+    cell.settings.arguments.extend(["bind=*".to_owned(), "probe=require".to_owned()]);
+    let line = refusal(cell, &["no RDMA device has one of this machine's addresses", "ip addr"])?;
+    cell.figure("everywhere, with probe=require", line);
+    Ok(())
+}
+
+/// Beside a device that serves, one whose interface has no address: it is named, can't be
+/// reached, and hurts nobody.
+fn no_address(cell: &mut Cell) -> Result<()> {
+    let add = "rdma link show rxe3/1 2>/dev/null | grep -q . || {
+        ip link add d3 type dummy && ip link set d3 addrgenmode none up &&
+        rdma link add rxe3 type rxe netdev d3; }";
+    shell(add, cell.folder())?;
+    cell.settings.arguments.retain(|argument| !argument.starts_with("bind="));
+    cell.settings.arguments.push("bind=*".to_owned());
+    cell.start()?;
+    once(cell, "device rxe3: ")?;
+    let reply = cell.tcp()?.words("RDMA.DOCTOR rxe3")?;
+    let words = "no device rxe3 has an address that is listened on";
+    ensure!(reply.is_error() && reply.text().contains(words), "RDMA.DOCTOR rxe3: {reply}");
+    expect(&mut cell.rdma()?, "PING", "PONG")?;
+    cell.stop()
+}
+
+/// The device is there, and the way to its connection manager is not, as where `rdma_ucm` was
+/// not loaded or a container was not let to it.
+fn no_rdma_ucm(cell: &mut Cell) -> Result<()> {
+    let private = ["--mount", "--propagation", "private"];
+    behind(cell, &private, "mount -t tmpfs tmpfs /dev/infiniband");
+    let line = refusal(cell, &["cannot open the RDMA connection manager", "modprobe rdma_ucm"])?;
+    cell.figure("without rdma_ucm", line);
+    Ok(())
 }
