@@ -308,7 +308,7 @@ fn blocks(page: &str, text: &str) -> Vec<Shown> {
 
 /// Who runs a command that a reader is shown: what it begins with, the file that runs it, and
 /// how it stands there. Addresses and ports are left out on both sides.
-const RUN_BY: [(&str, &str, &str); 17] = [
+const RUN_BY: [(&str, &str, &str); 19] = [
     ("scripts/setup.sh build", ".ci/run", "scripts/setup.sh build"),
     ("eval \"$(scripts/setup.sh env)\"", "scripts/build-on.sh", "eval \"$(scripts/setup.sh env)\""),
     ("cargo build --release --locked", "scripts/build-on.sh", "cargo build --release --locked"),
@@ -324,6 +324,8 @@ const RUN_BY: [(&str, &str, &str); 17] = [
         "scripts/package.sh",
         "GLIBC_",
     ),
+    ("target/release/valkey-rdma ping", "tests/cells/src/cases/programs.rs", "[\"ping\","),
+    ("target/release/valkey-rdma check", "tests/cells/src/cases/programs.rs", "[\"check\","),
     ("scripts/abi-check.sh", "scripts/test.sh", "scripts/abi-check.sh"),
     ("scripts/mutants.sh", "scripts/test.sh", "scripts/mutants.sh"),
     ("SIMULATION_SEEDS=100000 cargo test", "scripts/test.sh", "SIMULATION_SEEDS=100000 cargo test"),
@@ -391,6 +393,17 @@ fn every_shown_command_is_run_or_needs_hardware() {
                 "sh hardware" => {
                     let said = block.before.contains("hardware");
                     assert!(said, "{}: the text does not say that it needs hardware", block.place);
+                }
+                // The crate's own example, which is compiled there.
+                "rust" => {
+                    let example = read("crates/client/src/lib.rs");
+                    for line in &block.commands {
+                        assert!(
+                            example.contains(&format!("//! {line}")),
+                            "{}: {line}",
+                            block.place
+                        );
+                    }
                 }
                 _ => block.commands.iter().for_each(|command| check(&block.place, command)),
             }

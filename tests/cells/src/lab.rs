@@ -239,6 +239,17 @@ impl Lab {
         Ok(path)
     }
 
+    /// A program of the workspace that is built along with this one.
+    pub fn program(&self, name: &str) -> Result<PathBuf> {
+        let path = std::env::current_exe()?.with_file_name(name);
+        anyhow::ensure!(
+            path.exists(),
+            "{} is missing: cargo build --release --workspace --bins",
+            path.display()
+        );
+        Ok(path)
+    }
+
     /// How long one call of a client may take on this fabric, before it counts as hanging.
     pub fn patience(&self) -> Duration {
         match self.fabric {

@@ -203,10 +203,14 @@ impl Server {
         self.settings.rdma
     }
 
+    /// The address of its TCP side.
+    pub fn tcp_address(&self) -> SocketAddr {
+        SocketAddr::new(LOOPBACK, self.settings.port)
+    }
+
     /// A TCP client of it.
     pub fn tcp(&self, timeout: Duration) -> Result<Client<tcp::Connection>> {
-        let address = SocketAddr::new(LOOPBACK, self.settings.port);
-        Ok(tcp::Connection::client(address, timeout)?)
+        Ok(tcp::Connection::client(self.tcp_address(), timeout)?)
     }
 
     /// What `INFO everything` says.

@@ -25,6 +25,7 @@ mod operators;
 mod outgoing;
 mod panics;
 mod profiles;
+mod programs;
 mod providers;
 mod refusals;
 mod removal;
@@ -63,6 +64,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         outgoing::CASES,
         panics::CASES,
         profiles::CASES,
+        programs::CASES,
         providers::CASES,
         config::CASES,
         counters::CASES,

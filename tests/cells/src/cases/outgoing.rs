@@ -312,10 +312,10 @@ fn request(arguments: &[&[u8]]) -> Vec<u8> {
 }
 
 /// A server that is stopped by a signal, until this is dropped.
-struct Stopped(u32);
+pub(super) struct Stopped(u32);
 
 impl Stopped {
-    fn now(cell: &Cell) -> Self {
+    pub(super) fn now(cell: &Cell) -> Self {
         let pid = cell.server().pid();
         // SAFETY: a signal to a child that is not yet waited for.
         unsafe { libc::kill(pid as i32, libc::SIGSTOP) };

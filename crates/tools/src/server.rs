@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//! A server to talk to: its address, who asks, and its answers.
+
+use anyhow::{Context, Result, bail, ensure};
+use client::{Connection, Options};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::time::{Duration, Instant};
+
+/// The port of servers that say no other.
+const PORT: u16 = 6379;
+
+/// Who asks, and how long it may take.
+#[derive(Clone, clap::Args)]
+pub struct Login {
+    /// Who asks, where the server wants a password.
+    #[arg(long, value_name = "NAME")]
+    user: Option<String>,
+    /// The password; better given by the environment, where `ps` does not show it.
+    #[arg(long, env = "VALKEY_PASSWORD", hide_env_values = true)]
+    password: Option<String>,
+    /// Seconds that connecting, and each answer, may take.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5.0)]
+    timeout: f64,
+}
+
+/// A server, by an address of people's: HOST, HOST:PORT or [IPV6]:PORT.
+pub struct Server<'a> {
+    /// The address, whose port is that of RDMA: 6379 unless it says another.
+    pub address: &'a str,
+    /// Who asks.
+    pub login: &'a Login,
+}
+
+/// Bytes both ways, whatever carries them.
+pub trait Stream: Read + Write {}
+
+impl<T: Read + Write> Stream for T {}
+
+/// A connection to a server that takes commands.
+pub struct Session {
+    stream: Box<dyn Stream>,
+    /// What carries it, in words.
+    pub carrier: String,
+    /// How long connecting took.
+    pub connect: Duration,
+}
+
+impl Server<'_> {
+    /// The addresses that the name stands for.
+    ///
+    /// # Errors
+    /// If it stands for none.
+    pub fn resolve(&self) -> Result<Vec<SocketAddr>> {
+        let with_port = format!("{}:{PORT}", self.address);
+        // A bare IPv6 address has colons and no port.
+        let bare = self.address.parse().map(|ip| vec![SocketAddr::new(ip, PORT)]);
+        let found = bare.or_else(|_| {
+            let all = self.address.to_socket_addrs().or_else(|_| with_port.to_socket_addrs());
+            all.map(Iterator::collect)
+        });
+        let found =
+            found.with_context(|| format!("'{}' is no address of a server", self.address))?;
+        ensure!(!found.is_empty(), "'{}' stands for no address", self.address);
+        Ok(found)
+    }
+
+    fn timeout(&self) -> Result<Duration> {
+        let timeout = Duration::try_from_secs_f64(self.login.timeout);
+        let timeout = timeout.ok().filter(|timeout| !timeout.is_zero());
+        timeout.with_context(|| format!("--timeout {}: not a time", self.login.timeout))
+    }
+
+    /// Connects over RDMA.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn over_rdma(&self) -> Result<Session> {
+        let options = Options { timeout: self.timeout()?, ..Options::default() };
+        let began = Instant::now();
+        let connection = Connection::open(self.resolve()?.as_slice(), &options)?;
+        let connect = began.elapsed();
+        let carrier = format!("RDMA, {}", connection.device());
+        self.session(Box::new(connection), carrier, connect)
+    }
+
+    /// Connects over TCP, to `port` unless it is that of RDMA.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn over_tcp(&self, port: Option<u16>) -> Result<Session> {
+        let timeout = self.timeout()?;
+        let mut last = None;
+        for mut address in self.resolve()? {
+            address.set_port(port.unwrap_or(address.port()));
+            let began = Instant::now();
+            match TcpStream::connect_timeout(&address, timeout) {
+                Ok(stream) => {
+                    let connect = began.elapsed();
+                    stream.set_nodelay(true)?;
+                    stream.set_read_timeout(Some(timeout))?;
+                    stream.set_write_timeout(Some(timeout))?;
+                    return self.session(Box::new(stream), String::from("TCP"), connect);
+                }
+                Err(error) => last = Some((address, error)),
+            }
+        }
+        let (address, error) = last.expect("an address at least");
+        Err(error).with_context(|| format!("cannot connect to {address} over TCP"))
+    }
+
+    fn session(
+        &self,
+        stream: Box<dyn Stream>,
+        carrier: String,
+        connect: Duration,
+    ) -> Result<Session> {
+        let mut session = Session { stream, carrier, connect };
+        if let Some(password) = &self.login.password {
+            let user = self.login.user.as_deref().unwrap_or("default");
+            let words = [b"AUTH", user.as_bytes(), password.as_bytes()];
+            session.ask(&words).context("AUTH")?;
+        }
+        Ok(session)
+    }
+}
+
+impl Session {
+    /// The answer to a command, whose reply is a simple or a bulk string.
+    ///
+    /// # Errors
+    /// The connection's, the server's, or that the answer is of another kind.
+    pub fn ask(&mut self, words: &[&[u8]]) -> Result<Vec<u8>> {
+        let mut request = format!("*{}\r\n", words.len()).into_bytes();
+        for word in words {
+            request.extend_from_slice(format!("${}\r\n", word.len()).as_bytes());
+            request.extend_from_slice(word);
+            request.extend_from_slice(b"\r\n");
+        }
+        self.stream.write_all(&request)?;
+        let line = self.line()?;
+        let Some((kind, rest)) = line.split_first() else { bail!("an empty answer") };
+        let text = String::from_utf8_lossy(rest).into_owned();
+        match kind {
+            b'+' => Ok(rest.to_vec()),
+            b'$' => {
+                let length: usize = text.parse().with_context(|| format!("the answer '{text}'"))?;
+                let mut bytes = vec![0; length + 2];
+                self.stream.read_exact(&mut bytes)?;
+                bytes.truncate(length);
+                Ok(bytes)
+            }
+            b'-' => bail!("the server answers: {text}"),
+            other => bail!("the server answers with a '{}'", char::from(*other)),
+        }
+    }
+
+    /// A line without its end. Answers are read one at a time, so that nothing follows it.
+    fn line(&mut self) -> Result<Vec<u8>> {
+        let mut line = Vec::new();
+        let mut byte = [0];
+        while !line.ends_with(b"\r\n") {
+            self.stream.read_exact(&mut byte)?;
+            line.push(byte[0]);
+            ensure!(line.len() < 1 << 16, "a line without an end");
+        }
+        line.truncate(line.len() - 2);
+        Ok(line)
+    }
+}
