@@ -27,6 +27,12 @@ pub const CASES: &[Case] = &[
     Case::new("repl-wrong-server", wrong_server).with(primary),
     Case::new("repl-dual-channel", dual_channel).with(primary),
     Case::new("repl-kill", kill).with(primary),
+    Case::new("repl-hazards", hazards).with(primary),
+    Case::new("repl-shutdown", shutdown).with(primary),
+    Case::new("repl-cluster", cluster).with(|settings| {
+        primary(settings);
+        in_cluster(settings);
+    }),
     Case::new("repl-table", table).unstarted(),
     Case::new("repl-refused", refused).with(primary).unstarted(),
 ];
@@ -168,8 +174,9 @@ fn same(one: &Server, other: &Peer) -> Result<()> {
     Ok(())
 }
 
-fn fill(server: &Server, patience: Duration) -> Result<()> {
-    ask(server, &format!("DEBUG POPULATE {KEYS} key {VALUE}"), patience).map(drop)
+fn fill(cell: &Cell, server: &Server) -> Result<()> {
+    let value = if cell.lab.is_slow() { VALUE / 10 } else { VALUE };
+    ask(server, &format!("DEBUG POPULATE {KEYS} key {value}"), cell.lab.patience()).map(drop)
 }
 
 /// A client that writes to a server all the time.
@@ -217,7 +224,7 @@ impl Drop for Writer {
 /// Every way in which a replica is loaded, while the primary is written to.
 fn full_sync(cell: &mut Cell) -> Result<()> {
     let patience = cell.lab.patience();
-    fill(cell.server(), patience)?;
+    fill(cell, cell.server())?;
     let replica = Peer::start(cell, "replica", "require")?;
     let mut loads = 0;
     for diskless in ["yes", "no"] {
@@ -249,7 +256,7 @@ fn full_sync(cell: &mut Cell) -> Result<()> {
 /// Links that are killed at either end, while the primary is written to: each is resumed.
 fn partial(cell: &mut Cell) -> Result<()> {
     let patience = cell.lab.patience();
-    fill(cell.server(), patience)?;
+    fill(cell, cell.server())?;
     let replica = Peer::start(cell, "replica", "require")?;
     replica.follow(cell)?;
     linked(&replica)?;
@@ -278,7 +285,7 @@ fn partial(cell: &mut Cell) -> Result<()> {
 /// data is sent anew.
 fn failover(cell: &mut Cell) -> Result<()> {
     let patience = cell.lab.patience();
-    fill(cell.server(), patience)?;
+    fill(cell, cell.server())?;
     let replica = Peer::start(cell, "replica", "require")?;
     replica.follow(cell)?;
     linked(&replica)?;
@@ -301,7 +308,7 @@ fn failover(cell: &mut Cell) -> Result<()> {
 /// A replica of a replica over RDMA, and one over TCP beside it.
 fn chain(cell: &mut Cell) -> Result<()> {
     let patience = cell.lab.patience();
-    fill(cell.server(), patience)?;
+    fill(cell, cell.server())?;
     let middle = Peer::start(cell, "middle", "require")?;
     middle.follow(cell)?;
     linked(&middle)?;
@@ -343,7 +350,7 @@ fn fallback(cell: &mut Cell) -> Result<()> {
         (&without, "it does not tell over TCP which server it is"),
         (&elsewhere, "no connection over RDMA: Connection refused"),
     ] {
-        fill(&primary.server, patience)?;
+        fill(cell, &primary.server)?;
         let address = SocketAddr::new(cell.lab.address, primary.server.settings().port);
         let attempts = prefers.server.log_lines("REPLICA sync started")?.len();
         let tries = requires.info()?.number("rdma_links_refused")?;
@@ -369,7 +376,7 @@ fn fallback(cell: &mut Cell) -> Result<()> {
     let counted = prefers.info()?.number("rdma_links_over_tcp")?;
     ensure!(counted == 2, "{counted} links over TCP");
     // A primary that can be had over RDMA is.
-    fill(cell.server(), patience)?;
+    fill(cell, cell.server())?;
     for peer in [&prefers, &requires] {
         peer.follow(cell)?;
         linked(peer)?;
@@ -394,7 +401,7 @@ fn wrong_server(cell: &mut Cell) -> Result<()> {
     settings.arguments = arguments(settings.rdma, "no");
     let folder = cell.folder().join("wrong");
     let wrong = Server::start(cell.lab, &cell.id.server, &folder, &settings)?;
-    fill(&right.server, patience)?;
+    fill(cell, &right.server)?;
     expect(&mut wrong.tcp(patience)?, "SET wrong server", "OK")?;
     let wrong = Peer { server: wrong, patience };
     let address = SocketAddr::new(cell.lab.address, both);
@@ -426,7 +433,7 @@ fn dual_channel(cell: &mut Cell) -> Result<()> {
     const ON: &str = "CONFIG SET dual-channel-replication-enabled yes";
     ask(cell.server(), ON, patience)?;
     ask(cell.server(), "CONFIG SET repl-diskless-sync yes", patience)?;
-    fill(cell.server(), patience)?;
+    fill(cell, cell.server())?;
     let replica = Peer::start(cell, "replica", "require")?;
     replica.ask(ON)?;
     for time in 1..=2 {
@@ -464,7 +471,7 @@ fn kill(cell: &mut Cell) -> Result<()> {
     let patience = cell.lab.patience();
     ask(cell.server(), "CONFIG SET repl-diskless-sync yes", patience)?;
     ask(cell.server(), SLOW, patience)?;
-    fill(cell.server(), patience)?;
+    fill(cell, cell.server())?;
     let replica = Peer::start(cell, "replica", "require")?;
     for load in ["disabled", "swapdb"] {
         replica.ask(&format!("CONFIG SET repl-diskless-load {load}"))?;
@@ -472,7 +479,7 @@ fn kill(cell: &mut Cell) -> Result<()> {
         let mut other = Peer::start(cell, &format!("primary-{load}"), "no")?;
         other.ask("CONFIG SET repl-diskless-sync yes")?;
         other.ask(SLOW)?;
-        fill(&other.server, patience)?;
+        fill(cell, &other.server)?;
         replica.follow_at(other.server.settings().rdma)?;
         amid_sync(&replica, &other.server)?;
         other.server.kill()?;
@@ -603,4 +610,170 @@ fn refused(cell: &mut Cell) -> Result<()> {
     let reply = client.command(&[b"CONFIG", b"SET", b"requirepass", b""])?;
     ensure!(reply.text() == "OK", "CONFIG SET requirepass: {reply}");
     Ok(())
+}
+
+/// What befalls a link in daily life: a password, `WAIT`, a child of the replica while links
+/// come and go, a replica that is asleep while the primary is written to.
+fn hazards(cell: &mut Cell) -> Result<()> {
+    let patience = cell.lab.patience();
+    fill(cell, cell.server())?;
+    let mut client = cell.tcp()?;
+    let mut password = |text: &str| -> Result<()> {
+        let reply = client.command(&[b"CONFIG", b"SET", b"requirepass", text.as_bytes()])?;
+        ensure!(reply.text() == "OK", "CONFIG SET requirepass: {reply}");
+        Ok(())
+    };
+    password("secret")?;
+    let replica = Peer::start(cell, "replica", "require")?;
+    replica.follow(cell)?;
+    let unheard = || Ok(!replica.server.log_lines("NOAUTH")?.is_empty());
+    wait("a replica without the password", patience, unheard)?;
+    ensure!(replica.info()?.text("master_link_status")? == "down", "in spite of the password");
+    replica.ask("CONFIG SET masterauth secret")?;
+    linked(&replica)?;
+    password("")?;
+    let reply = replica.client()?.command(&[b"CONFIG", b"SET", b"masterauth", b""])?;
+    ensure!(reply.text() == "OK", "CONFIG SET masterauth: {reply}");
+    ensure!(replica.transport()? == "rdma", "the link: {}", replica.transport()?);
+
+    let writer = Writer::start(cell.server(), patience)?;
+    let mut client = cell.tcp()?;
+    for round in 0..20 {
+        expect(&mut client, &format!("SET waited {round}"), "OK")?;
+        expect(&mut client, "WAIT 1 10000", "1")?;
+        expect(&mut replica.client()?, "GET waited", &round.to_string())?;
+    }
+    // A child of the replica holds copies of what it had open.
+    replica.ask("CONFIG SET rdb-key-save-delay 200")?;
+    replica.ask("BGSAVE")?;
+    for _ in 0..3 {
+        ensure!(replica.info()?.number("rdb_bgsave_in_progress")? == 1, "the child is gone");
+        replica.ask("CLIENT KILL TYPE master")?;
+        linked(&replica)?;
+    }
+    wait("the end of the child", patience, || {
+        Ok(replica.info()?.number("rdb_bgsave_in_progress")? == 0)
+    })?;
+    ensure!(replica.info()?.text("rdb_last_bgsave_status")? == "ok", "BGSAVE failed");
+    // Asleep for longer than there are receives for, and no longer than it is waited for.
+    let pid = replica.server.pid() as i32;
+    // SAFETY: signals to a child that was not waited for.
+    unsafe { libc::kill(pid, libc::SIGSTOP) };
+    std::thread::sleep(Duration::from_secs(4));
+    // SAFETY: as above.
+    unsafe { libc::kill(pid, libc::SIGCONT) };
+    linked(&replica)?;
+    writer.stop()?;
+    same(cell.server(), &replica)?;
+    let info = cell.info()?;
+    ensure!(info.number("sync_full")? == 1, "more than one full synchronization");
+    ensure!(info.number("sync_partial_ok")? == 3, "other links than those that were killed");
+    replica.stop()
+}
+
+/// `SHUTDOWN` of a primary that is written to: each write that was acknowledged is on the
+/// replica.
+fn shutdown(cell: &mut Cell) -> Result<()> {
+    let patience = cell.lab.patience();
+    let replica = Peer::start(cell, "replica", "require")?;
+    let rounds = if cell.lab.is_slow() { 2 } else { 4 };
+    for round in 0..rounds {
+        let mut other = Peer::start(cell, &format!("primary-{round}"), "no")?;
+        replica.follow_at(other.server.settings().rdma)?;
+        linked(&replica)?;
+        let writer = Writer::start(&other.server, patience)?;
+        std::thread::sleep(Duration::from_millis(400));
+        ensure!(replica.transport()? == "rdma", "the link: {}", replica.transport()?);
+        let status = other.server.stop()?;
+        no_crash(&other.server)?;
+        ensure!(status.success(), "the primary ended with {status}");
+        let writes = writer.acknowledged.load(Ordering::Relaxed);
+        ensure!(writer.stop().is_err(), "the writer did not notice");
+        ensure!(writes > 50, "{writes} writes were acknowledged");
+        let last = writes - 1;
+        let get = format!("GET w:{}", last % 5000);
+        // What has arrived is carried out in its turn.
+        wait("the last write", Duration::from_secs(5), || {
+            Ok(replica.ask(&get)? == format!("{last:0>100}"))
+        })
+        .with_context(|| format!("round {round}: {writes} writes were acknowledged"))?;
+        cell.figure(&format!("acknowledged, round {round}"), writes);
+        replica.ask("REPLICAOF NO ONE")?;
+    }
+    replica.stop()
+}
+
+fn in_cluster(settings: &mut Settings) {
+    settings.directive("cluster-enabled yes");
+    settings.directive(&format!("cluster-port {}", free_port().expect("a port")));
+    settings.directive("cluster-node-timeout 20000");
+}
+
+/// A replica of a cluster's node, its failover, and, where the server can, slots that move to
+/// another node.
+fn cluster(cell: &mut Cell) -> Result<()> {
+    let patience = cell.lab.patience();
+    let node = |name: &str, replication: &str| {
+        Peer::start_with(cell, name, replication, |settings| {
+            settings.directives.retain(|line| !line.starts_with("cluster-"));
+            in_cluster(settings);
+        })
+    };
+    let replica = node("replica", "require")?;
+    let target = node("target", "no")?;
+    ask(cell.server(), "CLUSTER ADDSLOTSRANGE 0 16383", patience)?;
+    for peer in [&replica, &target] {
+        let own = peer.server.settings();
+        let bus = own.directives.iter().find_map(|line| line.strip_prefix("cluster-port "));
+        let bus = bus.context("no bus")?;
+        let meet = format!("CLUSTER MEET {} {} {bus}", own.rdma.ip(), own.rdma.port());
+        ask(cell.server(), &meet, patience)?;
+    }
+    let id = ask(cell.server(), "CLUSTER MYID", patience)?;
+    let known = |peer: &Peer, id: &str| Ok(peer.ask("CLUSTER NODES")?.contains(id));
+    wait("a node that knows the other", patience, || known(&replica, &id))?;
+    fill(cell, cell.server())?;
+    replica.ask(&format!("CLUSTER REPLICATE {id}"))?;
+    linked(&replica)?;
+    same(cell.server(), &replica)?;
+    ensure!(replica.transport()? == "rdma", "the link: {}", replica.transport()?);
+    cell.wait_info("a replica", |info| Ok(info.number("connected_slaves")? == 1))?;
+    let well = |peer: &Server| -> Result<bool> {
+        Ok(ask(peer, "CLUSTER INFO", patience)?.contains("cluster_state:ok")
+            && ask(peer, "CLUSTER NODES", patience)?.contains("slave"))
+    };
+    wait("a cluster that is well", patience, || {
+        Ok(well(cell.server())? && well(&replica.server)? && well(&target.server)?)
+    })?;
+    // A cluster that is so young may not vote at once; an attempt takes five seconds.
+    let mut next = Instant::now();
+    wait("the other role", patience, || {
+        let info = cell.info()?;
+        if info.text("role")? == "slave" {
+            return Ok(info.text("master_link_status")? == "up");
+        }
+        if Instant::now() >= next {
+            replica.client()?.words("CLUSTER FAILOVER")?;
+            next = Instant::now() + Duration::from_secs(6);
+        }
+        Ok(false)
+    })?;
+    let link = cell.info()?.text("rdma_primary_link")?.to_owned();
+    ensure!(link.starts_with("transport=rdma,"), "the old primary's link: {link}");
+    ensure!(replica.info()?.number("sync_full")? == 0, "data was sent anew");
+    same(cell.server(), &replica)?;
+    if cell.id.line().starts_with('9') {
+        let to = target.ask("CLUSTER MYID")?;
+        wait("a node that knows the other", patience, || known(&replica, &to))?;
+        let before = replica.info()?.number("rdma_links_over_rdma")?;
+        replica.ask(&format!("CLUSTER MIGRATESLOTS SLOTSRANGE 0 3900 NODE {to}"))?;
+        let count = |peer: &Peer| -> Result<usize> { Ok(peer.ask("DBSIZE")?.parse()?) };
+        wait("slots that have moved", patience, || {
+            let (there, here) = (count(&target)?, count(&replica)?);
+            Ok(there > KEYS / 8 && there + here == KEYS)
+        })?;
+        let links = replica.info()?.number("rdma_links_over_rdma")? - before;
+        ensure!(links == 1, "{links} links over RDMA for slots that move");
+    }
+    [replica, target].into_iter().try_for_each(Peer::stop)
 }
