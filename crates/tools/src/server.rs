@@ -24,7 +24,7 @@ pub struct Login {
     timeout: f64,
 }
 
-/// A server, by an address of people's: HOST, HOST:PORT or [IPV6]:PORT.
+/// A server, by an address of people's: `HOST`, `HOST:PORT` or `[IPV6]:PORT`.
 pub struct Server<'a> {
     /// The address, whose port is that of RDMA: 6379 unless it says another.
     pub address: &'a str,
