@@ -72,8 +72,7 @@ struct Link {
 static LINKS: MainCell<Vec<Link>> = MainCell::new(Vec::new());
 static LAST_NUMBER: MainCell<usize> = MainCell::new(0);
 static CLOCK_RUNS: MainCell<bool> = MainCell::new(false);
-/// The target of the last links that ended too soon, and how many they were.
-static IN_VAIN_SO_FAR: MainCell<Option<(Target, u32)>> = MainCell::new(None);
+static ATTEMPTS: MainCell<Attempts> = MainCell::new(Attempts::none());
 
 /// Why a link does not come about.
 #[derive(Debug)]
@@ -416,30 +415,43 @@ impl Opener for Handle {
         report::ended(link.purpose);
         if link.purpose == Purpose::Replication {
             // The server makes a client of the link when the replica is in sync.
-            note_end(link.target, !base.private_data.is_null());
+            ATTEMPTS.borrow_mut().note(link.target, !base.private_data.is_null());
         }
     }
 }
 
-/// A link to the primary is over that did or did not get so far as to be in sync.
-fn note_end(target: Target, synchronized: bool) {
-    let mut so_far = IN_VAIN_SO_FAR.borrow_mut();
-    let before = so_far.take().filter(|(other, _)| *other == target).map_or(0, |(_, times)| times);
-    if !synchronized {
-        *so_far = Some((target, before + 1));
+/// Links in a row to one target that ended before they were in sync.
+#[derive(Debug)]
+struct Attempts(Option<(Target, u32)>);
+
+impl Attempts {
+    const fn none() -> Self {
+        Self(None)
+    }
+
+    /// A link to the primary is over that did or did not get so far as to be in sync.
+    fn note(&mut self, target: Target, synchronized: bool) {
+        let before = self.0.take().filter(|(other, _)| *other == target).map_or(0, |(_, n)| n);
+        if !synchronized {
+            self.0 = Some((target, before + 1));
+        }
+    }
+
+    /// Whether the last ones to this target were in vain. If so they are forgotten: the next one
+    /// goes over TCP, and the one after it is tried over RDMA again.
+    fn were_in_vain(&mut self, target: &Target) -> bool {
+        let enough = self.0.as_ref().is_some_and(|(other, n)| other == target && *n >= IN_VAIN);
+        if enough {
+            self.0 = None;
+        }
+        enough
     }
 }
 
-/// Whether the last links to this target were in vain. Then one goes over TCP, and the next is
-/// tried over RDMA again.
+/// Whether to go over TCP, since nothing came of the last links to this target.
 fn was_in_vain(target: &Target) -> bool {
     let prefers = Poller::get().settings().borrow_mut().replication == Replication::Prefer;
-    let mut so_far = IN_VAIN_SO_FAR.borrow_mut();
-    let enough = so_far.as_ref().is_some_and(|(other, times)| other == target && *times >= IN_VAIN);
-    if enough && prefers {
-        *so_far = None;
-    }
-    enough && prefers
+    prefers && ATTEMPTS.borrow_mut().were_in_vain(target)
 }
 
 /// Has the clock run while there are links that ask.
@@ -467,5 +479,40 @@ unsafe extern "C" fn on_clock(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     });
     if runs.unwrap_or(true) {
         again(CLOCK, on_clock);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn target(port: c_int) -> Target {
+        Target { address: c"192.0.2.1".to_owned(), port, source: None, multipath: 0 }
+    }
+
+    #[test]
+    fn after_three_links_in_vain_one_goes_elsewhere() {
+        let mut attempts = Attempts::none();
+        for _ in 0..2 {
+            for _ in 0..IN_VAIN {
+                assert!(!attempts.were_in_vain(&target(1)));
+                attempts.note(target(1), false);
+            }
+            assert!(!attempts.were_in_vain(&target(2)), "another primary");
+            assert!(attempts.were_in_vain(&target(1)));
+        }
+    }
+
+    #[test]
+    fn one_that_was_in_sync_or_another_primary_begins_anew() {
+        let mut attempts = Attempts::none();
+        for last in [(target(1), true), (target(2), false)] {
+            attempts.note(target(1), false);
+            attempts.note(target(1), false);
+            attempts.note(last.0, last.1);
+            attempts.note(target(1), false);
+            assert!(!attempts.were_in_vain(&target(1)));
+            attempts.note(target(1), true);
+        }
     }
 }

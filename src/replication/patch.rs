@@ -27,8 +27,10 @@ const ERR: c_int = -1;
 /// Why links can't go over RDMA in this server.
 #[derive(Debug)]
 pub enum Unfit {
-    /// Its release is newer than what was read.
-    Release(Version, Version),
+    /// Its release is newer than any known one of its line, the last of which this is.
+    Newer(Version, Version),
+    /// Nobody has seen its source, or tried it.
+    Unseen(Version),
     /// It exports no function of this name.
     Handler(&'static str),
     /// Its TCP type can't be written to.
@@ -41,7 +43,13 @@ impl fmt::Display for Unfit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("replication over RDMA is not possible in this server: ")?;
         match self {
-            Self::Release(version, last) => write!(
+            Self::Unseen(version) => {
+                write!(
+                    f,
+                    "how {version} replicates is not known; releases before and after it are"
+                )?;
+            }
+            Self::Newer(version, last) => write!(
                 f,
                 "it is {version}, and {last} is the last release of its line whose replication \
                  this module knows"
@@ -65,6 +73,12 @@ struct Patch {
 }
 
 static PATCH: OnceCell<Patch> = OnceCell::new();
+
+/// Releases whose structures are known by their neighbours alone. Of all other known ones the
+/// source was read, or, where there is none to be had (8.1.8, 9.1.1), a build was tried: links are
+/// opened by the TCP type's `conn_create` and `connect`, with the handlers below, and the second
+/// channel of dual-channel replication has another one, which is not exported.
+const UNSEEN: [Version; 1] = [Version(0x0008_0008)];
 
 /// The handlers of links in a line, and what they are for.
 fn handlers(line: Line) -> &'static [(&'static CStr, Purpose)] {
@@ -98,7 +112,10 @@ pub unsafe fn examine(
         return Ok(None);
     }
     if Layout::of(version).is_none() {
-        return Err(Unfit::Release(version, line.last_known()));
+        return Err(Unfit::Newer(version, line.last_known()));
+    }
+    if UNSEEN.contains(&version) {
+        return Err(Unfit::Unseen(version));
     }
     let mut found = Vec::new();
     for (name, purpose) in handlers(line) {
