@@ -17,19 +17,22 @@
 #   --io-threads N  as many as there are processors unless given, at least 2 and at most
 #                   8: these threads spin, and on fewer processors they take the time of
 #                   the main thread and of the clients
+#   --replication   instead of that a primary with two replicas, one over RDMA and one over
+#                   TCP; the primary is killed, and one replica takes its place
 # shellcheck source=scripts/lib.sh
 . "${BASH_SOURCE[0]%/*}/lib.sh"
 
-fabric='' address='' line=8.0 clients=50 size=$((10 << 20)) requests='' threads='' inside=0
+fabric='' address='' line=8.0 clients=50 size=$((10 << 20)) requests='' threads='' inside=0 replication=0
 declare -A figures=()
 
 main() {
     while (($#)); do
         case $1 in
         --inside) inside=1; shift; continue ;;
+        --replication) replication=1; shift; continue ;;
         --fabric | --address | --line | --clients | --size | --requests) ;;
         --io-threads) threads=${2:?}; shift 2; continue ;;
-        *) sed -n '4,19s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+        *) sed -n '4,21s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
         esac
         printf -v "${1#--}" %s "${2:?$1 needs a value}"
         shift 2
@@ -79,6 +82,11 @@ prepare() {
         say "Booting a virtual machine with Soft-RoCE (half a minute)"
         ;;
     esac
+    if ((replication)); then
+        "${where[@]}" "$repo/scripts/demo-replication.sh" "$address" "$line"
+        say "Done in $((SECONDS - start)) s"
+        return
+    fi
     "${where[@]}" "$repo/scripts/demo.sh" --inside --fabric "$fabric" --address "$address" --line "$line" \
         --clients "$clients" --size "$size" --requests "${requests:-500}" --io-threads "$threads"
     say "Done in $((SECONDS - start)) s"
