@@ -84,10 +84,11 @@ impl<T> Notices<T> {
     }
 
     /// Takes the oldest notice if there is one; `signalled` says that the caller has
-    /// taken a signal off already.
-    fn pop_front(&self, signalled: bool) -> Option<T> {
+    /// taken a signal off already. `reported` is told of it while nobody else can look.
+    fn pop_front(&self, signalled: bool, reported: impl Fn(&T)) -> Option<T> {
         let mut queue = self.queue.lock().unwrap();
         let notice = queue.pop_front()?;
+        reported(&notice);
         if self.is_closed() {
             return Some(notice);
         }
@@ -103,11 +104,16 @@ impl<T> Notices<T> {
 
     /// Takes the oldest notice, waiting for one unless the descriptor is
     /// non-blocking; the error is an errno. `pull` looks for notices that
-    /// another process has signalled, and says whether it queued one.
-    pub fn pop(&self, pull: impl Fn() -> bool) -> std::result::Result<T, i32> {
+    /// another process has signalled, and says whether it queued one. `reported` counts it as
+    /// such: who destroys what it is about finds it queued or counted.
+    pub fn pop(
+        &self,
+        pull: impl Fn() -> bool,
+        reported: impl Fn(&T),
+    ) -> std::result::Result<T, i32> {
         let mut signalled = false;
         loop {
-            if let Some(notice) = self.pop_front(signalled) {
+            if let Some(notice) = self.pop_front(signalled, &reported) {
                 return Ok(notice);
             }
             if self.is_closed() {
@@ -154,6 +160,14 @@ impl<T> Notices<T> {
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_notice_is_queued_or_reported_and_nothing_between() {
+        let notices = Notices::new().unwrap();
+        notices.push(1);
+        // Who removes it would have to wait here.
+        notices.pop(|| false, |_| assert!(notices.queue.try_lock().is_err())).unwrap();
+    }
+
     fn is_readable<T>(notices: &Notices<T>) -> bool {
         sys::wait_readable(&notices.fd, 0).unwrap()
     }
@@ -166,7 +180,7 @@ mod tests {
         assert!(sys::take(&notices.fd));
         notices.push_signalled(1);
         assert!(is_readable(&notices));
-        assert_eq!(notices.pop_front(false), Some(1));
+        assert_eq!(notices.pop_front(false, |_| ()), Some(1));
         assert!(!is_readable(&notices));
     }
 
@@ -179,7 +193,7 @@ mod tests {
         assert!(sys::take(&notices.fd));
         for expected in 1..=3 {
             assert!(is_readable(&notices));
-            assert_eq!(notices.pop_front(false), Some(expected));
+            assert_eq!(notices.pop_front(false, |_| ()), Some(expected));
         }
         assert!(!is_readable(&notices));
         notices.push(4);

@@ -57,16 +57,20 @@ impl EventChannel {
 
     /// Fetches the next event; the error is an errno.
     pub fn fetch(&self) -> Result<*mut rdma_cm_event, i32> {
-        let pending = self.notices.pop(|| false)?;
+        let pending = self.notices.pop(|| false, |pending| pending.counted().acks.reported())?;
         Ok(pending.deliver())
     }
 }
 
 impl Pending {
+    /// Whose destruction waits until it is acknowledged.
+    fn counted(&self) -> &Arc<CmId> {
+        self.listener.as_ref().unwrap_or(&self.id)
+    }
+
     fn deliver(self) -> *mut rdma_cm_event {
         let Pending { mut kind, mut status, id, listener, message } = self;
         let counted = listener.clone().unwrap_or_else(|| id.clone());
-        counted.acks.reported();
         // SAFETY: all zeroes is a valid rdma_cm_event.
         let mut event = Box::new(Event { c: unsafe { zeroed() }, counted, private: [0; 256] });
         if let Some(message) = &message {

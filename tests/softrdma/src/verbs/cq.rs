@@ -49,10 +49,11 @@ impl Channel {
 
     /// The next event; the error is an errno.
     pub fn next(&self) -> Result<Arc<Cq>, i32> {
-        self.notices.pop(|| {
+        let pull = || {
             let cqs: Vec<_> = self.cqs.lock().unwrap().iter().filter_map(Weak::upgrade).collect();
             cqs.iter().any(|cq| cq.pull())
-        })
+        };
+        self.notices.pop(pull, |cq| cq.acks.reported())
     }
 
     /// A completion queue is being destroyed.

@@ -521,7 +521,6 @@ unsafe extern "C" fn ibv_get_cq_event(
     // SAFETY: see above.
     match unsafe { handle::borrow::<Channel, _>(channel) }.next() {
         Ok(event) => {
-            event.acks.reported();
             // SAFETY: see above.
             unsafe {
                 cq.write((&raw const event.c).cast_mut());
@@ -867,19 +866,22 @@ unsafe extern "C" fn ibv_get_async_event(
     }
     // SAFETY: see above.
     let context = unsafe { Context::share(context) };
-    match context.events.pop(|| false) {
+    let reported = |event: &AsyncEvent| match &event.about {
+        About::Cq(cq) => cq.async_acks.reported(),
+        About::Qp(qp) => qp.async_acks.reported(),
+        About::Srq(srq) => srq.async_acks.reported(),
+        About::Device => {}
+    };
+    match context.events.pop(|| false, reported) {
         Ok(event) => {
             let element = match &event.about {
                 About::Cq(cq) => {
-                    cq.async_acks.reported();
                     ibv_async_event_element_t { cq: Arc::as_ptr(cq).cast_mut().cast() }
                 }
                 About::Qp(qp) => {
-                    qp.async_acks.reported();
                     ibv_async_event_element_t { qp: Arc::as_ptr(qp).cast_mut().cast() }
                 }
                 About::Srq(srq) => {
-                    srq.async_acks.reported();
                     ibv_async_event_element_t { srq: Arc::as_ptr(srq).cast_mut().cast() }
                 }
                 About::Device => {
