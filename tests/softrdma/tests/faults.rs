@@ -485,6 +485,8 @@ fn a_completion_queue_fails() {
         let p = Pair::default();
         p.client.post(Wr::write(1, &[], 0, 0));
         p.client.done(1);
+        // Nobody polls: armed, so that the fabric completes the write by itself.
+        p.client.arm(false);
         p.client.post(Wr::write(2, &[], 0, 0));
         async_event(&p.client, p.client.cq, IBV_EVENT_CQ_ERR);
         async_event(&p.client, p.client.qp, IBV_EVENT_QP_FATAL);
