@@ -163,7 +163,7 @@ impl Port for Device {
 fuzz_target!(|steps: Vec<Step>| {
     let mut device = Device::default();
     let device = &mut device;
-    let mut session = Session::new(TIMING, (0, FIRST), LARGEST, CONTROL_SLOTS, 0);
+    let mut session = Session::new(TIMING, (0, FIRST), FIRST..=LARGEST, CONTROL_SLOTS, 0);
     let stream = Stream::new(DEPTH, STAGING, STEPS);
     session.post_receives(device, RECEIVES).expect("nothing is refused");
     let (mut now, mut written, mut unread) = (0, 0, 0_u64);
@@ -316,7 +316,7 @@ fuzz_target!(|steps: Vec<Step>| {
                     assert!(!violation.to_string().is_empty());
                     return;
                 }
-                Err(Lost::Refused(never)) => match never {},
+                Err(Lost::PostFailed(never)) => match never {},
             }
         }
         assert_eq!(stream.unread(), unread);
