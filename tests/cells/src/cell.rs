@@ -368,16 +368,24 @@ impl<'a> Cell<'a> {
         if server.settings().module.is_none() {
             return Ok(());
         }
-        let info = self.info()?;
-        let moved = Traffic {
-            received: info.number("rdma_bytes_received")?,
-            sent: info.number("rdma_bytes_sent")?,
+        // A client may have read a reply before the thread that wrote it has counted it.
+        let deadline = Instant::now() + Duration::from_secs(2);
+        let info = loop {
+            let info = self.info()?;
+            let moved = Traffic {
+                received: info.number("rdma_bytes_received")?,
+                sent: info.number("rdma_bytes_sent")?,
+            };
+            if moved.received >= self.claimed.received && moved.sent >= self.claimed.sent {
+                break info;
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the case claims {:?} over RDMA, the server counted {moved:?}",
+                self.claimed
+            );
+            std::thread::sleep(Duration::from_millis(20));
         };
-        ensure!(
-            moved.received >= self.claimed.received && moved.sent >= self.claimed.sent,
-            "the case claims {:?} over RDMA, the server counted {moved:?}",
-            self.claimed
-        );
         let nudges = info.number("rdma_watchdog_nudges")?;
         ensure!(
             nudges == self.nudges,

@@ -21,7 +21,8 @@ pub const CASES: &[Case] = &[
 
 /// What a server may answer differently from the next one, module or not: where it runs and
 /// what it was told.
-const OWN_SETTINGS: [&str; 5] = ["port", "dir", "logfile", "rdma.port", "rdma.bind"];
+const OWN_SETTINGS: [&str; 6] =
+    ["port", "dir", "logfile", "rdma.port", "rdma.bind", "rdma.replication"];
 
 /// A server of the cell's line with the cell's settings and without the module.
 fn plain(cell: &Cell, folder: &str) -> Result<Server> {

@@ -6,7 +6,7 @@
 //! sign that the other process died, because the kernel closes it in any case.
 
 use super::id::CmId;
-use super::message::{self, Message};
+use super::message::{self, Message, reason};
 use crate::engine::{Source, Watch, engine};
 use crate::fault::{self, Point};
 use crate::link::Link;
@@ -162,6 +162,14 @@ impl Connection {
         }
     }
 
+    /// Nobody listens any more, since the request was sent: the kernel says so to the peer.
+    fn refuse(&self) {
+        let mut rej = Message::new(message::kind::REJ);
+        rej.reason = reason::INVALID_SERVICE;
+        self.send(&rej, &[]);
+        self.unwatch();
+    }
+
     fn deliver(self: &Arc<Self>, message: Message, mut fds: Vec<Fd>) {
         let mut owner = self.owner.lock().unwrap();
         match &*owner {
@@ -189,7 +197,7 @@ impl Connection {
                 }
             }
             Owner::Listener(listener) if message.kind == message::kind::REQ => {
-                let Some(listener) = listener.upgrade() else { return };
+                let Some(listener) = listener.upgrade() else { return self.refuse() };
                 if fds.is_empty() {
                     return;
                 }
@@ -200,7 +208,10 @@ impl Connection {
                 self.set_link(Arc::new(link), 0);
                 *owner = match listener.request(self.clone(), message) {
                     Some(id) => Owner::Id(id),
-                    None => Owner::Nobody,
+                    None => {
+                        self.refuse();
+                        Owner::Nobody
+                    }
                 };
             }
             _ => {}
