@@ -67,7 +67,8 @@ pub unsafe extern "C" fn fdatasync(descriptor: c_int) -> c_int {
     // SAFETY: a system call without pointers.
     let result = unsafe { libc::syscall(libc::SYS_fdatasync, descriptor) } as c_int;
     if let (Some(((notes, _), length)), 0) = (slow, result) {
-        notes[0].store(length, Ordering::Release);
+        // Two threads may sync at a time, and the one that began first end last.
+        notes[0].fetch_max(length, Ordering::Release);
         notes[1].fetch_add(1, Ordering::Release);
     }
     result
