@@ -107,10 +107,7 @@ impl Connection {
         let queue = Arc::new(CompletionQueue::new(&channel, SEND_DEPTH + receives, 0, 0)?);
         let queue_pair = QueuePair::new(&id, &domain, &queue, SEND_DEPTH, receives)?;
         let window = options.window.clamp(1, LARGEST_WINDOW);
-        // SAFETY: a query without arguments.
-        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u32;
-        let objects = Objects::new(queue_pair, domain, window.next_multiple_of(page))?;
-        let buffer = objects.receive_buffer()?;
+        let (objects, buffer) = Objects::new(queue_pair, domain, window)?;
         let largest = buffer.length() as u32;
         // Nobody asks this session for what is due: whoever waits has a time-out.
         let never = u64::MAX / 2;

@@ -73,19 +73,16 @@ pub(crate) struct Objects {
 }
 
 impl Objects {
-    /// With receive buffers of `window` bytes.
+    /// With receive buffers of `window` bytes, rounded up to whole pages; and the first of them.
     pub(crate) fn new(
         queue_pair: QueuePair,
         domain: Arc<ProtectionDomain>,
         window: u32,
-    ) -> Result<Self, Error> {
+    ) -> Result<(Self, Region), Error> {
         let control = Region::new(&domain, STAGING_AT + STAGING, Access::Local)?;
-        Ok(Self { queue_pair, control, domain, window })
-    }
-
-    /// A receive buffer.
-    pub(crate) fn receive_buffer(&self) -> Result<Region, Error> {
-        Region::new(&self.domain, self.window as usize, Access::RemoteWrite)
+        let first = Region::new(&domain, window as usize, Access::RemoteWrite)?;
+        let window = first.length() as u32;
+        Ok((Self { queue_pair, control, domain, window }, first))
     }
 
     /// The message that arrived in a receive slot.
@@ -133,7 +130,8 @@ impl Port for &Objects {
     /// None of another size than the first: a server with upstream's module does not survive a
     /// second window of another size.
     fn register(&mut self, length: u32) -> Option<Region> {
-        if length == self.window { self.receive_buffer().ok() } else { None }
+        let wanted = (length == self.window).then_some(length as usize)?;
+        Region::new(&self.domain, wanted, Access::RemoteWrite).ok()
     }
 
     fn memory(&self, buffer: &Region) -> Memory {

@@ -1160,7 +1160,7 @@ fn upstream(cell: &mut Cell) -> Result<()> {
 const UPSTREAM: Duration = Duration::from_secs(5);
 
 fn on_upstream(cell: &Cell, attack: &Attack, name: &str) -> Result<String> {
-    let built = cell.lab.clients.with_file_name("cmodule").join("9.1");
+    let built = &cell.lab.built;
     let folder = cell.folder().join(name);
     std::fs::create_dir_all(&folder)?;
     let (port, address) = (free_port()?, SocketAddr::new(cell.lab.address, free_port()?));

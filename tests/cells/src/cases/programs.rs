@@ -188,7 +188,7 @@ fn library_crowd(cell: &mut Cell) -> Result<()> {
 
 /// The same bytes through upstream's own module, which is built for 9.1 only.
 fn library_upstream(cell: &mut Cell) -> Result<()> {
-    let built = cell.lab.clients.with_file_name("cmodule").join("9.1");
+    let built = &cell.lab.built;
     let folder = cell.folder().join("upstream");
     std::fs::create_dir_all(&folder)?;
     let port = free_port()?;
