@@ -83,6 +83,12 @@ fn library_serves(cell: &mut Cell) -> Result<()> {
         there_and_back(&mut connection, seed as u64, size).with_context(|| format!("{size} B"))?;
         moved += size;
     }
+    // A window that fills slowly has no second one beside it: it is announced when it was read.
+    for seed in 0..6 {
+        there_and_back(&mut connection, seed, 300_000).context("slowly")?;
+        moved += 300_000;
+        std::thread::sleep(Duration::from_millis(400));
+    }
     cell.moved(moved, moved);
 
     // So many that neither side's window takes all of it at once.
