@@ -132,6 +132,9 @@ metrics! {
     short_writes_main,
     /// As above.
     short_writes_io,
+    /// Jobs of I/O threads that might have sent replies to writes before these were synced, with
+    /// `appendfsync always`; they were told to come again.
+    writes_before_sync,
     /// Times that a write was held back because the client's window was full.
     window_stalls,
     /// Time that such writes waited, of those that are over, in milliseconds.

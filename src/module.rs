@@ -172,6 +172,13 @@ unsafe fn load(
             })?;
         }
     }
+    // SAFETY: by the caller's promise.
+    unsafe {
+        note_appendfsync(ctx);
+        api::on_setting(ctx, c"appendfsync", |ctx| {
+            guard("appendfsync", || note_appendfsync(ctx));
+        })?;
+    }
     if !poller.watch() {
         return Err(NotLoaded::EventLoop);
     }
@@ -275,13 +282,31 @@ unsafe fn allow_wakeup_fds(ctx: *mut raw::RedisModuleCtx) {
 /// # Safety
 /// As [`ValkeyModule_OnLoad`], with the API in place.
 unsafe fn io_threads(ctx: *mut raw::RedisModuleCtx) -> usize {
+    // SAFETY: by the caller's promise.
+    unsafe { server_setting(ctx, "io-threads") }.and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
+/// # Safety
+/// As [`ValkeyModule_OnLoad`], with the API in place.
+unsafe fn note_appendfsync(ctx: *mut raw::RedisModuleCtx) {
+    // SAFETY: by the caller's promise.
+    let policy = unsafe { server_setting(ctx, "appendfsync") };
+    // Where the server does not say: late rather than early.
+    Poller::get().sync_always(policy.is_none_or(|policy| policy == "always"));
+}
+
+/// What the server's setting `name` is now; `None` if it does not say.
+///
+/// # Safety
+/// As [`ValkeyModule_OnLoad`], with the API in place.
+unsafe fn server_setting(ctx: *mut raw::RedisModuleCtx, name: &str) -> Option<String> {
     let context = redis_module::Context::new(ctx);
-    let answer = context.call("CONFIG", &["GET", "io-threads"]);
-    let Ok(redis_module::RedisValue::Array(pair)) = answer else { return 1 };
-    match pair.get(1) {
-        Some(redis_module::RedisValue::SimpleString(text)) => text.parse().unwrap_or(1),
-        Some(redis_module::RedisValue::BulkString(text)) => text.parse().unwrap_or(1),
-        _ => 1,
+    let answer = context.call("CONFIG", &["GET", name]);
+    let Ok(redis_module::RedisValue::Array(pair)) = answer else { return None };
+    match pair.into_iter().nth(1)? {
+        redis_module::RedisValue::SimpleString(text)
+        | redis_module::RedisValue::BulkString(text) => Some(text),
+        _ => None,
     }
 }
 

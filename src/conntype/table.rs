@@ -570,10 +570,15 @@ unsafe extern "C" fn process_pending_data() -> c_int {
 
 /// Before the server gives an I/O thread a job, and, with 0, when it has collected it. 9.1
 /// also calls it from an I/O thread that parses. Says nothing about what that thread is at.
-unsafe extern "C" fn postpone_update_state(_connection: *mut Connection, jobs: c_int) {
+unsafe extern "C" fn postpone_update_state(connection: *mut Connection, jobs: c_int) {
     guard("postpone_update_state", || {
         if jobs != 0 && is_main_thread() && !in_child() {
-            Poller::get().job_sent();
+            let poller = Poller::get();
+            poller.job_sent();
+            // SAFETY: the server passes a live connection.
+            if let Some(endpoint) = unsafe { &(*ours(connection)).endpoint } {
+                poller.hold_early_writes(endpoint);
+            }
         }
     });
 }

@@ -48,7 +48,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
-use std::sync::atomic::AtomicI32;
+use std::sync::atomic::{AtomicBool, AtomicI32};
 use verbs::Error;
 use verbs::account;
 use verbs::cm::{Id, IdKey};
@@ -79,6 +79,8 @@ pub struct Endpoint {
     /// The error number of a write that could not be posted for good, for the log; 0 for
     /// none.
     post_error: AtomicI32,
+    /// Whether the job that an I/O thread has of this connection may not write.
+    held: AtomicBool,
     activity: Activity,
     key: EndpointId,
     peer: Option<SocketAddr>,
@@ -281,6 +283,7 @@ impl Endpoint {
             control,
             layout,
             post_error: AtomicI32::new(0),
+            held: AtomicBool::new(false),
             activity: Activity::new(plan.now),
             key: plan.key,
             peer: id.peer_address(),

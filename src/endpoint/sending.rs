@@ -42,6 +42,10 @@ impl Endpoint {
     /// send queue take, and returns at once. Any thread; who writes while somebody else does
     /// is told to come again.
     pub fn write(&self, pieces: &[IoSlice<'_>]) -> WriteOutcome {
+        if self.held.load(Ordering::Relaxed) && !is_main_thread() {
+            METRICS.writes_before_sync.add(1);
+            return WriteOutcome::Again;
+        }
         let total = at_once(pieces);
         let source = Source { pieces, within: 0 };
         let (done, shortage) =
@@ -72,6 +76,12 @@ impl Endpoint {
         METRICS.bytes_sent.add(done as u64);
         if main { &METRICS.writes_main } else { &METRICS.writes_io }.add(1);
         WriteOutcome::Bytes(done)
+    }
+
+    /// Whether the next job that an I/O thread gets of this connection is told to come again
+    /// when it writes. Main thread, before the job is handed over, which orders this.
+    pub fn hold_writes(&self, held: bool) {
+        self.held.store(held, Ordering::Relaxed);
     }
 
     /// Bytes of all staging memory, unless somebody writes at this moment.

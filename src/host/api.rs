@@ -7,8 +7,8 @@ use redis_module::raw;
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::fmt;
 use std::os::fd::RawFd;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// A context that lives as long as the process: for the log and for timers.
@@ -228,7 +228,8 @@ pub unsafe fn on_client(
 /// The callback of [`on_setting`], which gets a context.
 pub type OnSetting = fn(*mut raw::RedisModuleCtx);
 
-/// Calls `callback` on the main thread after the server's setting `name` was set.
+/// Calls `callback` on the main thread after the server's setting `name` was set. To be called
+/// while loading, for each setting.
 ///
 /// # Errors
 /// If the server does not tell.
@@ -240,25 +241,27 @@ pub unsafe fn on_setting(
     name: &'static CStr,
     callback: OnSetting,
 ) -> Result<(), Unsupported> {
-    static CALLBACK: OnceLock<(&CStr, OnSetting)> = OnceLock::new();
+    static CALLBACKS: Mutex<Vec<(&CStr, OnSetting)>> = Mutex::new(Vec::new());
     unsafe extern "C" fn set(
         ctx: *mut raw::RedisModuleCtx,
         _event: raw::RedisModuleEvent,
         _what: u64,
         changes: *mut c_void,
     ) {
-        let Some((name, callback)) = CALLBACK.get() else { return };
         // SAFETY: this event comes with such a structure, and it with as many names.
-        let named = unsafe {
+        let names = unsafe {
             let changes = &*changes.cast::<raw::RedisModuleConfigChange>();
-            (0..changes.num_changes as usize)
-                .any(|at| CStr::from_ptr(*changes.config_names.add(at)) == *name)
+            std::slice::from_raw_parts(changes.config_names, changes.num_changes as usize)
         };
-        if named {
-            callback(ctx);
+        let callbacks = CALLBACKS.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for (name, callback) in callbacks {
+            // SAFETY: the server's names are C strings.
+            if names.iter().any(|it| unsafe { CStr::from_ptr(*it) } == name) {
+                callback(ctx);
+            }
         }
     }
-    let _ = CALLBACK.set((name, callback));
+    CALLBACKS.lock().unwrap_or_else(PoisonError::into_inner).push((name, callback));
     // SAFETY: by the caller's promise.
     unsafe { subscribe(ctx, raw::REDISMODULE_EVENT_CONFIG, set) }
         .ok_or(Unsupported::Event("of its settings"))

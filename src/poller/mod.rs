@@ -112,6 +112,8 @@ pub struct Poller {
     /// Passes before a sleep that are over: after each of them, and before anything else is
     /// written, the server syncs its append-only file if it has to.
     turn: MainCell<u64>,
+    /// Whether the server syncs its append-only file before it replies.
+    syncs_always: MainCell<bool>,
     wakeup_fds: MainCell<WakeupFds>,
     losses: MainCell<LogLimiter>,
     violations: MainCell<LogLimiter>,
@@ -180,6 +182,7 @@ impl Poller {
             unfinished: MainCell::default(),
             job_sent: MainCell::default(),
             turn: MainCell::default(),
+            syncs_always: MainCell::default(),
             wakeup_fds: MainCell::default(),
             losses: MainCell::new(LogLimiter::new(LOSSES_PER_MINUTE)),
             violations: MainCell::new(LogLimiter::new(LOSSES_PER_MINUTE)),
@@ -231,6 +234,11 @@ impl Poller {
     /// The most descriptors that may fire for one device beside its own.
     pub fn allow_wakeup_fds(&self, most: usize) {
         self.wakeup_fds.borrow_mut().allow(most);
+    }
+
+    /// Whether the server syncs its append-only file before it replies.
+    pub fn sync_always(&self, always: bool) {
+        *self.syncs_always.borrow_mut() = always;
     }
 
     /// Registers with the event loop.

@@ -135,6 +135,16 @@ impl Poller {
             && endpoint.is_writable()
     }
 
+    /// The server gives an I/O thread a job of this connection: one that writes takes all
+    /// replies along that are there now. 9.1 gives such jobs also between the commands of a
+    /// turn and their sync: those may not write, and the server's write handler, which it
+    /// installs then, has the barrier.
+    pub fn hold_early_writes(&self, endpoint: &Endpoint) {
+        let early = *self.syncs_always.borrow_mut()
+            && endpoint.main_state().carried_out == Some(*self.turn.borrow_mut());
+        endpoint.hold_writes(early);
+    }
+
     fn call_read(&self, endpoint: &Arc<Endpoint>) {
         loop {
             let connection = endpoint.main_state().connection();

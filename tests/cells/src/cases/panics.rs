@@ -92,6 +92,7 @@ const FUNCTIONS: &[(&str, Act)] = &[
     ("the value of rdma.port", Asks("CONFIG GET rdma.port")),
     ("rdma.bind", Asks("CONFIG SET rdma.bind 127.0.0.2")),
     ("the value of rdma.bind", Asks("CONFIG GET rdma.bind")),
+    ("appendfsync", Asks("CONFIG SET appendfsync no")),
     ("the filter of commands", Asks("REPLCONF capa eof")),
     // Last: there are none after it.
     ("io-threads", Asks("CONFIG SET io-threads 1")),
