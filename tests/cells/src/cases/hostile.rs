@@ -17,10 +17,10 @@ use client::wire::{self, Window};
 use client::{Client, pattern};
 
 use super::basics::expect;
+use super::upstream::Upstream;
 use crate::cell::{Case, Cell};
 use crate::info::Info;
 use crate::process::Process;
-use crate::server::free_port;
 
 pub const CASES: &[Case] = &[
     Case::new("hostile-messages", |cell| run(cell, MESSAGES))
@@ -1160,20 +1160,7 @@ fn upstream(cell: &mut Cell) -> Result<()> {
 const UPSTREAM: Duration = Duration::from_secs(5);
 
 fn on_upstream(cell: &Cell, attack: &Attack, name: &str) -> Result<String> {
-    let built = &cell.lab.built;
-    let folder = cell.folder().join(name);
-    std::fs::create_dir_all(&folder)?;
-    let (port, address) = (free_port()?, SocketAddr::new(cell.lab.address, free_port()?));
-    let mut command = std::process::Command::new(built.join("valkey-server"));
-    command.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", ""]);
-    command.args(["--protected-mode", "no", "--dir"]).arg(&folder);
-    command.arg("--logfile").arg(folder.join("log"));
-    command.args(["--rdma-bind", &address.ip().to_string()]);
-    command.args(["--rdma-port", &address.port().to_string()]);
-    command.arg("--loadmodule").arg(built.join("valkey-rdma.so"));
-    command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
-    let mut server = Process::spawn(&mut command)?;
-    let tcp = SocketAddr::new(crate::lab::LOOPBACK, port);
+    let Upstream { process: mut server, tcp, rdma: address } = Upstream::spawn(cell, name)?;
     let observe = || client::tcp::Connection::client(tcp, UPSTREAM);
     let deadline = Instant::now() + cell.lab.patience();
     let mut observer = loop {

@@ -36,6 +36,7 @@ mod soak;
 mod stalled;
 mod stock_clients;
 mod two_devices;
+mod upstream;
 
 /// Every case there is.
 pub fn all() -> impl Iterator<Item = &'static Case> {

@@ -11,9 +11,9 @@ use client::pattern;
 use library::{Connection, Error, Options};
 
 use super::outgoing::Stopped;
+use super::upstream::Upstream;
 use crate::cell::{Case, Cell};
-use crate::lab::LOOPBACK;
-use crate::process::{Process, run};
+use crate::process::run;
 use crate::server::free_port;
 
 pub const CASES: &[Case] = &[
@@ -194,19 +194,7 @@ fn library_crowd(cell: &mut Cell) -> Result<()> {
 
 /// The same bytes through upstream's own module, which is built for 9.1 only.
 fn library_upstream(cell: &mut Cell) -> Result<()> {
-    let built = &cell.lab.built;
-    let folder = cell.folder().join("upstream");
-    std::fs::create_dir_all(&folder)?;
-    let port = free_port()?;
-    let address = SocketAddr::new(cell.lab.address, free_port()?);
-    let mut command = Command::new(built.join("valkey-server"));
-    command.args(["--port", &port.to_string(), "--bind", &LOOPBACK.to_string(), "--save", ""]);
-    command.args(["--protected-mode", "no", "--dir"]).arg(&folder);
-    command.args(["--rdma-bind", &address.ip().to_string()]);
-    command.args(["--rdma-port", &address.port().to_string()]);
-    command.arg("--loadmodule").arg(built.join("valkey-rdma.so"));
-    command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
-    let mut server = Process::spawn(&mut command)?;
+    let Upstream { process: mut server, rdma: address, .. } = Upstream::spawn(cell, "upstream")?;
     let deadline = Instant::now() + cell.lab.patience();
     let mut connection = loop {
         match open(address, cell.lab.patience()) {
