@@ -124,15 +124,19 @@ impl Poller {
     /// has synced its append-only file: it would take replies along that tell of writes which
     /// are not in it yet.
     fn waits_for_sync(&self, endpoint: &Endpoint) -> bool {
-        let own = endpoint.main_state();
-        let (connection, carried_out) = (own.connection(), own.carried_out);
-        drop(own);
+        let connection = endpoint.main_state().connection();
         // SAFETY: an endpoint's connection is live until the server closes it, which clears
         // the pointer.
         !connection.is_null()
             && unsafe { has_write_barrier(connection) && (*connection).write_handler.is_some() }
-            && carried_out == Some(*self.turn.borrow_mut())
+            && self.may_await_sync(endpoint)
             && endpoint.is_writable()
+    }
+
+    /// Whether commands of this connection may have been carried out since the server's last
+    /// sync of its append-only file.
+    fn may_await_sync(&self, endpoint: &Endpoint) -> bool {
+        endpoint.main_state().carried_out == Some(*self.turn.borrow_mut())
     }
 
     /// The server gives an I/O thread a job of this connection: one that writes takes all
@@ -140,8 +144,7 @@ impl Poller {
     /// turn and their sync: those may not write, and the server's write handler, which it
     /// installs then, has the barrier.
     pub fn hold_early_writes(&self, endpoint: &Endpoint) {
-        let early = *self.syncs_always.borrow_mut()
-            && endpoint.main_state().carried_out == Some(*self.turn.borrow_mut());
+        let early = *self.syncs_always.borrow_mut() && self.may_await_sync(endpoint);
         endpoint.hold_writes(early);
     }
 
