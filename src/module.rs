@@ -283,31 +283,25 @@ unsafe fn allow_wakeup_fds(ctx: *mut raw::RedisModuleCtx) {
 /// As [`ValkeyModule_OnLoad`], with the API in place.
 unsafe fn io_threads(ctx: *mut raw::RedisModuleCtx) -> usize {
     // SAFETY: by the caller's promise.
-    unsafe { server_setting(ctx, "io-threads") }.and_then(|text| text.parse().ok()).unwrap_or(1)
+    unsafe { api::setting(ctx, "io-threads") }.and_then(|text| text.parse().ok()).unwrap_or(1)
 }
 
+/// Notes whether the server syncs its append-only file before it replies.
+///
 /// # Safety
 /// As [`ValkeyModule_OnLoad`], with the API in place.
 unsafe fn note_appendfsync(ctx: *mut raw::RedisModuleCtx) {
     // SAFETY: by the caller's promise.
-    let policy = unsafe { server_setting(ctx, "appendfsync") };
-    // Where the server does not say: late rather than early.
-    Poller::get().sync_always(policy.is_none_or(|policy| policy == "always"));
-}
-
-/// What the server's setting `name` is now; `None` if it does not say.
-///
-/// # Safety
-/// As [`ValkeyModule_OnLoad`], with the API in place.
-unsafe fn server_setting(ctx: *mut raw::RedisModuleCtx, name: &str) -> Option<String> {
-    let context = redis_module::Context::new(ctx);
-    let answer = context.call("CONFIG", &["GET", name]);
-    let Ok(redis_module::RedisValue::Array(pair)) = answer else { return None };
-    match pair.into_iter().nth(1)? {
-        redis_module::RedisValue::SimpleString(text)
-        | redis_module::RedisValue::BulkString(text) => Some(text),
-        _ => None,
+    let policy = unsafe { api::setting(ctx, "appendfsync") };
+    if policy.is_none() {
+        log::warn!(
+            "the server does not tell its appendfsync (CONFIG GET fails): if that is always, and \
+             there are I/O threads, 9.1 may acknowledge writes before they are synced, as it does \
+             over TCP"
+        );
     }
+    // Held back without a sync to come, writes would only be tried again and again.
+    Poller::get().sync_always(policy.is_some_and(|policy| policy == "always"));
 }
 
 unsafe extern "C" fn info(ctx: *mut raw::RedisModuleInfoCtx, for_crash_report: c_int) {

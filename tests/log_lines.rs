@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// Where lines are written past the limiter that bounds them, how many, and why they can't flood
 /// the log: each is the answer to one thing that an operator did.
 const ONCE: &[(&str, usize, &str)] = &[
-    ("module.rs", 5, "the module is loaded, or is to be unloaded"),
+    ("module.rs", 6, "the module is loaded, or is to be unloaded"),
     ("doctor.rs", 5, "the module is loaded, and each device is told of once"),
     ("conntype/listener.rs", 5, "the server starts to listen, or is told to listen elsewhere"),
     ("conntype/rebind.rs", 1, "a setting is changed"),

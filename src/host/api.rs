@@ -3,12 +3,12 @@
 
 use super::MainCell;
 use log::{Level, LevelFilter, Log, Metadata, Record};
-use redis_module::raw;
+use redis_module::{RedisValue, raw};
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::fmt;
 use std::os::fd::RawFd;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// A context that lives as long as the process: for the log and for timers.
@@ -225,6 +225,20 @@ pub unsafe fn on_client(
         .ok_or(Unsupported::Event("of its clients"))
 }
 
+/// What the server's setting `name` is now; `None` if the server does not say. Main thread.
+///
+/// # Safety
+/// `ctx` is a context that the server passed, and still live.
+pub unsafe fn setting(ctx: *mut raw::RedisModuleCtx, name: &str) -> Option<String> {
+    let context = redis_module::Context::new(ctx);
+    let answer = context.call("CONFIG", &["GET", name]);
+    let Ok(RedisValue::Array(pair)) = answer else { return None };
+    match pair.into_iter().nth(1)? {
+        RedisValue::SimpleString(text) | RedisValue::BulkString(text) => Some(text),
+        _ => None,
+    }
+}
+
 /// The callback of [`on_setting`], which gets a context.
 pub type OnSetting = fn(*mut raw::RedisModuleCtx);
 
@@ -241,7 +255,7 @@ pub unsafe fn on_setting(
     name: &'static CStr,
     callback: OnSetting,
 ) -> Result<(), Unsupported> {
-    static CALLBACKS: Mutex<Vec<(&CStr, OnSetting)>> = Mutex::new(Vec::new());
+    static CALLBACKS: MainCell<Vec<(&CStr, OnSetting)>> = MainCell::new(Vec::new());
     unsafe extern "C" fn set(
         ctx: *mut raw::RedisModuleCtx,
         _event: raw::RedisModuleEvent,
@@ -253,7 +267,7 @@ pub unsafe fn on_setting(
             let changes = &*changes.cast::<raw::RedisModuleConfigChange>();
             std::slice::from_raw_parts(changes.config_names, changes.num_changes as usize)
         };
-        let callbacks = CALLBACKS.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let callbacks = CALLBACKS.borrow_mut().clone();
         for (name, callback) in callbacks {
             // SAFETY: the server's names are C strings.
             if names.iter().any(|it| unsafe { CStr::from_ptr(*it) } == name) {
@@ -261,7 +275,7 @@ pub unsafe fn on_setting(
             }
         }
     }
-    CALLBACKS.lock().unwrap_or_else(PoisonError::into_inner).push((name, callback));
+    CALLBACKS.borrow_mut().push((name, callback));
     // SAFETY: by the caller's promise.
     unsafe { subscribe(ctx, raw::REDISMODULE_EVENT_CONFIG, set) }
         .ok_or(Unsupported::Event("of its settings"))

@@ -28,16 +28,13 @@ use crate::cell::{Case, Cell};
 pub const CASES: &[Case] = &[
     Case::new("appendfsync-always", always).unstarted(),
     Case::new("appendfsync-crowd", crowd).unstarted(),
+    Case::new("appendfsync-unknown", unknown).unstarted(),
 ];
 
 /// How long a sync takes at least.
 const SYNC_MS: u64 = 60;
 /// How long the server is busy before the write.
 const BUSY: &[u8] = b"0.04";
-/// The same for the crowd, its clients, and how often each of them writes.
-const CROWD_SYNC_MS: u64 = 2;
-const CROWD: usize = 16;
-const CROWD_ROUNDS: usize = 100;
 const ROUNDS: usize = 10;
 const ROUNDS_TCP: usize = 4;
 /// Other clients at the time, without a pause.
@@ -46,6 +43,11 @@ const OTHERS: usize = 8;
 const LENGTH: usize = 100_000;
 const HELD_BACK: u32 = 60_000;
 const LENGTH_TCP: usize = 8 << 20;
+
+/// How long a sync takes at least for the crowd, its clients, and how often each writes.
+const CROWD_SYNC_MS: u64 = 2;
+const CROWD: usize = 16;
+const CROWD_ROUNDS: usize = 100;
 
 /// The library that makes the disk slow, which is built along with this program.
 fn slow_disk() -> Result<PathBuf> {
@@ -104,20 +106,31 @@ fn start_slow(cell: &mut Cell, sync_ms: u64) -> Result<Disk> {
 /// has sent a reply together with what that thread has read after it.
 fn crowd(cell: &mut Cell) -> Result<()> {
     let disk = start_slow(cell, CROWD_SYNC_MS)?;
-    let clients: Vec<_> = (0..CROWD).map(|_| cell.rdma()).collect::<Result<_>>()?;
-    let early = writes_answered_early(&disk, "rdma", clients)?;
-    let held = cell.info()?.number("rdma_writes_before_sync")?;
+    let over_rdma = |name: &str| {
+        let clients = (0..CROWD).map(|_| cell.rdma()).collect::<Result<_>>()?;
+        let early = writes_answered_early(&disk, name, clients)?;
+        Ok::<_, anyhow::Error>((early, cell.info()?.number("rdma_writes_before_sync")?))
+    };
+    let (mut early, held) = over_rdma("rdma")?;
+    // The policy is followed while the server runs: nothing is held back for no sync.
+    let mut operator = cell.tcp()?;
+    expect(&mut operator, "CONFIG SET appendfsync no", "OK")?;
+    let (_, held_unsynced) = over_rdma("unsynced")?;
+    ensure!(held_unsynced == held, "{held_unsynced} writes, not {held}, waited for no sync");
+    expect(&mut operator, "CONFIG SET appendfsync always", "OK")?;
+    early += over_rdma("again")?.0;
     let clients: Vec<_> = (0..CROWD).map(|_| cell.tcp()).collect::<Result<_>>()?;
     let early_tcp = writes_answered_early(&disk, "tcp", clients)?;
     let writes = CROWD * CROWD_ROUNDS;
     ensure!(
         early == 0 && (early_tcp == 0 || is_early_itself(cell)),
-        "of {writes} writes each, {early} over RDMA and {early_tcp} over TCP were answered \
-         before they were synced"
+        "{early} of {} writes over RDMA and {early_tcp} of {writes} over TCP were answered \
+         before they were synced",
+        2 * writes
     );
     cell.figure("writes held back until the sync", held);
     cell.figure("answered too early over TCP, by the server itself", early_tcp);
-    cell.moved(0, writes);
+    cell.moved(0, 3 * writes);
     Ok(())
 }
 
@@ -150,6 +163,21 @@ fn writes_answered_early<S: Stream + Send>(
 /// the same pass over its threads' results (`processIOThreadsResponses` of `io_threads.c`).
 fn is_early_itself(cell: &Cell) -> bool {
     cell.has_io_threads() && cell.id.line() == "9.1"
+}
+
+/// A server without `CONFIG` does not tell its policy: nothing is held back, and the log says
+/// what that may mean.
+fn unknown(cell: &mut Cell) -> Result<()> {
+    cell.settings.directive("rename-command CONFIG \"\"");
+    let disk = start_slow(cell, CROWD_SYNC_MS)?;
+    let clients = (0..CROWD).map(|_| cell.rdma()).collect::<Result<_>>()?;
+    writes_answered_early(&disk, "unknown", clients)?;
+    let held = cell.info()?.number("rdma_writes_before_sync")?;
+    ensure!(held == 0, "{held} writes waited for a sync that nobody knows of");
+    let told = cell.server().log_lines("does not tell its appendfsync")?.len();
+    ensure!(told == 1, "the log says {told} times that the policy is not known");
+    cell.moved(0, CROWD * CROWD_ROUNDS);
+    Ok(())
 }
 
 /// Both kinds of clients at once, and others.
