@@ -18,18 +18,23 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! An event loop watches [`Connection::descriptors`] and uses [`try_read`](Connection::try_read)
-//! and [`try_write`](Connection::try_write), which never wait.
+//! An event loop begins with [`Connecting`], watches [`Connection::descriptors`] and uses
+//! [`try_read`](Connection::try_read) and [`try_write`](Connection::try_write), which never wait.
+//! Nor do those that save the copy: [`try_fill_buf`](Connection::try_fill_buf) shows the bytes
+//! where the server wrote them (waiting for them is [`BufRead`](std::io::BufRead)'s), and
+//! [`try_fill`](Connection::try_fill) lends registered memory to put bytes into.
 //!
 //! The RDMA libraries are opened at run time, so that a program which offers RDMA beside TCP
 //! starts without them; [`Error::Library`] says what to install.
 
 #![deny(missing_docs, unreachable_pub)]
 
+mod connecting;
 mod connection;
 mod error;
 mod memory;
 mod wait;
 
+pub use connecting::Connecting;
 pub use connection::{Connection, Options};
 pub use error::Error;

@@ -6,9 +6,9 @@ use proto::send_queue::{PayloadWrite, PostError, Transmit};
 use proto::session::Port;
 use proto::window::{Announcement, Chunk};
 use proto::wire::{MESSAGE_LEN, Memory, Message};
-use std::io::IoSlice;
-use std::ptr;
+use std::io::{self, IoSlice};
 use std::sync::Arc;
+use std::{ptr, slice};
 use verbs::Error;
 use verbs::mr::{Access, ProtectionDomain, Region, Sge};
 use verbs::qp::{QueuePair, RemoteBuf};
@@ -20,7 +20,7 @@ pub(crate) const RECEIVES: u16 = 1024;
 pub(crate) const CONTROL_SLOTS: u16 = 8;
 /// Payload writes that may be in flight.
 pub(crate) const PAYLOAD_DEPTH: usize = 32;
-/// With a probe, which the protocol's session never posts for a client that does not close.
+/// With a probe, of which one is out at a time.
 pub(crate) const SEND_DEPTH: u32 = PAYLOAD_DEPTH as u32 + CONTROL_SLOTS as u32 + 1;
 
 const MESSAGES_AT: usize = RECEIVES as usize * MESSAGE_LEN;
@@ -151,6 +151,43 @@ pub(crate) struct Sender<'a> {
     pub(crate) within: usize,
 }
 
+impl<'a> Sender<'a> {
+    /// Where a chunk lies: its region, and its offset in there.
+    fn place<'region>(
+        &self,
+        region: Option<&'region Region>,
+        chunk: Chunk,
+    ) -> (&'region Region, usize)
+    where
+        'a: 'region,
+    {
+        let objects: &'a Objects = self.objects;
+        let (region, start) = region.map_or((&objects.control, STAGING_AT), |it| (it, 0));
+        let offset = start + chunk.offset;
+        assert!(offset + chunk.length <= region.length(), "the chunk lies in its region");
+        (region, offset)
+    }
+
+    /// Has `fill` put bytes into the place of a chunk.
+    pub(crate) fn fill(
+        &self,
+        region: Option<&Region>,
+        chunk: Chunk,
+        fill: impl FnOnce(&mut [u8]) -> io::Result<usize>,
+    ) -> (Sge<'static>, io::Result<usize>) {
+        let (region, offset) = self.place(region, chunk);
+        // SAFETY: the chunk is inside the region, whose bytes were zeroes at first, and nobody
+        // else's until its completion.
+        let place = unsafe { slice::from_raw_parts_mut(region.start().add(offset), chunk.length) };
+        let outcome = fill(place).inspect(|&count| {
+            assert!(count <= chunk.length, "no more was put there than there was room for");
+        });
+        let count = *outcome.as_ref().unwrap_or(&0);
+        // SAFETY: the send loop gives up no region between this call and the next, which posts it.
+        (unsafe { region.sge(offset, count as u32).unbound() }, outcome)
+    }
+}
+
 impl Transmit<Region> for Sender<'_> {
     type Staged = Sge<'static>;
     type Error = Error;
@@ -160,9 +197,7 @@ impl Transmit<Region> for Sender<'_> {
     }
 
     fn copy(&mut self, region: Option<&Region>, chunk: Chunk) -> Sge<'static> {
-        let (region, start) = region.map_or((&self.objects.control, STAGING_AT), |it| (it, 0));
-        let offset = start + chunk.offset;
-        assert!(offset + chunk.length <= region.length(), "the chunk lies in its region");
+        let (region, offset) = self.place(region, chunk);
         let mut left = chunk.length;
         // SAFETY: the chunk is inside the region, and nobody else's until its completion. The
         // send loop gives up no region between this call and the next, which posts it.

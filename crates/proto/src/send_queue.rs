@@ -128,7 +128,10 @@ impl<R> SendQueue<R> {
             if bytes == length {
                 break None;
             }
-            match self.write_piece(&mut writer, length - bytes, transmit) {
+            let copy = |transmit: &mut T, region: Option<&R>, chunk: Chunk| {
+                (transmit.copy(region, chunk), chunk.length)
+            };
+            match self.write_piece(&mut writer, length - bytes, transmit, copy) {
                 Ok(count) => bytes += count,
                 Err(shortage) => break Some(shortage),
             }
@@ -136,34 +139,56 @@ impl<R> SendQueue<R> {
         Some(Sent { bytes, shortage })
     }
 
-    /// Stages and posts one work request, of at most `length` bytes. Returns its length.
+    /// Has `fill` put bytes into staging memory, at most `most` and no more than one work request
+    /// takes, and posts those that it says it put there: none if there were none. `fill` is not
+    /// called if there is no room. `None` if somebody else is writing at this moment.
+    pub fn fill<T: Transmit<R>>(
+        &self,
+        most: usize,
+        transmit: &mut T,
+        fill: impl FnOnce(&mut T, Option<&R>, Chunk) -> (T::Staged, usize),
+    ) -> Option<Sent<T::Error>> {
+        let mut writer = self.ledger.writer()?;
+        Some(match self.write_piece(&mut writer, most, transmit, fill) {
+            Ok(bytes) => Sent { bytes, shortage: None },
+            Err(shortage) => Sent { bytes: 0, shortage: Some(shortage) },
+        })
+    }
+
+    /// Stages and posts one work request, of at most `most` bytes: `stage` puts them into their
+    /// place and says how many they are. Returns that.
     #[inline]
     fn write_piece<T: Transmit<R>>(
         &self,
         writer: &mut Writer<'_, Outgoing<R>>,
-        length: usize,
+        most: usize,
         transmit: &mut T,
+        stage: impl FnOnce(&mut T, Option<&R>, Chunk) -> (T::Staged, usize),
     ) -> Result<usize, Shortage<T::Error>> {
         if writer.used == writer.window.length {
             writer.window = self.window.take().ok_or(Shortage::Window)?;
             writer.used = 0;
         }
-        let wanted = length.min((writer.window.length - writer.used) as usize);
+        let wanted = most.min((writer.window.length - writer.used) as usize);
         if wanted > writer.free() {
             Self::enlarge(writer, wanted, transmit);
         }
         let chunk = writer.chunk(wanted.min(PIECE)).ok_or(Shortage::Staging)?;
-        let staged = transmit.copy(writer.staging.present(), chunk);
+        let (staged, count) = stage(transmit, writer.staging.present(), chunk);
+        if count == 0 {
+            return Ok(0);
+        }
+        assert!(count <= chunk.length, "no more than there was room for");
+        let length = count as u32;
         let Announcement { address, rkey, .. } = writer.window;
         let address = address + u64::from(writer.used);
-        writer.used += chunk.length as u32;
+        writer.used += length;
         // Before the work request is posted: the peer announces only after it has arrived.
         self.window.publish_left(writer.window.length - writer.used);
-        let (sequence, signalled) = writer.enter(chunk.length);
-        let length = chunk.length as u32;
+        let (sequence, signalled) = writer.enter(count);
         let write = PayloadWrite { address, rkey, length, sequence, signalled };
         transmit.post(staged, write).map_err(|error| {
-            writer.take_back(chunk.length);
+            writer.take_back(count);
             writer.used -= length;
             self.window.publish_left(writer.window.length - writer.used);
             match error {
@@ -174,7 +199,7 @@ impl<R> SendQueue<R> {
                 PostError::Failed(error) => Shortage::Failed(error),
             }
         })?;
-        Ok(chunk.length)
+        Ok(count)
     }
 
     /// Gets larger staging memory if a region of a larger step is of use for `wanted` bytes.
@@ -372,6 +397,33 @@ mod tests {
         assert!(queue.retire(2));
         queue.release_staging();
         assert_eq!(queue.staging_bytes(|region| *region), Some(100));
+    }
+
+    #[test]
+    fn what_is_filled_is_sent_and_no_more() {
+        let (queue, mut device) = queue(30);
+        let mut fill = |most, count| {
+            let stage =
+                |_: &mut Device, region: Option<&usize>, chunk| ((region.copied(), chunk), count);
+            queue.fill(most, &mut device, stage).unwrap()
+        };
+        assert_eq!(fill(20, 0), Sent { bytes: 0, shortage: None });
+        assert_eq!(fill(20, 5), Sent { bytes: 5, shortage: None });
+        assert_eq!(fill(100, 25), Sent { bytes: 25, shortage: None });
+        assert_eq!(fill(1, 1), Sent { bytes: 0, shortage: Some(Shortage::Window) });
+        let [(_, first, five), (_, second, rest)] = device.posted[..] else { panic!("two") };
+        assert_eq!((first, five.length, five.address), (Chunk { offset: 0, length: 20 }, 5, 5000));
+        assert_eq!(
+            (second, rest.length, rest.address),
+            (Chunk { offset: 5, length: 25 }, 25, 5005)
+        );
+    }
+
+    #[test]
+    #[should_panic(expected = "no more than there was room for")]
+    fn nobody_fills_more_than_there_is_room_for() {
+        let (queue, mut device) = queue(30);
+        queue.fill(10, &mut device, |_, _, chunk| ((None, chunk), 11));
     }
 
     #[test]

@@ -5,10 +5,10 @@
 //! writes, is told to come again. The poller puts in what completions and messages say. Nothing here waits, and nothing allocates but
 //! the regions that a write [registers](Transmit::register).
 
-use crate::send_queue::{SendQueue, Shortage, Transmit};
+use crate::send_queue::{SendQueue, Sent, Shortage, Transmit};
 use crate::staging::Steps;
 use crate::window::sync::{AtomicBool, Ordering};
-use crate::window::{PeerState, ReceiveWindow, SharedPeerState};
+use crate::window::{Chunk, PeerState, ReceiveWindow, SharedPeerState};
 
 /// The result of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +61,18 @@ impl<R> Stream<R> {
     /// many they are. Nobody else reads meanwhile.
     #[inline]
     pub fn read(&self, length: usize, copy: impl FnOnce(u64, usize)) -> ReadOutcome {
+        self.take(|address, waiting| {
+            let count = waiting.min(length);
+            if count > 0 {
+                copy(address, count);
+            }
+            count
+        })
+    }
+
+    /// The same, where `take` is told how many bytes there are and says how many it has taken.
+    #[inline]
+    pub fn take(&self, take: impl FnOnce(u64, usize) -> usize) -> ReadOutcome {
         // First, and the bytes afterwards: those that came before the end are read.
         let peer = self.peer.get();
         if peer == PeerState::Failed {
@@ -74,11 +86,11 @@ impl<R> Stream<R> {
             let over = peer == PeerState::Disconnected;
             return if over { ReadOutcome::End } else { ReadOutcome::Again };
         };
-        let count = waiting.min(length);
+        let count = take(address, waiting);
         if count == 0 {
             return ReadOutcome::Again;
         }
-        copy(address, count);
+        assert!(count <= waiting, "no more than there are");
         reader.consume(count);
         ReadOutcome::Bytes(count)
     }
@@ -86,6 +98,21 @@ impl<R> Stream<R> {
     /// Writer: takes as much of `length` bytes as there is room for, and returns at once.
     #[inline]
     pub fn write<T: Transmit<R>>(&self, length: usize, transmit: &mut T) -> Written<T::Error> {
+        self.post(|outbound| outbound.write(length, transmit))
+    }
+
+    /// Writer: the same of bytes that `fill` puts into their place; see [`SendQueue::fill`].
+    pub fn fill<T: Transmit<R>>(
+        &self,
+        most: usize,
+        transmit: &mut T,
+        fill: impl FnOnce(&mut T, Option<&R>, Chunk) -> (T::Staged, usize),
+    ) -> Written<T::Error> {
+        self.post(|outbound| outbound.fill(most, transmit, fill))
+    }
+
+    #[inline]
+    fn post<E>(&self, post: impl FnOnce(&SendQueue<R>) -> Option<Sent<E>>) -> Written<E> {
         match self.peer.get() {
             PeerState::Connected => {}
             // As a socket does after the peer's close: the commands that it sent
@@ -96,7 +123,7 @@ impl<R> Stream<R> {
         if self.is_shut() {
             return Written::Broken;
         }
-        let Some(sent) = self.outbound.write(length, transmit) else { return Written::Busy };
+        let Some(sent) = post(&self.outbound) else { return Written::Busy };
         if matches!(sent.shortage, Some(Shortage::Failed(_))) {
             self.peer.escalate(PeerState::Disconnected);
         }

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! The client library, and the command `valkey-rdma` that is built on it.
 
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, BufRead, IoSlice, Read, Write};
 use std::net::SocketAddr;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use client::pattern;
-use library::{Connection, Error, Options};
+use library::{Connecting, Connection, Error, Options};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
 
 use super::outgoing::Stopped;
 use super::upstream::Upstream;
@@ -108,6 +110,9 @@ fn library_serves(cell: &mut Cell) -> Result<()> {
     }
     ensure!(replies == b"+PONG\r\n".repeat(COUNT), "other replies than PONG");
 
+    event_loop(address, patience).context("in an event loop")?;
+    cell.moved(5_000_000, 5_000_000);
+
     // A server that stands still is waited for, and no longer than was said.
     connection.set_timeout(Some(Duration::from_millis(300)));
     let stopped = Stopped::now(cell);
@@ -141,6 +146,75 @@ fn library_serves(cell: &mut Cell) -> Result<()> {
             ensure!(text.contains("no server listens there"), "it says: {text}");
         }
         other => anyhow::bail!("where nobody is: {other:?}"),
+    }
+    Ok(())
+}
+
+/// One thread that waits for edges alone, and bytes that nobody copies: filled in where they are
+/// sent from, and looked at where they arrived.
+fn event_loop(address: SocketAddr, patience: Duration) -> Result<()> {
+    let mut events = Events::with_capacity(8);
+    let mut poll = Poll::new()?;
+    let watch = |poll: &Poll, fd| {
+        poll.registry().register(&mut SourceFd(&fd), Token(0), Interest::READABLE)
+    };
+    let mut connecting =
+        Connecting::begin(address, &Options { timeout: patience, ..Options::default() })?;
+    let mut watched = 0;
+    let mut connection = loop {
+        if let Some(connection) = connecting.progress()? {
+            break connection;
+        }
+        for fd in connecting.descriptors().skip(watched) {
+            watch(&poll, fd)?;
+            watched += 1;
+        }
+        let left = connecting.deadline().saturating_duration_since(Instant::now());
+        poll.poll(&mut events, Some(left))?;
+        ensure!(!events.is_empty(), "waited in vain for {}", connecting.awaited());
+    };
+    // Those that joined in the last step; one that is watched already is refused.
+    for fd in connection.descriptors() {
+        let _ = watch(&poll, fd);
+    }
+
+    let value = pattern::value(4, 5_000_000);
+    let command = |words: &str| words.replace(' ', "\r\n").into_bytes();
+    let mut request = command("*3 $3 SET $6 filled $5000000 ");
+    request.extend_from_slice(&value);
+    request.extend(command(" *2 $3 GET $6 filled "));
+    let mut wanted = command("+OK $5000000 ");
+    wanted.extend_from_slice(&value);
+    wanted.extend(command(" "));
+
+    let (mut request, mut wanted) = (&request[..], &wanted[..]);
+    connection.progress()?;
+    while !wanted.is_empty() {
+        while !request.is_empty() {
+            let filled = connection.try_fill(100_000, |place| request.read(place))?;
+            if filled.transpose()?.is_none() {
+                break;
+            }
+        }
+        match connection.try_fill_buf() {
+            Ok(arrived) => {
+                // Not all at once, as a program that parses would.
+                let count = arrived.len().min(10_000);
+                ensure!(wanted.starts_with(&arrived[..count]), "{} to come", wanted.len());
+                wanted = &wanted[count..];
+                connection.consume(count);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                poll.poll(&mut events, Some(patience))?;
+                ensure!(!events.is_empty(), "no event, and {} bytes to come", wanted.len());
+                connection.progress()?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    while !connection.try_close()? {
+        poll.poll(&mut events, Some(patience))?;
+        ensure!(!events.is_empty(), "no event while it closes");
     }
     Ok(())
 }
