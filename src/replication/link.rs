@@ -438,7 +438,7 @@ impl Attempts {
     }
 
     /// Whether the last ones to this target were in vain. If so they are forgotten: the next one
-    /// goes over TCP, and the one after it is tried over RDMA again.
+    /// does not go over RDMA, and the one after it is tried there again.
     fn were_in_vain(&mut self, target: &Target) -> bool {
         let enough = self.0.as_ref().is_some_and(|(other, n)| other == target && *n >= IN_VAIN);
         if enough {
@@ -448,10 +448,12 @@ impl Attempts {
     }
 }
 
-/// Whether to go over TCP, since nothing came of the last links to this target.
+/// Whether not to try RDMA this time, since nothing came of the last links to this target. Also
+/// where there is no other way: a server whose link ends in the middle of its synchronization
+/// opens the next at once, and each costs its primary a fork. After an attempt that is refused
+/// it waits a second.
 fn was_in_vain(target: &Target) -> bool {
-    let prefers = Poller::get().settings().borrow_mut().replication == Replication::Prefer;
-    prefers && ATTEMPTS.borrow_mut().were_in_vain(target)
+    ATTEMPTS.borrow_mut().were_in_vain(target)
 }
 
 /// Has the clock run while there are links that ask.
