@@ -59,7 +59,7 @@ part_fuzz() { need_packages g++; }
 
 # As the distribution's file, run on the machine itself.
 part_server-8.0() {
-    need_packages libjemalloc2 liblzf1
+    need_packages libjemalloc2 liblzf1 openssl
     cached "server 8.0: the package of bookworm-backports" unpack_server 8.0 bookworm-backports
 }
 
@@ -82,8 +82,9 @@ unpack_server() {
 part_server-8.1() { server_tree 8.1 trixie; }
 part_server-9.1() { server_tree 9.1 forky; }
 
+# With openssl cells make the certificates of servers with TLS.
 server_tree() {
-    need_packages mmdebstrap
+    need_packages mmdebstrap openssl
     cached "server $1: a tree of $2" unpack_tree "$1" "$2"
 }
 

@@ -56,6 +56,13 @@ impl Process {
         }
     }
 
+    /// Keeps it from running, as long as the answer lives.
+    #[must_use]
+    pub fn pause(&self) -> Paused {
+        self.signal(libc::SIGSTOP);
+        Paused(self.id())
+    }
+
     /// Asks it to end; `None` if it does not within `patience`.
     pub fn ask_to_end(&mut self, patience: Duration) -> Result<Option<ExitStatus>> {
         self.signal(libc::SIGTERM);
@@ -82,6 +89,17 @@ impl Drop for Process {
         if !matches!(self.status(), Ok(Some(_))) {
             let _ = self.kill();
         }
+    }
+}
+
+/// A process that is kept from running, until this is dropped. It must not be waited for
+/// before that.
+pub struct Paused(u32);
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        // SAFETY: a signal to a child that is not yet waited for.
+        unsafe { libc::kill(self.0 as i32, libc::SIGCONT) };
     }
 }
 

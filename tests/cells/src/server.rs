@@ -14,7 +14,7 @@ use crate::info::Info;
 use crate::lab::{LOOPBACK, Lab};
 use crate::matrix::{self, Fabric};
 pub use crate::ports::free_port;
-use crate::process::{Process, cpu_ticks, kernel_tells, tail, threads};
+use crate::process::{Paused, Process, cpu_ticks, kernel_tells, tail, threads};
 
 /// How long a server may take until it answers, or as long as one call of a client.
 const START: Duration = Duration::from_secs(60);
@@ -301,6 +301,12 @@ impl Server {
             Ok(client.command(&[b"PING"]).is_ok())
         };
         (runs && !matches!(pong(), Ok(true))).then(|| self.scene())
+    }
+
+    /// Keeps it from running, as long as the answer lives.
+    #[must_use]
+    pub fn pause(&self) -> Paused {
+        self.process.pause()
     }
 
     /// Shuts it down.

@@ -5,6 +5,7 @@ use crate::cell::Case;
 
 mod abilities;
 mod basics;
+mod beside_links;
 mod children;
 mod churn;
 mod config;
@@ -17,13 +18,16 @@ mod devices;
 mod doctor;
 mod durable;
 mod endings;
+mod failover;
 mod hostile;
 mod io_threads;
 mod late;
 mod lifecycle;
+mod links;
 mod operators;
 mod outgoing;
 mod panics;
+mod peers;
 mod profiles;
 mod programs;
 mod providers;
@@ -73,6 +77,9 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         removal::CASES,
         replica::CASES,
         replication::CASES,
+        failover::CASES,
+        links::CASES,
+        beside_links::CASES,
         two_devices::CASES,
     ]
     .into_iter()

@@ -311,25 +311,6 @@ fn request(arguments: &[&[u8]]) -> Vec<u8> {
     bytes
 }
 
-/// A server that is stopped by a signal, until this is dropped.
-pub(super) struct Stopped(u32);
-
-impl Stopped {
-    pub(super) fn now(cell: &Cell) -> Self {
-        let pid = cell.server().pid();
-        // SAFETY: a signal to a child that is not yet waited for.
-        unsafe { libc::kill(pid as i32, libc::SIGSTOP) };
-        Self(pid)
-    }
-}
-
-impl Drop for Stopped {
-    fn drop(&mut self) {
-        // SAFETY: as above.
-        unsafe { libc::kill(self.0 as i32, libc::SIGCONT) };
-    }
-}
-
 /// How much longer than its time-out a call may take.
 fn slack(cell: &Cell) -> Duration {
     Duration::from_secs(if cell.lab.is_slow() { 20 } else { 3 })
@@ -479,7 +460,7 @@ fn timeouts(cell: &mut Cell, driver: &mut Driver) -> Result<()> {
     let number = driver.connected(target)?;
     driver.ping(&number)?;
 
-    let stopped = Stopped::now(cell);
+    let stopped = cell.server().pause();
     let wanted = Duration::from_millis(SHORT);
     let took = driver.failed_blocking_connect((&host, port), SHORT, "Connection timed out")?;
     cell.figure("blocking_connect of 500 ms", format!("{} ms", took.as_millis()));
@@ -629,7 +610,7 @@ fn close(cell: &mut Cell, driver: &mut Driver) -> Result<()> {
     }
 
     // While the peer does not answer; the handler is not called any more.
-    let stopped = Stopped::now(cell);
+    let stopped = cell.server().pause();
     let number = driver.create()?;
     let mut other = driver.another(cell)?;
     let port_text = port.to_string();
@@ -661,7 +642,7 @@ fn close(cell: &mut Cell, driver: &mut Driver) -> Result<()> {
 
     // What was not written is not.
     let number = driver.connected(target)?;
-    let stopped = Stopped::now(cell);
+    let stopped = cell.server().pause();
     let value = pattern::value(4, LENGTH);
     exchange(&mut other, &number, 5, &request(&[b"SET", b"unsent", &value]))?;
     std::thread::sleep(Duration::from_millis(300));

@@ -12,7 +12,7 @@ use client::{Client, pattern, tcp};
 
 use super::basics::expect;
 use super::outgoing::{Driver, on_driver_with};
-use super::replication::{Peer, linked};
+use super::peers::{Peer, linked};
 use crate::cell::{Case, Cell};
 use crate::lab::Lab;
 use crate::server::{Settings, free_port};
@@ -21,7 +21,7 @@ pub const CASES: &[Case] = &[
     Case::new("panics", panics).unstarted(),
     Case::new("panics-outgoing", panics_outgoing),
     Case::new("panics-listening", panics_listening).unstarted(),
-    Case::new("panics-links", panics_links).with(super::replication::primary),
+    Case::new("panics-links", panics_links).with(super::peers::primary),
 ];
 
 /// Clients over RDMA that have nothing to do with it.

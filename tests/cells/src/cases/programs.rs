@@ -12,7 +12,6 @@ use library::{Connecting, Connection, Error, Options};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 
-use super::outgoing::Stopped;
 use super::upstream::Upstream;
 use crate::cell::{Case, Cell};
 use crate::process::run;
@@ -115,7 +114,7 @@ fn library_serves(cell: &mut Cell) -> Result<()> {
 
     // A server that stands still is waited for, and no longer than was said.
     connection.set_timeout(Some(Duration::from_millis(300)));
-    let stopped = Stopped::now(cell);
+    let stopped = cell.server().pause();
     connection.write_all(b"PING\r\n")?;
     let error = connection.read(&mut [0; 16]).err().context("an answer of a stopped server")?;
     ensure!(error.kind() == io::ErrorKind::TimedOut, "instead of a time-out: {error}");

@@ -4,19 +4,17 @@
 //! both sides, and what moved over RDMA is counted.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use client::{Client, tcp};
 
 use super::basics::expect;
+use super::peers::{
+    KEYS, Peer, SLOW, VALUE, Writer, amid_sync, arguments, ask, fill, in_cluster, linked, missing,
+    primary, same, told, wait,
+};
 use crate::cell::{Case, Cell, no_crash};
-use crate::info::Info;
-use crate::lab::LOOPBACK;
-use crate::server::{Server, Settings, free_port};
+use crate::server::{Server, free_port};
 
 pub const CASES: &[Case] = &[
     Case::new("repl-full-sync", full_sync).with(primary),
@@ -36,190 +34,6 @@ pub const CASES: &[Case] = &[
     Case::new("repl-table", table).unstarted(),
     Case::new("repl-refused", refused).with(primary).unstarted(),
 ];
-
-/// Data that a full synchronization moves: so many values of a size.
-const KEYS: usize = 4000;
-const VALUE: usize = 10_000;
-
-/// Has a server be one that is replicated: RDMA and TCP have one port and one address.
-pub(super) fn primary(settings: &mut Settings) {
-    settings.port = settings.rdma.port();
-    // Several servers whose I/O threads never rest would only wait for each other's processor.
-    settings.io_threads_as_they_are();
-    settings.arguments = arguments(settings.rdma, "require");
-    if settings.rdma.ip() != LOOPBACK {
-        settings.directive(&format!("bind {LOOPBACK} {}", settings.rdma.ip()));
-    }
-    settings.directive("repl-diskless-sync-delay 0");
-    settings.directive("rdbcompression no");
-    settings.directive("repl-backlog-size 32mb");
-    settings.directive("client-output-buffer-limit replica 0 0 0");
-}
-
-fn arguments(rdma: SocketAddr, replication: &str) -> Vec<String> {
-    vec![
-        format!("bind={}", rdma.ip()),
-        format!("port={}", rdma.port()),
-        format!("replication={replication}"),
-    ]
-}
-
-/// A server beside the cell's own.
-pub(super) struct Peer {
-    pub(super) server: Server,
-    patience: Duration,
-}
-
-impl Peer {
-    /// Starts one with the cell's settings; `replication` is the module's argument.
-    fn start(cell: &Cell, name: &str, replication: &str) -> Result<Self> {
-        Self::start_with(cell, name, replication, |_| {})
-    }
-
-    pub(super) fn start_with(
-        cell: &Cell,
-        name: &str,
-        replication: &str,
-        change: impl FnOnce(&mut Settings),
-    ) -> Result<Self> {
-        let mut settings = cell.settings.clone();
-        settings.port = free_port()?;
-        settings.rdma.set_port(settings.port);
-        settings.arguments = arguments(settings.rdma, replication);
-        change(&mut settings);
-        let folder = cell.folder().join(name);
-        let server = Server::start(cell.lab, &cell.id.server, &folder, &settings)?;
-        Ok(Self { server, patience: cell.lab.patience() })
-    }
-
-    fn client(&self) -> Result<Client<tcp::Connection>> {
-        self.server.tcp(self.patience)
-    }
-
-    /// A command, which has to succeed.
-    pub(super) fn ask(&self, line: &str) -> Result<String> {
-        ask(&self.server, line, self.patience)
-    }
-
-    fn info(&self) -> Result<Info> {
-        self.server.info(self.patience)
-    }
-
-    pub(super) fn follow(&self, cell: &Cell) -> Result<()> {
-        self.follow_at(cell.server().settings().rdma)
-    }
-
-    fn follow_at(&self, primary: SocketAddr) -> Result<()> {
-        self.ask(&format!("REPLICAOF {} {}", primary.ip(), primary.port())).map(drop)
-    }
-
-    /// What carries the link to the primary, as the module tells it.
-    pub(super) fn transport(&self) -> Result<String> {
-        let info = self.info()?;
-        let link = info.text("rdma_primary_link").unwrap_or("transport=,");
-        let word = link.split(',').find_map(|field| field.strip_prefix("transport="));
-        Ok(word.unwrap_or_default().to_owned())
-    }
-
-    /// Ends it; it has to be there still, and nothing may be wrong with it.
-    pub(super) fn stop(mut self) -> Result<()> {
-        ensure!(self.server.is_running()?, "a server has ended by itself");
-        let info = self.info()?;
-        if let Ok(nudges) = info.number("rdma_watchdog_nudges") {
-            ensure!(nudges == 0, "the watchdog had to nudge {nudges} of a replica's connections");
-        }
-        let status = self.server.stop()?;
-        no_crash(&self.server)?;
-        ensure!(status.success(), "a server ended with {status}");
-        Ok(())
-    }
-}
-
-fn ask(server: &Server, line: &str, patience: Duration) -> Result<String> {
-    let reply = server.tcp(patience)?.words(line)?;
-    ensure!(!reply.is_error(), "{line}: {reply}");
-    Ok(reply.text())
-}
-
-/// Waits until `condition` holds.
-fn wait(what: &str, patience: Duration, condition: impl FnMut() -> Result<bool>) -> Result<()> {
-    let mut condition = condition;
-    let deadline = Instant::now() + patience;
-    while !condition()? {
-        ensure!(Instant::now() < deadline, "waited {} s for: {what}", patience.as_secs());
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
-}
-
-/// Waits until a replica's link is up.
-pub(super) fn linked(peer: &Peer) -> Result<()> {
-    let up = || Ok(peer.info()?.text("master_link_status")? == "up");
-    wait("a link that is up", peer.patience, up).with_context(|| {
-        let log = peer.server.log().unwrap_or_default();
-        format!("the replica's log ends:\n{}", crate::process::tail(&log))
-    })
-}
-
-/// Waits until both servers are at the same offset, and makes sure that they have the same data.
-fn same(one: &Server, other: &Peer) -> Result<()> {
-    let patience = other.patience;
-    let other = &other.server;
-    let offset = |server: &Server| server.info(patience)?.number("master_repl_offset");
-    wait("equal offsets", patience, || Ok(offset(one)? == offset(other)?))?;
-    let digest = |server: &Server| ask(server, "DEBUG DIGEST", patience);
-    let (left, right) = (digest(one)?, digest(other)?);
-    ensure!(left == right, "the data of the primary is {left}, that of its replica {right}");
-    ensure!(left != "0".repeat(40), "there is no data");
-    Ok(())
-}
-
-fn fill(cell: &Cell, server: &Server) -> Result<()> {
-    let value = if cell.lab.is_slow() { VALUE / 10 } else { VALUE };
-    ask(server, &format!("DEBUG POPULATE {KEYS} key {value}"), cell.lab.patience()).map(drop)
-}
-
-/// A client that writes to a server all the time.
-struct Writer {
-    stop: Arc<AtomicBool>,
-    acknowledged: Arc<AtomicU64>,
-    thread: Option<JoinHandle<Result<()>>>,
-}
-
-impl Writer {
-    fn start(server: &Server, patience: Duration) -> Result<Self> {
-        let mut client = server.tcp(patience)?;
-        let (stop, acknowledged) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let (until, count) = (Arc::clone(&stop), Arc::clone(&acknowledged));
-        let thread = std::thread::spawn(move || {
-            let mut at = 0_u64;
-            while !until.load(Ordering::Relaxed) {
-                let (key, value) = (format!("w:{}", at % 5000), format!("{at:0>100}"));
-                let reply = client.command(&[b"SET", key.as_bytes(), value.as_bytes()])?;
-                ensure!(reply.text() == "OK", "SET: {reply}");
-                at += 1;
-                count.store(at, Ordering::Relaxed);
-                std::thread::sleep(Duration::from_micros(200));
-            }
-            Ok(())
-        });
-        Ok(Self { stop, acknowledged, thread: Some(thread) })
-    }
-
-    /// Ends it. Returns how many writes it made.
-    fn stop(mut self) -> Result<u64> {
-        self.stop.store(true, Ordering::Relaxed);
-        let ended = self.thread.take().context("joined once")?.join();
-        ended.map_err(|_| anyhow::anyhow!("the writer panicked"))??;
-        Ok(self.acknowledged.load(Ordering::Relaxed))
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
-}
 
 /// Every way in which a replica is loaded, while the primary is written to.
 fn full_sync(cell: &mut Cell) -> Result<()> {
@@ -329,11 +143,6 @@ fn chain(cell: &mut Cell) -> Result<()> {
     let roles = middle.ask("RDMA.CLIENTS")?;
     ensure!(roles.contains("role primary") && roles.contains("role replica"), "{roles}");
     [last, by_tcp, middle].into_iter().try_for_each(Peer::stop)
-}
-
-/// The lines of a server's log that tell what carries a link.
-fn told(peer: &Peer) -> Result<Vec<String>> {
-    peer.server.log_lines("link to the primary")
 }
 
 /// A primary that can't be had over RDMA: TCP in the same attempt, or no link at all.
@@ -452,18 +261,6 @@ fn dual_channel(cell: &mut Cell) -> Result<()> {
         ask(cell.server(), "DEBUG CHANGE-REPL-ID", patience)?;
     }
     replica.stop()
-}
-
-/// Makes a full synchronization slow, so that something can happen in the middle of it.
-const SLOW: &str = "CONFIG SET rdb-key-save-delay 500";
-
-/// Waits until a replica is in the middle of its full synchronization over RDMA.
-fn amid_sync(replica: &Peer, primary: &Server) -> Result<()> {
-    let begun = primary.info(replica.patience)?.number("rdma_bytes_sent")?;
-    wait("a synchronization under way", replica.patience, || {
-        let sent = primary.info(replica.patience)?.number("rdma_bytes_sent")?;
-        Ok(sent > begun + (2 << 20))
-    })
 }
 
 /// Either side is killed in the middle of a full synchronization, or the operator ends it.
@@ -656,12 +453,9 @@ fn hazards(cell: &mut Cell) -> Result<()> {
     })?;
     ensure!(replica.info()?.text("rdb_last_bgsave_status")? == "ok", "BGSAVE failed");
     // Asleep for longer than there are receives for, and no longer than it is waited for.
-    let pid = replica.server.pid() as i32;
-    // SAFETY: signals to a child that was not waited for.
-    unsafe { libc::kill(pid, libc::SIGSTOP) };
+    let paused = replica.server.pause();
     std::thread::sleep(Duration::from_secs(4));
-    // SAFETY: as above.
-    unsafe { libc::kill(pid, libc::SIGCONT) };
+    drop(paused);
     linked(&replica)?;
     writer.stop()?;
     same(cell.server(), &replica)?;
@@ -687,47 +481,29 @@ fn shutdown(cell: &mut Cell) -> Result<()> {
         let status = other.server.stop()?;
         no_crash(&other.server)?;
         ensure!(status.success(), "the primary ended with {status}");
-        let writes = writer.acknowledged.load(Ordering::Relaxed);
-        ensure!(writer.stop().is_err(), "the writer did not notice");
+        let writes = writer.cut()?;
         ensure!(writes > 50, "{writes} writes were acknowledged");
-        let last = writes - 1;
-        let get = format!("GET w:{}", last % 5000);
         // What has arrived is carried out in its turn.
-        wait("the last write", Duration::from_secs(5), || {
-            Ok(replica.ask(&get)? == format!("{last:0>100}"))
+        wait("each write", Duration::from_secs(5), || {
+            Ok(missing(&replica.server, writes, patience)? == 0)
         })
         .with_context(|| format!("round {round}: {writes} writes were acknowledged"))?;
         cell.figure(&format!("acknowledged, round {round}"), writes);
         replica.ask("REPLICAOF NO ONE")?;
+        replica.ask("FLUSHALL")?;
     }
     replica.stop()
-}
-
-fn in_cluster(settings: &mut Settings) {
-    settings.directive("cluster-enabled yes");
-    settings.directive(&format!("cluster-port {}", free_port().expect("a port")));
-    settings.directive("cluster-node-timeout 20000");
 }
 
 /// A replica of a cluster's node, its failover, and, where the server can, slots that move to
 /// another node.
 fn cluster(cell: &mut Cell) -> Result<()> {
     let patience = cell.lab.patience();
-    let node = |name: &str, replication: &str| {
-        Peer::start_with(cell, name, replication, |settings| {
-            settings.directives.retain(|line| !line.starts_with("cluster-"));
-            in_cluster(settings);
-        })
-    };
-    let replica = node("replica", "require")?;
-    let target = node("target", "no")?;
+    let replica = Peer::start_node(cell, "replica", "require")?;
+    let target = Peer::start_node(cell, "target", "no")?;
     ask(cell.server(), "CLUSTER ADDSLOTSRANGE 0 16383", patience)?;
     for peer in [&replica, &target] {
-        let own = peer.server.settings();
-        let bus = own.directives.iter().find_map(|line| line.strip_prefix("cluster-port "));
-        let bus = bus.context("no bus")?;
-        let meet = format!("CLUSTER MEET {} {} {bus}", own.rdma.ip(), own.rdma.port());
-        ask(cell.server(), &meet, patience)?;
+        peer.meet(cell.server())?;
     }
     let id = ask(cell.server(), "CLUSTER MYID", patience)?;
     let known = |peer: &Peer, id: &str| Ok(peer.ask("CLUSTER NODES")?.contains(id));
