@@ -34,6 +34,7 @@ mod providers;
 mod refusals;
 mod removal;
 mod replica;
+mod replicas_soak;
 mod replication;
 mod sizes;
 mod soak;
@@ -79,6 +80,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         replication::CASES,
         failover::CASES,
         links::CASES,
+        replicas_soak::CASES,
         beside_links::CASES,
         two_devices::CASES,
     ]

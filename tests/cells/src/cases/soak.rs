@@ -52,11 +52,24 @@ struct Seen {
     worst: Duration,
 }
 
+/// The seed that was asked for, or one that the time decides.
+pub(super) fn seed() -> Result<u64> {
+    match std::env::var("SOAK_SEED") {
+        Ok(text) => text.parse().with_context(|| format!("SOAK_SEED '{text}'")),
+        Err(_) => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+            Ok(now.as_millis() as u64 % 1_000_000_000)
+        }
+    }
+}
+
+/// Terms of a plan of faults for a server.
+pub(super) fn server_faults(rng: &mut Rng) -> Vec<String> {
+    faults(rng, SERVER)
+}
+
 fn soak(cell: &mut Cell, lives: u64) -> Result<()> {
-    let seed = match std::env::var("SOAK_SEED") {
-        Ok(text) => text.parse().with_context(|| format!("SOAK_SEED '{text}'"))?,
-        Err(_) => SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64 % 1_000_000_000,
-    };
+    let seed = seed()?;
     cell.figure("seed", seed);
     cell.settings.arguments.push("keepalive-interval=300".to_owned());
     let common = cell.settings.clone();
