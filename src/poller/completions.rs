@@ -140,7 +140,8 @@ impl Poller {
             };
             self.say_lost(endpoint, &why);
         }
-        self.lose(endpoint, PeerState::Disconnected, Reason::Error);
+        let reason = if left { Reason::Client } else { Reason::Error };
+        self.lose(endpoint, PeerState::Disconnected, reason);
     }
 
     fn end_by(&self, endpoint: &Arc<Endpoint>, lost: Lost<Error>) {

@@ -121,9 +121,14 @@ impl Poller {
         let mut own = endpoint.main_state();
         own.reason.get_or_insert(reason);
         let orphan = own.connection().is_null();
+        // It left before the server looked at it: what it sent before is carried out all the same.
+        let unheard = reason == Reason::Client
+            && own.stage == Stage::Handshaking
+            && own.session.is_open()
+            && endpoint.stream().unread() > 0;
         drop(own);
         self.tell_elsewhere();
-        if orphan {
+        if orphan && !unheard {
             self.doom(endpoint);
         } else {
             self.mark_ready(endpoint);

@@ -111,6 +111,24 @@ fn left_behind(cell: &mut Cell) -> Result<()> {
         }
         (leaver, its) = join()?;
     }
+
+    // One whose whole life passes before the server has looked: its announcement, a command, and
+    // its leaving.
+    let mut brief = target.open_with(&options)?;
+    let mut its = target.inbox(&mut brief)?;
+    admin.request(&[b"DEBUG", b"SLEEP", b"1"])?;
+    std::thread::sleep(Duration::from_millis(100));
+    brief.send(&brief.window().announcement())?;
+    its.say(&mut brief, b"SET key brief\r\n")?;
+    brief.flush(target.soon())?;
+    brief.disconnect()?;
+    drop(brief);
+    ensure!(admin.reply()?.text() == "OK", "DEBUG SLEEP");
+    let deadline = Instant::now() + cell.lab.patience();
+    while admin.words("GET key")?.text() != "brief" {
+        ensure!(Instant::now() < deadline, "a client that left at once was not heard");
+        std::thread::sleep(Duration::from_millis(10));
+    }
     cell.moved(CROWD * 14, CROWD * 7);
     Ok(())
 }
