@@ -159,6 +159,19 @@ fn every_field_of_info_is_documented() {
     same("docs/troubleshooting.md, INFO rdma", &documented, &there.collect());
 }
 
+/// The exporter says of each field which metric it is, or that it is left out.
+#[test]
+fn every_field_of_info_is_exported() {
+    let table = read("crates/tools/src/exporter/table.rs");
+    let (table, _) = table.split_once("#[cfg(test)]").expect("the table's tests");
+    let counters = METRICS.fields().into_iter().map(|(name, _)| name.to_owned());
+    let limits = commands::LIMITS.iter().map(|name| format!("limit_{name}"));
+    for field in counters.chain(limits) {
+        let named = table.contains(&format!("\"{field}\""));
+        assert!(named, "crates/tools/src/exporter/table.rs: there is no '{field}'");
+    }
+}
+
 #[test]
 fn every_field_of_a_client_is_documented() {
     let text = read("docs/troubleshooting.md");
@@ -308,7 +321,7 @@ fn blocks(page: &str, text: &str) -> Vec<Shown> {
 
 /// Who runs a command that a reader is shown: what it begins with, the file that runs it, and
 /// how it stands there. Addresses and ports are left out on both sides.
-const RUN_BY: [(&str, &str, &str); 19] = [
+const RUN_BY: [(&str, &str, &str); 21] = [
     ("scripts/setup.sh build", ".ci/run", "scripts/setup.sh build"),
     ("eval \"$(scripts/setup.sh env)\"", "scripts/build-on.sh", "eval \"$(scripts/setup.sh env)\""),
     ("cargo build --release --locked", "scripts/build-on.sh", "cargo build --release --locked"),
@@ -326,6 +339,7 @@ const RUN_BY: [(&str, &str, &str); 19] = [
     ),
     ("target/release/valkey-rdma ping", "tests/cells/src/cases/programs.rs", "[\"ping\","),
     ("target/release/valkey-rdma check", "tests/cells/src/cases/programs.rs", "[\"check\","),
+    ("target/release/valkey-rdma exporter", "tests/cells/src/cases/monitored.rs", "[\"exporter\","),
     ("scripts/abi-check.sh", "scripts/test.sh", "scripts/abi-check.sh"),
     ("scripts/mutants.sh", "scripts/test.sh", "scripts/mutants.sh"),
     ("SIMULATION_SEEDS=100000 cargo test", "scripts/test.sh", "SIMULATION_SEEDS=100000 cargo test"),
@@ -335,6 +349,7 @@ const RUN_BY: [(&str, &str, &str); 19] = [
     ("scripts/test.sh", ".ci/run", "scripts/test.sh"),
     ("SOAK_SEED=17 scripts/test.sh", "tests/matrix.toml", "\"soak\""),
     ("valkey-cli", "scripts/service.sh", ""),
+    ("curl -s", "tests/cells/src/cases/monitored.rs", "GET {path}"),
     ("scripts/demo.sh", "scripts/test.sh", "scripts/demo.sh"),
     ("scripts/accept.sh both", "scripts/test.sh", "scripts/accept.sh\" both"),
 ];

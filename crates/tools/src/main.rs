@@ -2,7 +2,10 @@
 //! `valkey-rdma`: whether a server answers over RDMA, how fast, and why not.
 
 mod check;
+mod exporter;
+mod monitor;
 mod ping;
+mod reply;
 mod server;
 
 use clap::{Parser, Subcommand};
@@ -20,12 +23,14 @@ struct Arguments {
 enum Command {
     Ping(ping::Arguments),
     Check(check::Arguments),
+    Exporter(exporter::Arguments),
 }
 
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Ping(arguments) => ping::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),
+        Command::Exporter(arguments) => exporter::run(&arguments),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //! A server to talk to: its address, who asks, and its answers.
 
+use crate::reply::{self, Reply};
 use anyhow::{Context, Result, bail, ensure};
 use client::{Connection, Options};
-use std::io::{Read, Write};
+use std::io::{BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,13 @@ pub struct Login {
     timeout: f64,
 }
 
+impl Login {
+    /// Who asks with this name and password, if any.
+    pub fn new(user: Option<String>, password: Option<String>, timeout: f64) -> Self {
+        Self { user, password, timeout }
+    }
+}
+
 /// A server, by an address of people's: `HOST`, `HOST:PORT` or `[IPV6]:PORT`.
 pub struct Server<'a> {
     /// The address, whose port is that of RDMA: 6379 unless it says another.
@@ -39,11 +47,13 @@ impl<T: Read + Write> Stream for T {}
 
 /// A connection to a server that takes commands.
 pub struct Session {
-    stream: Box<dyn Stream>,
+    stream: BufReader<Box<dyn Stream>>,
     /// What carries it, in words.
     pub carrier: String,
     /// How long connecting took.
     pub connect: Duration,
+    /// When answers have to be there, if that was said.
+    deadline: Option<Instant>,
 }
 
 impl Server<'_> {
@@ -115,12 +125,15 @@ impl Server<'_> {
         carrier: String,
         connect: Duration,
     ) -> Result<Session> {
-        let mut session = Session { stream, carrier, connect };
+        let stream = BufReader::new(stream);
+        let deadline = Some(Instant::now() + self.timeout()?);
+        let mut session = Session { stream, carrier, connect, deadline };
         if let Some(password) = &self.login.password {
             let user = self.login.user.as_deref().unwrap_or("default");
             let words = [b"AUTH", user.as_bytes(), password.as_bytes()];
             session.ask(&words).context("AUTH")?;
         }
+        session.deadline = None;
         Ok(session)
     }
 }
@@ -131,40 +144,30 @@ impl Session {
     /// # Errors
     /// The connection's, the server's, or that the answer is of another kind.
     pub fn ask(&mut self, words: &[&[u8]]) -> Result<Vec<u8>> {
+        match self.reply(words)? {
+            Reply::Text(bytes) => Ok(bytes),
+            other => bail!("the server answers with {}", other.kind()),
+        }
+    }
+
+    /// The answer to a command, of any kind but an error.
+    ///
+    /// # Errors
+    /// The connection's, or the server's, which is a [`reply::Refused`].
+    pub fn reply(&mut self, words: &[&[u8]]) -> Result<Reply> {
         let mut request = format!("*{}\r\n", words.len()).into_bytes();
         for word in words {
             request.extend_from_slice(format!("${}\r\n", word.len()).as_bytes());
             request.extend_from_slice(word);
             request.extend_from_slice(b"\r\n");
         }
-        self.stream.write_all(&request)?;
-        let line = self.line()?;
-        let Some((kind, rest)) = line.split_first() else { bail!("an empty answer") };
-        let text = String::from_utf8_lossy(rest).into_owned();
-        match kind {
-            b'+' => Ok(rest.to_vec()),
-            b'$' => {
-                let length: usize = text.parse().with_context(|| format!("the answer '{text}'"))?;
-                let mut bytes = vec![0; length + 2];
-                self.stream.read_exact(&mut bytes)?;
-                bytes.truncate(length);
-                Ok(bytes)
-            }
-            b'-' => bail!("the server answers: {text}"),
-            other => bail!("the server answers with a '{}'", char::from(*other)),
-        }
+        self.stream.get_mut().write_all(&request)?;
+        reply::read(&mut self.stream, self.deadline)
     }
 
-    /// A line without its end. Answers are read one at a time, so that nothing follows it.
-    fn line(&mut self) -> Result<Vec<u8>> {
-        let mut line = Vec::new();
-        let mut byte = [0];
-        while !line.ends_with(b"\r\n") {
-            self.stream.read_exact(&mut byte)?;
-            line.push(byte[0]);
-            ensure!(line.len() < 1 << 16, "a line without an end");
-        }
-        line.truncate(line.len() - 2);
-        Ok(line)
+    /// Answers that are not complete by then are given up, however much of them arrives; what
+    /// the time-out says of each piece holds besides.
+    pub fn set_deadline(&mut self, deadline: Instant) {
+        self.deadline = Some(deadline);
     }
 }

@@ -24,6 +24,7 @@ mod io_threads;
 mod late;
 mod lifecycle;
 mod links;
+mod monitored;
 mod operators;
 mod outgoing;
 mod panics;
@@ -80,6 +81,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         replication::CASES,
         failover::CASES,
         links::CASES,
+        monitored::CASES,
         replicas_soak::CASES,
         beside_links::CASES,
         two_devices::CASES,
