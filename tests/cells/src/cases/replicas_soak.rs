@@ -34,8 +34,8 @@ const VALUES: u64 = 1000;
 /// Within what time every link is up again: three in vain, one over TCP.
 const LINKED: Duration = Duration::from_secs(60);
 /// What may have been acknowledged and not have left a server that is killed, beyond what TCP
-/// loses in the same run: a kernel still sends what a dead process has written, a device does
-/// not.
+/// loses in the same run: the links over TCP have no faults, and a kernel still sends what a dead
+/// process has written, while a device does not. About a second of what is written.
 const UNSENT: u64 = 400;
 /// Memory that a server may keep for good; what it has itself does not grow.
 const GROWTH: u64 = 48 << 20;
@@ -182,6 +182,18 @@ impl Soak<'_> {
         Ok(())
     }
 
+    /// Waits until everybody has what the primary has at this moment. A link may be up on which
+    /// nothing has arrived for seconds, with the faults that the fabric has.
+    fn reached(&self) -> Result<()> {
+        let offset = self.peers[self.at].info()?.number("master_repl_offset")?;
+        for index in self.others() {
+            let there = || Ok(self.peers[index].info()?.number("slave_repl_offset")? >= offset);
+            wait("a replica that has what its primary has", LINKED, there)
+                .with_context(|| NAMES[index].to_owned())?;
+        }
+        Ok(())
+    }
+
     /// Sends everybody to the primary. One that loads its memory takes no such command.
     fn follow(&self, primary: SocketAddr) -> Result<()> {
         let line = format!("REPLICAOF {} {}", primary.ip(), primary.port());
@@ -266,6 +278,7 @@ impl Soak<'_> {
             .map(|index| Ok((index, self.peers[index].transport()? == "rdma")))
             .collect::<Result<_>>()?;
         self.count(self.at)?;
+        self.reached()?;
         self.peers[self.at].server.kill()?;
         self.crew.send_to(None);
         std::thread::sleep(Duration::from_millis(200));
