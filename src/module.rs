@@ -16,7 +16,7 @@ use crate::host::{api, fingerprint, probe};
 use crate::namesake;
 use crate::not_loaded::NotLoaded;
 use crate::panic::{guard, log_panics};
-use crate::poller::Poller;
+use crate::poller::{Poller, exit};
 use crate::replication;
 use redis_module::raw;
 use std::ffi::{CString, c_char, c_int};
@@ -192,6 +192,7 @@ unsafe fn load(
     if symbols::stay() {
         // SAFETY: the server's context.
         unsafe { api::note_exit(ctx) }?;
+        exit::delay_exit();
     }
     // From here on nothing may fail: a registered type can't be taken back.
     let kind = table::of(line);

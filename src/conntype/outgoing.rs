@@ -20,7 +20,6 @@ use std::fmt;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
-use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use verbs::Error;
@@ -272,36 +271,12 @@ fn later(timeout: Duration) -> Instant {
 
 /// Waits for completions and connection events until `done` says so or the time is
 /// over. No handler of the server runs meanwhile. Returns what `done` said.
-fn wait_for<T>(
-    poller: &Poller,
-    deadline: Instant,
-    mut done: impl FnMut() -> Option<T>,
-) -> Option<T> {
-    if !is_main_thread() {
-        return poller.wait_elsewhere(deadline, done);
+fn wait_for<T>(poller: &Poller, deadline: Instant, done: impl FnMut() -> Option<T>) -> Option<T> {
+    if is_main_thread() {
+        poller.wait_here(deadline, done)
+    } else {
+        poller.wait_elsewhere(deadline, done)
     }
-    loop {
-        if let Some(answer) = done() {
-            return Some(answer);
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return None;
-        }
-        sleep_until_readable(&poller.descriptors(), left);
-        poller.catch_up();
-    }
-}
-
-fn sleep_until_readable(descriptors: &[RawFd], left: Duration) {
-    let mut polled: Vec<_> = descriptors
-        .iter()
-        .map(|&fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 })
-        .collect();
-    // At most a while, since time alone may have ended a handshake.
-    let ms = left.as_millis().clamp(1, 50) as i32;
-    // SAFETY: as many structures as said.
-    unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, ms) };
 }
 
 /// `ConnectionType.blocking_connect`. Returns whether it is connected.

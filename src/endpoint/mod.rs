@@ -381,6 +381,13 @@ impl Endpoint {
         (read.is_some() && self.is_readable()) || (write.is_some() && self.is_writable())
     }
 
+    /// Whether the server has not written yet all that it began to. Main thread.
+    pub fn awaits_write(&self) -> bool {
+        let connection = self.main_state().connection();
+        // SAFETY: as in `has_work`.
+        !connection.is_null() && unsafe { (*connection).write_handler.is_some() }
+    }
+
     /// The writer's counters and times. Any thread.
     pub fn activity(&self) -> &Activity {
         &self.activity

@@ -29,12 +29,14 @@ mod device_events;
 mod devices;
 mod elsewhere;
 mod endings;
+pub mod exit;
 mod receives;
 mod registry;
 pub mod serving;
 mod teardown;
 mod timers;
 mod unfit;
+mod waiting;
 mod wakeup_fds;
 mod watchdog;
 

@@ -184,7 +184,7 @@ impl Poller {
         }
     }
 
-    fn call_write(&self, endpoint: &Arc<Endpoint>) {
+    pub(super) fn call_write(&self, endpoint: &Arc<Endpoint>) {
         let connection = endpoint.main_state().connection();
         if connection.is_null() || self.waits_for_sync(endpoint) {
             return;

@@ -51,7 +51,8 @@ enum Act {
 
 use Act::{Asks, Comes, Leaves, Moves, Nothing, Quits, Sends, Stays, Visits};
 
-/// Every function that is guarded, by its name in the guard, except those of [`OUTGOING`].
+/// Every function that is guarded, by its name in the guard, except those of the lists that
+/// follow.
 const FUNCTIONS: &[(&str, Act)] = &[
     ("accept_handler", Visits),
     ("set_read_handler", Comes),
@@ -111,6 +112,9 @@ const OUTGOING: &[&str] = &[
     "sync_readline",
     "shutdown",
 ];
+
+/// The last of all.
+const EXIT: &str = "the exit";
 
 /// Those for links to other servers.
 const LINKS: &[&str] = &[
@@ -217,6 +221,12 @@ fn panics(cell: &mut Cell) -> Result<()> {
     }
     cell.figure("functions that panicked", asked);
     cell.moved(asked * 14, asked * 7);
+    panics.ask(EXIT)?;
+    let mut server = cell.take_server()?;
+    let status = server.stop()?;
+    ensure!(status.success(), "the server ended with {status}");
+    let lines = server.log_lines(&format!("panic in {EXIT}:"))?.len();
+    ensure!(lines == 1, "{lines} lines tell of the panic in {EXIT}");
     Ok(())
 }
 
@@ -505,7 +515,7 @@ mod tests {
         sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../src"), &mut text);
         let tried = FUNCTIONS.iter().map(|(name, _)| *name);
         let untried = UNTRIED.iter().map(|(name, _)| *name);
-        let known: Vec<_> = tried.chain([OUTGOING, LISTENING, LINKS].concat()).collect();
+        let known: Vec<_> = tried.chain([OUTGOING, LISTENING, LINKS, &[EXIT]].concat()).collect();
         let mut guarded = 0;
         for (at, _) in text.match_indices("guard") {
             let rest = &text[at..];

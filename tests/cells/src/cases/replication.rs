@@ -26,6 +26,7 @@ pub const CASES: &[Case] = &[
     Case::new("repl-dual-channel", dual_channel).with(primary),
     Case::new("repl-kill", kill).with(primary),
     Case::new("repl-hazards", hazards).with(primary),
+    Case::new("repl-shutdown-now", shutdown_now).with(primary),
     Case::new("repl-shutdown", shutdown).with(primary),
     Case::new("repl-cluster", cluster).with(|settings| {
         primary(settings);
@@ -493,6 +494,60 @@ fn shutdown(cell: &mut Cell) -> Result<()> {
         replica.ask("FLUSHALL")?;
     }
     replica.stop()
+}
+
+/// `SHUTDOWN NOW` waits for no replica. What the server has written by then still arrives, over
+/// RDMA as over TCP: also where the replica has no receive at the moment, so that its device asks
+/// for the work request again.
+fn shutdown_now(cell: &mut Cell) -> Result<()> {
+    let patience = cell.lab.patience();
+    let start = |name: &str, replication: &str, plan: &str| {
+        Peer::start_with(cell, name, replication, |settings| {
+            settings.environment.push(("SOFTRDMA_FAULTS".to_owned(), plan.to_owned()));
+        })
+    };
+    let (by_rdma, by_tcp) = (start("by-rdma", "require", "rnr/3")?, start("by-tcp", "no", "")?);
+    for round in 0..5 {
+        let mut other = Peer::start(cell, &format!("primary-{round}"), "no")?;
+        for peer in [&by_rdma, &by_tcp] {
+            peer.follow_at(other.server.settings().rdma)?;
+            linked(peer)?;
+        }
+        ensure!(by_rdma.transport()? == "rdma", "the link: {}", by_rdma.transport()?);
+        // The stream goes out to those that have confirmed what they loaded.
+        let mut client = other.client()?;
+        expect(&mut client, "INCR begun", "1")?;
+        expect(&mut client, "WAIT 2 10000", "2")?;
+        let writer = Writer::start(&other.server, patience)?;
+        writer.reaches(200, patience)?;
+        // No answer comes.
+        drop(other.client()?.words("SHUTDOWN NOW NOSAVE"));
+        let status = other.server.wait_exit(patience)?;
+        no_crash(&other.server)?;
+        ensure!(status.success(), "the primary ended with {status}");
+        let writes = writer.cut()?;
+        // What has arrived is carried out in its turn.
+        let lost = |peer: &Peer| {
+            let mut lost = 0;
+            let arrived = wait("each write", Duration::from_secs(3), || {
+                lost = missing(&peer.server, writes, patience)?;
+                Ok(lost == 0)
+            });
+            arrived.or_else(|error| if lost > 0 { Ok(()) } else { Err(error) }).map(|()| lost)
+        };
+        let (over_rdma, over_tcp) = (lost(&by_rdma)?, lost(&by_tcp)?);
+        cell.figure(
+            &format!("round {round}"),
+            format!("of {writes} writes {over_rdma} lost over RDMA, {over_tcp} over TCP"),
+        );
+        ensure!(over_rdma <= over_tcp, "of {writes} acknowledged writes {over_rdma} are lost");
+        for peer in [&by_rdma, &by_tcp] {
+            peer.ask("REPLICAOF NO ONE")?;
+            peer.ask("FLUSHALL")?;
+        }
+    }
+    by_rdma.stop()?;
+    by_tcp.stop()
 }
 
 /// A replica of a cluster's node, its failover, and, where the server can, slots that move to
