@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! `valkey-rdma`: whether a server answers over RDMA, how fast, and why not.
+//! `valkey-rdma`: whether a server answers over RDMA, how fast, and why not; and a bridge to
+//! it for programs that speak no RDMA.
 
+mod bridge;
 mod check;
 mod exporter;
+mod http;
 mod monitor;
 mod ping;
 mod reply;
@@ -11,7 +14,7 @@ mod server;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
-/// Whether a Valkey server answers over RDMA, how fast, and why not.
+/// Whether a Valkey server answers over RDMA, how fast, and why not; and a bridge to it.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
@@ -24,6 +27,7 @@ enum Command {
     Ping(ping::Arguments),
     Check(check::Arguments),
     Exporter(exporter::Arguments),
+    Bridge(bridge::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -31,6 +35,7 @@ fn main() -> ExitCode {
         Command::Ping(arguments) => ping::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),
         Command::Exporter(arguments) => exporter::run(&arguments),
+        Command::Bridge(arguments) => bridge::run(&arguments),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,
@@ -45,9 +50,35 @@ fn main() -> ExitCode {
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
+    use std::collections::BTreeSet;
 
     #[test]
     fn the_arguments_are_consistent() {
         super::Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn every_option_of_the_bridge_is_documented() {
+        let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/clients.md");
+        let page = std::fs::read_to_string(page).unwrap();
+        let rows = page.lines().filter(|line| line.starts_with("| `--"));
+        let documented: BTreeSet<_> = rows
+            .map(|row| row.split('|').map(str::trim).collect::<Vec<_>>())
+            .map(|cells| {
+                let name = cells[1].trim_matches('`').trim_start_matches('-');
+                (name.to_owned(), cells[2].replace("no limit", ""))
+            })
+            .collect();
+        let bridge = super::Arguments::command();
+        let bridge = bridge.find_subcommand("bridge").unwrap();
+        let options: BTreeSet<_> = bridge
+            .get_arguments()
+            .map(|it| {
+                let defaults: Vec<_> =
+                    it.get_default_values().iter().map(|it| it.to_string_lossy()).collect();
+                (it.get_long().unwrap().to_owned(), defaults.join(" "))
+            })
+            .collect();
+        assert_eq!(documented, options);
     }
 }

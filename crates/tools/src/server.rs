@@ -62,17 +62,7 @@ impl Server<'_> {
     /// # Errors
     /// If it stands for none.
     pub fn resolve(&self) -> Result<Vec<SocketAddr>> {
-        let with_port = format!("{}:{PORT}", self.address);
-        // A bare IPv6 address has colons and no port.
-        let bare = self.address.parse().map(|ip| vec![SocketAddr::new(ip, PORT)]);
-        let found = bare.or_else(|_| {
-            let all = self.address.to_socket_addrs().or_else(|_| with_port.to_socket_addrs());
-            all.map(Iterator::collect)
-        });
-        let found =
-            found.with_context(|| format!("'{}' is no address of a server", self.address))?;
-        ensure!(!found.is_empty(), "'{}' stands for no address", self.address);
-        Ok(found)
+        resolve(self.address)
     }
 
     fn timeout(&self) -> Result<Duration> {
@@ -136,6 +126,23 @@ impl Server<'_> {
         session.deadline = None;
         Ok(session)
     }
+}
+
+/// The addresses that a name of people's stands for: `HOST`, `HOST:PORT` or `[IPV6]:PORT`.
+///
+/// # Errors
+/// If it stands for none.
+pub fn resolve(name: &str) -> Result<Vec<SocketAddr>> {
+    let with_port = format!("{name}:{PORT}");
+    // A bare IPv6 address has colons and no port.
+    let bare = name.parse().map(|ip| vec![SocketAddr::new(ip, PORT)]);
+    let found = bare.or_else(|_| {
+        let all = name.to_socket_addrs().or_else(|_| with_port.to_socket_addrs());
+        all.map(Iterator::collect)
+    });
+    let found = found.with_context(|| format!("'{name}' is no address of a server"))?;
+    ensure!(!found.is_empty(), "'{name}' stands for no address");
+    Ok(found)
 }
 
 impl Session {

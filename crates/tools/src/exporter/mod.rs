@@ -2,12 +2,11 @@
 //! `valkey-rdma exporter`: what a server tells of its RDMA side, for Prometheus.
 
 mod exposition;
-mod http;
 mod table;
 
+use crate::http::{self, Answer, Request};
 use crate::monitor::{Access, Failure, Monitor};
 use anyhow::{Context, Result, ensure};
-use http::{Answer, Request};
 use std::io::Write as _;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Mutex;

@@ -6,6 +6,7 @@ use crate::cell::Case;
 mod abilities;
 mod basics;
 mod beside_links;
+mod bridged;
 mod children;
 mod churn;
 mod config;
@@ -49,6 +50,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
     [
         abilities::CASES,
         basics::CASES,
+        bridged::CASES,
         children::CASES,
         sizes::CASES,
         stock_clients::CASES,
