@@ -10,6 +10,8 @@
 //! server may have its link over TCP instead, in the same attempt (`prefer`), or none
 //! (`require`).
 
+use super::attempts::Attempts;
+use super::failure::Failure;
 use super::identity::{self, Answer, Identity, LONGEST_ANSWER, QUESTION};
 use super::inquiry::{Inquiry, Unanswered};
 use super::report::{self, Purpose, Transport};
@@ -30,17 +32,13 @@ use crate::time;
 use proto::session::Millis;
 use redis_module::raw::RedisModuleCtx;
 use std::ffi::{c_int, c_void};
-use std::io::{self, IoSlice};
+use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// How often links that are asking are looked at.
 const CLOCK: Duration = Duration::from_millis(500);
-
-/// So many links in a row that came about and ended before the replica was in sync: then the
-/// data path is not to be trusted, whatever the handshake says.
-const IN_VAIN: u32 = 3;
 
 /// Where a link is.
 #[derive(Debug)]
@@ -73,64 +71,6 @@ static LINKS: MainCell<Vec<Link>> = MainCell::new(Vec::new());
 static LAST_NUMBER: MainCell<usize> = MainCell::new(0);
 static CLOCK_RUNS: MainCell<bool> = MainCell::new(false);
 static ATTEMPTS: MainCell<Attempts> = MainCell::new(Attempts::none());
-
-/// Why a link does not come about.
-#[derive(Debug)]
-enum Failure {
-    /// The server can't be asked over TCP, or says nothing of use.
-    Tcp(Unanswered),
-    /// It did not answer in time.
-    Silent,
-    /// The connection over RDMA failed.
-    Rdma(i32),
-    /// It does not say over RDMA who it is.
-    Nobody(String),
-    /// It is another one.
-    Other { tcp: Identity, rdma: Identity },
-    /// The last links over RDMA ended before anything was in sync.
-    InVain,
-    /// There is no descriptor.
-    Descriptor,
-}
-
-impl Failure {
-    /// What the server is told.
-    fn errno(&self) -> i32 {
-        match self {
-            Self::Tcp(Unanswered::Unreachable(error)) => {
-                error.raw_os_error().unwrap_or(libc::ECONNREFUSED)
-            }
-            Self::Rdma(errno) => *errno,
-            Self::Silent => libc::ETIMEDOUT,
-            Self::Descriptor => libc::EMFILE,
-            Self::Tcp(Unanswered::Other(_))
-            | Self::Nobody(_)
-            | Self::Other { .. }
-            | Self::InVain => libc::ECONNREFUSED,
-        }
-    }
-
-    fn text(&self) -> String {
-        match self {
-            Self::Tcp(why) => why.to_string(),
-            Self::Silent => String::from("it does not tell in time which server it is"),
-            Self::Rdma(errno) => {
-                format!("no connection over RDMA: {}", io::Error::from_raw_os_error(*errno))
-            }
-            Self::Nobody(said) => {
-                format!("over RDMA it does not tell which server it is (\"{said}\")")
-            }
-            Self::Other { tcp, rdma } => format!(
-                "over TCP there is the server {tcp}, over RDMA there is {rdma}: the two ports of \
-                 this address are not those of one server"
-            ),
-            Self::InVain => {
-                format!("the last {IN_VAIN} links over RDMA ended before the replica was in sync")
-            }
-            Self::Descriptor => String::from("no descriptor is left"),
-        }
-    }
-}
 
 /// Opens a link in the server's place. Returns what the server's own `connect` would.
 ///
@@ -420,34 +360,6 @@ impl Opener for Handle {
     }
 }
 
-/// Links in a row to one target that ended before they were in sync.
-#[derive(Debug)]
-struct Attempts(Option<(Target, u32)>);
-
-impl Attempts {
-    const fn none() -> Self {
-        Self(None)
-    }
-
-    /// A link to the primary is over that did or did not get so far as to be in sync.
-    fn note(&mut self, target: Target, synchronized: bool) {
-        let before = self.0.take().filter(|(other, _)| *other == target).map_or(0, |(_, n)| n);
-        if !synchronized {
-            self.0 = Some((target, before + 1));
-        }
-    }
-
-    /// Whether the last ones to this target were in vain. If so they are forgotten: the next one
-    /// does not go over RDMA, and the one after it is tried there again.
-    fn were_in_vain(&mut self, target: &Target) -> bool {
-        let enough = self.0.as_ref().is_some_and(|(other, n)| other == target && *n >= IN_VAIN);
-        if enough {
-            self.0 = None;
-        }
-        enough
-    }
-}
-
 /// Whether not to try RDMA this time, since nothing came of the last links to this target. Also
 /// where there is no other way: a server whose link ends in the middle of its synchronization
 /// opens the next at once, and each costs its primary a fork. After an attempt that is refused
@@ -481,40 +393,5 @@ unsafe extern "C" fn on_clock(_ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     });
     if runs.unwrap_or(true) {
         again(CLOCK, on_clock);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn target(port: c_int) -> Target {
-        Target { address: c"192.0.2.1".to_owned(), port, source: None, multipath: 0 }
-    }
-
-    #[test]
-    fn after_three_links_in_vain_one_goes_elsewhere() {
-        let mut attempts = Attempts::none();
-        for _ in 0..2 {
-            for _ in 0..IN_VAIN {
-                assert!(!attempts.were_in_vain(&target(1)));
-                attempts.note(target(1), false);
-            }
-            assert!(!attempts.were_in_vain(&target(2)), "another primary");
-            assert!(attempts.were_in_vain(&target(1)));
-        }
-    }
-
-    #[test]
-    fn one_that_was_in_sync_or_another_primary_begins_anew() {
-        let mut attempts = Attempts::none();
-        for last in [(target(1), true), (target(2), false)] {
-            attempts.note(target(1), false);
-            attempts.note(target(1), false);
-            attempts.note(last.0, last.1);
-            attempts.note(target(1), false);
-            assert!(!attempts.were_in_vain(&target(1)));
-            attempts.note(target(1), true);
-        }
     }
 }

@@ -8,10 +8,13 @@
 //! * [`patch`]: what is looked at before, and which connections are taken.
 //! * [`identity`]: who this server is, so that a link does not end at another one.
 //! * `inquiry`: asking the server behind a TCP address who it is.
-//! * `link`: how a link comes about, and what becomes of one that does not.
+//! * `link`: how a link comes about, and what becomes of one that does not; `failure`: why not,
+//!   and `attempts`: how often nothing came of it.
 //! * [`report`]: what of it is told.
 //! * [`setting`]: the policy as a setting of the server.
 
+mod attempts;
+mod failure;
 pub mod identity;
 mod inquiry;
 mod link;

@@ -18,6 +18,7 @@ use crate::server::{Server, free_port};
 
 pub const CASES: &[Case] = &[
     Case::new("repl-full-sync", full_sync).with(primary),
+    Case::new("repl-small-window", small_window).with(primary),
     Case::new("repl-partial", partial).with(primary),
     Case::new("repl-failover", failover).with(primary),
     Case::new("repl-chain", chain).with(primary),
@@ -38,12 +39,25 @@ pub const CASES: &[Case] = &[
 
 /// Every way in which a replica is loaded, while the primary is written to.
 fn full_sync(cell: &mut Cell) -> Result<()> {
+    let replica = Peer::start(cell, "replica", "require")?;
+    full_syncs(cell, replica, &["disabled", "on-empty-db", "swapdb"])
+}
+
+/// The same where the replica offers the smallest window that there is: the data ends at a
+/// window's end some six hundred times, and what the primary writes only once has to fit.
+fn small_window(cell: &mut Cell) -> Result<()> {
+    let replica = Peer::start_with(cell, "replica", "require", |settings| {
+        settings.arguments.push(String::from("rx-size=64k"));
+    })?;
+    full_syncs(cell, replica, &["disabled", "swapdb"])
+}
+
+fn full_syncs(cell: &mut Cell, replica: Peer, ways: &[&str]) -> Result<()> {
     let patience = cell.lab.patience();
     fill(cell, cell.server())?;
-    let replica = Peer::start(cell, "replica", "require")?;
     let mut loads = 0;
     for diskless in ["yes", "no"] {
-        for load in ["disabled", "on-empty-db", "swapdb"] {
+        for load in ways {
             let what = format!("repl-diskless-sync {diskless}, repl-diskless-load {load}");
             replica.ask("REPLICAOF NO ONE")?;
             replica.ask("FLUSHALL")?;
