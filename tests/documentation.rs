@@ -321,7 +321,7 @@ fn blocks(page: &str, text: &str) -> Vec<Shown> {
 
 /// Who runs a command that a reader is shown: what it begins with, the file that runs it, and
 /// how it stands there. Addresses and ports are left out on both sides.
-const RUN_BY: [(&str, &str, &str); 22] = [
+const RUN_BY: [(&str, &str, &str); 23] = [
     ("scripts/setup.sh build", ".ci/run", "scripts/setup.sh build"),
     ("eval \"$(scripts/setup.sh env)\"", "scripts/build-on.sh", "eval \"$(scripts/setup.sh env)\""),
     ("cargo build --release --locked", "scripts/build-on.sh", "cargo build --release --locked"),
@@ -341,6 +341,7 @@ const RUN_BY: [(&str, &str, &str); 22] = [
     ("target/release/valkey-rdma check", "tests/cells/src/cases/programs.rs", "[\"check\","),
     ("target/release/valkey-rdma exporter", "tests/cells/src/cases/monitored.rs", "[\"exporter\","),
     ("target/release/valkey-rdma bridge", "tests/cells/src/cases/bridged.rs", "[\"bridge\","),
+    ("target/release/valkey-rdma top", "tests/cells/src/cases/monitored.rs", "[\"top\","),
     ("scripts/abi-check.sh", "scripts/test.sh", "scripts/abi-check.sh"),
     ("scripts/mutants.sh", "scripts/test.sh", "scripts/mutants.sh"),
     ("SIMULATION_SEEDS=100000 cargo test", "scripts/test.sh", "SIMULATION_SEEDS=100000 cargo test"),

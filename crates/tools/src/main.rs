@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! `valkey-rdma`: whether a server answers over RDMA, how fast, and why not; and a bridge to
-//! it for programs that speak no RDMA.
+//! `valkey-rdma`: whether a server answers over RDMA, how fast, and why not; what its clients do,
+//! on a screen and for Prometheus; and a bridge to it for programs that speak no RDMA.
 
 mod bridge;
 mod check;
@@ -10,11 +10,13 @@ mod monitor;
 mod ping;
 mod reply;
 mod server;
+mod top;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
-/// Whether a Valkey server answers over RDMA, how fast, and why not; and a bridge to it.
+/// Whether a Valkey server answers over RDMA, how fast, and why not; what its clients do; and a
+/// bridge to it.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
@@ -28,6 +30,7 @@ enum Command {
     Check(check::Arguments),
     Exporter(exporter::Arguments),
     Bridge(bridge::Arguments),
+    Top(top::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
         Command::Check(arguments) => check::run(&arguments),
         Command::Exporter(arguments) => exporter::run(&arguments),
         Command::Bridge(arguments) => bridge::run(&arguments),
+        Command::Top(arguments) => top::run(&arguments),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-//! What is told of a server by the command `valkey-rdma`: to Prometheus.
+//! What is told of a server by the command `valkey-rdma`: to Prometheus, and on a screen.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
@@ -9,14 +9,16 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use client::pattern;
 
 use super::basics::expect;
+use super::stalled::stall;
 use crate::cell::{Case, Cell};
 use crate::info::Info;
 use crate::process::{Process, run};
 use crate::server::free_port;
 
-pub const CASES: &[Case] = &[Case::new("exporter", exporter)];
+pub const CASES: &[Case] = &[Case::new("exporter", exporter), Case::new("top", top)];
 
 /// The page of one scrape: the values by series, and the names of counters.
 struct Page {
@@ -301,5 +303,87 @@ fn passwords(cell: &Cell, program: &Path, own: SocketAddr) -> Result<()> {
     ensure!(code == Some(1), "it ends with {code:?}");
     let reply = operator.command(&[b"CONFIG", b"SET", b"requirepass", b""])?.text();
     ensure!(reply == "OK", "{reply}");
+    Ok(())
+}
+
+/// One client that does not read, one whose turn it is, one that is busy.
+fn top(cell: &mut Cell) -> Result<()> {
+    let program = cell.lab.program("valkey-rdma")?;
+    let (folder, patience) = (cell.folder().to_owned(), cell.lab.patience());
+    let server = cell.server().tcp_address().to_string();
+    cell.tcp()?.command(&[b"SET", b"big", &pattern::value(7, 4 << 20)])?;
+    let mut stalled = cell.rdma()?;
+    stall(cell, &mut stalled, &[b"GET", b"big"])?;
+    let mut idle = cell.rdma()?;
+    expect(&mut idle, "PING", "PONG")?;
+    let traffic = cell.traffic(1, 1000)?;
+    let once = |more: &[&str], columns: &str| -> Result<String> {
+        let mut command = Command::new(&program);
+        command.args(["top", &server, "--once", "--interval", "0.5"]).args(more);
+        let done = run(command.env("COLUMNS", columns), b"", &folder, patience)?;
+        ensure!(done.status.success(), "{} {}", done.status, done.stderr);
+        Ok(done.text())
+    };
+    let text = once(&[], "80")?;
+    ensure!(text.lines().all(|line| line.chars().count() <= 80), "a wide line:\n{text}");
+    ensure!(text.contains("3 established"), "other connections:\n{text}");
+    ensure!(text.contains("windows full now 1"), "no full window:\n{text}");
+    let rows: Vec<_> = text.lines().skip_while(|line| !line.contains("ADDRESS")).skip(1).collect();
+    ensure!(rows.len() == 3, "{} clients:\n{text}", rows.len());
+    // It has waited longest, its window is full, and nothing is sent to it.
+    let first: Vec<_> = rows[0].split_whitespace().collect();
+    ensure!(rows[0].contains("client's window"), "the stalled one is not the first:\n{text}");
+    ensure!(first[first.len() - 3..] == ["0", "0", "100"], "of the stalled one:\n{text}");
+    let moves = |row: &str| {
+        let columns: Vec<_> = row.split_whitespace().collect();
+        columns[columns.len() - 3] != "0"
+    };
+    let moving = rows.iter().filter(|row| moves(row)).count();
+    ensure!(moving == 1, "{moving} clients send something:\n{text}");
+    let busiest = once(&["--sort", "in"], "80")?;
+    let first = busiest.lines().skip_while(|line| !line.contains("ADDRESS")).nth(1);
+    ensure!(first.is_some_and(moves), "the busy one is not the first:\n{busiest}");
+    let filtered = once(&["--filter", "window"], "200")?;
+    let heading =
+        filtered.lines().position(|line| line.contains("ADDRESS")).context("a heading")?;
+    ensure!(filtered.lines().count() == heading + 2, "more than one client:\n{filtered}");
+    ensure!(filtered.contains("DEVICE"), "room for all columns, and not all there:\n{filtered}");
+    traffic.stop()?;
+    drop((stalled, idle));
+    cell.moved(1000, 1 << 20);
+
+    // On a terminal: it leaves the screen as it was, by a key, by Ctrl-C and by a signal, and waits
+    // for a server that is away.
+    let nobody = format!("127.0.0.1:{}", free_port()?);
+    for (address, around, end, shown, code) in [
+        (&server, "", "q", "established", 0),
+        (&nobody, "", "\\003", "AWAY", 0),
+        (&server, "timeout --foreground $PAUSE", "", "established", 124),
+    ] {
+        let words = format!(
+            "(sleep $PAUSE; printf '{end}'; sleep 0.2) | \
+             script -qec 'stty cols 80 rows 24; exec {around} {} top {address}' /dev/null",
+            program.display()
+        );
+        // As long as it takes, on a machine that is busy.
+        let show = |pause: &str| {
+            let mut command = Command::new("sh");
+            command.args(["-c", &words]).env("TERM", "xterm").env("PAUSE", pause);
+            run(&mut command, b"", &folder, patience)
+        };
+        let mut done = show("0.6")?;
+        if !done.text().contains(shown) {
+            done = show("6")?;
+        }
+        let text = done.text();
+        ensure!(done.status.code() == Some(code), "{}: {text}", done.status);
+        ensure!(text.contains(shown), "no '{shown}' in {text:?}");
+        let (enters, leaves) = (text.find("\x1b[?1049h"), text.rfind("\x1b[?1049l"));
+        ensure!(enters.is_some() && enters < leaves, "it does not leave the screen: {text:?}");
+    }
+    let away =
+        run(Command::new(&program).args(["top", &nobody, "--once"]), b"", &folder, patience)?;
+    ensure!(away.status.code() == Some(2), "it ends with {}", away.status);
+    ensure!(away.stderr.contains("Connection refused"), "it says {}", away.stderr);
     Ok(())
 }

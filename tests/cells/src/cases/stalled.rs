@@ -75,7 +75,11 @@ fn unannounced(cell: &mut Cell) -> Result<()> {
 }
 
 /// Asks for something large and lets the window fill up.
-fn stall(cell: &Cell, client: &mut Client<rdma::Connection>, words: &[&[u8]]) -> Result<()> {
+pub(super) fn stall(
+    cell: &Cell,
+    client: &mut Client<rdma::Connection>,
+    words: &[&[u8]],
+) -> Result<()> {
     client.stream().hold(true)?;
     client.request(words)?;
     let window = client.stream().own_window().length as usize;
