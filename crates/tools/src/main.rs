@@ -85,4 +85,17 @@ mod tests {
             .collect();
         assert_eq!(documented, options);
     }
+
+    #[test]
+    fn the_unit_runs_the_bridge() {
+        let unit =
+            concat!(env!("CARGO_MANIFEST_DIR"), "/../../packaging/valkey-rdma-bridge@.service");
+        let unit = std::fs::read_to_string(unit).unwrap();
+        let command = unit.lines().find_map(|line| line.strip_prefix("ExecStart=/usr/bin/"));
+        let command = command.unwrap().replace("%t", "/run").replace("%i", "cache");
+        let command = command.replace("${TO}", "192.0.2.10:6379");
+        let command = command.replace("$OPTIONS", "--max-connections 1000 --fallback");
+        let parsed = super::Arguments::command().try_get_matches_from(command.split(' '));
+        assert_eq!(parsed.unwrap().subcommand_name(), Some("bridge"));
+    }
 }
