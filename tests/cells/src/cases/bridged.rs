@@ -174,6 +174,9 @@ fn bridge(cell: &mut Cell) -> Result<()> {
     drained(cell, &mut bridge).context("SIGTERM")
 }
 
+/// Commands of a program that does not wait for what becomes of them.
+const CLOSED: usize = 20_000;
+
 /// Values of all sizes there and back, over TCP and by the Unix socket.
 fn values(cell: &mut Cell, bridge: &Bridge) -> Result<()> {
     let sizes = if cell.lab.is_slow() { &SIZES[..6] } else { &SIZES[..] };
@@ -204,17 +207,18 @@ fn values(cell: &mut Cell, bridge: &Bridge) -> Result<()> {
     wanted.extend_from_slice(b"\r\n+OK\r\n");
     ensure!(rest(&mut stream)? == wanted, "other bytes by the Unix socket");
 
-    // Written and closed at once, by a program that reads no answer.
+    // Written and closed at once, by a program that reads no answer: more than the server takes
+    // at a time.
     let mut stream = UnixStream::connect(&bridge.unix)?;
-    stream.write_all(&b"INCR closed\r\n".repeat(1000))?;
+    stream.write_all(&b"INCR closed\r\n".repeat(CLOSED))?;
     drop(stream);
     let deadline = Instant::now() + bridge.patience;
     loop {
         let count = client.words("GET closed")?.text();
-        if count == "1000" {
+        if count == CLOSED.to_string() {
             return Ok(());
         }
-        ensure!(Instant::now() < deadline, "of 1000 commands before a close {count} were done");
+        ensure!(Instant::now() < deadline, "of {CLOSED} commands before a close {count} were done");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -383,13 +387,18 @@ fn ends(cell: &mut Cell) -> Result<()> {
     let lines = std::fs::read_to_string(&alone.log)?.matches("is refused").count();
     ensure!(lines == 3, "{lines} lines for ten that were refused");
 
-    // One that is there and does not answer.
-    let hasty = Bridge::start(cell, target, "hasty", &["--timeout", "0.3"])?;
+    // One that is there and does not answer. And a window of more than a turn carries.
+    let more = ["--timeout", "0.3", "--window", "4m"];
+    let hasty = Bridge::start(cell, target, "hasty", &more)?;
     let stopped = cell.server().pause();
     let answer = hasty.client()?.words("PING")?.text();
     ensure!(answer.contains("timed out while waiting for the server"), "'{answer}'");
     drop(stopped);
-    ensure!(hasty.client()?.words("PING")?.text() == "PONG", "once it answers again");
+    let (mut client, value) = (hasty.client()?, pattern::value(6, 20_000_000));
+    client.command(&[b"SET", b"large", &value]).context("once it answers again")?;
+    for _ in 0..3 {
+        ensure!(client.command(&[b"GET", b"large"])?.bytes() == Some(&value[..]), "other bytes");
+    }
 
     let port = cell.server().tcp_address().port().to_string();
     let other = Bridge::start(cell, nobody, "other", &["--fallback", &port])?;
