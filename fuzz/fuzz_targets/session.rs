@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use valkey_rdma_proto::send_queue::{PayloadWrite, PostError, Shortage, Transmit};
 use valkey_rdma_proto::session::{
-    Lost, MessageAction, Port, Session, TimeoutAction, Timing, Violation,
+    Lost, MessageAction, Port, Reader, Session, TimeoutAction, Timing, Violation,
 };
 use valkey_rdma_proto::staging::Steps;
 use valkey_rdma_proto::stream::{ReadOutcome, Stream, Written};
@@ -51,7 +51,7 @@ enum Step {
     ProbeCompleted,
     /// So many of our messages have arrived.
     Answers(u8),
-    Close(bool),
+    Close(u8),
     Wait(u16),
 }
 
@@ -278,8 +278,10 @@ fuzz_target!(|steps: Vec<Step>| {
                 }
                 None
             }
-            Step::Close(served) => {
-                session.close(written, served, now);
+            Step::Close(reader) => {
+                let reader =
+                    [Reader::Refused, Reader::Client, Reader::Server][usize::from(reader % 3)];
+                session.close(written, reader, now);
                 None
             }
             Step::Wait(time) => {

@@ -38,7 +38,7 @@ use crate::host::{Connection, MainCell};
 use crate::metrics::{Counter, METRICS};
 use control::{CONTROL_SLOTS, Layout};
 use proto::buffer_size;
-use proto::session::{Millis, Session, Timing};
+use proto::session::{Millis, Reader, Session, Timing};
 use proto::staging::STEPS;
 pub use proto::stream::ReadOutcome;
 use proto::stream::Stream;
@@ -362,6 +362,18 @@ impl Endpoint {
     pub fn enter_stage(&self, stage: Stage) {
         std::mem::replace(&mut self.main_state().stage, stage).gauge().sub(1);
         stage.gauge().add(1);
+    }
+
+    /// The server is done with the connection: from now on it lingers. Main thread.
+    pub fn begin_lingering(&self, now: Millis) {
+        self.enter_stage(Stage::Lingering);
+        let mut own = self.main_state();
+        let reader = match own.role {
+            Role::Replica | Role::Primary => Reader::Server,
+            Role::Client if self.stream.total_read() > 0 => Reader::Client,
+            Role::Client => Reader::Refused,
+        };
+        own.session.close(self.activity.written(), reader, now);
     }
 
     /// The windows, and what became of the peer. Any thread.

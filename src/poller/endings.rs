@@ -139,15 +139,13 @@ impl Poller {
     /// delivered.
     pub fn close(&self, endpoint: &Arc<Endpoint>) {
         self.say_post_error(endpoint);
-        endpoint.enter_stage(Stage::Lingering);
         let now = time::now();
+        endpoint.begin_lingering(now);
         let mut own = endpoint.main_state();
         own.set_connection(std::ptr::null_mut());
         own.watch.since = now;
         let left = own.reason == Some(Reason::Client);
         let alive = endpoint.stream().peer_state() == PeerState::Connected && !left;
-        let served = endpoint.stream().total_read() > 0;
-        own.session.close(endpoint.activity().written(), served, now);
         if alive {
             own.reason.get_or_insert(Reason::Server);
         }

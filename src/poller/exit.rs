@@ -61,10 +61,7 @@ impl Poller {
             }
         }
         if endpoint.main_state().stage == Stage::Established {
-            endpoint.enter_stage(Stage::Lingering);
-            let served = endpoint.stream().total_read() > 0;
-            let written = endpoint.activity().written();
-            endpoint.main_state().session.close(written, served, time::now());
+            endpoint.begin_lingering(time::now());
         }
         self.step(endpoint, time::now(), false);
         endpoint.main_state().stage == Stage::Lingering

@@ -7,7 +7,7 @@ use crate::memory::{
 };
 use crate::{Error, wait};
 use proto::send_queue::{PostError, Shortage};
-use proto::session::{Lost, Session, TimeoutAction, Timing};
+use proto::session::{Lost, Reader, Session, TimeoutAction, Timing};
 use proto::staging::STEPS;
 use proto::stream::{ReadOutcome, Stream, Written};
 use proto::window::PeerState;
@@ -443,7 +443,7 @@ impl Connection {
         }
         let now = self.now();
         if !mem::replace(&mut self.closing, true) {
-            self.session.close(now, true, now);
+            self.session.close(now, Reader::Server, now);
         }
         // The last writes may have asked for no completion; a probe behind them does.
         let mut port = &self.objects;

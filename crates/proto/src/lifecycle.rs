@@ -45,9 +45,16 @@ pub(crate) enum Duty {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    Handshake { deadline: Millis },
+    Handshake {
+        deadline: Millis,
+    },
     Open,
-    Lingering { deadline: Millis, since: Millis },
+    /// `linger` is how long the reader has, from its last bytes on.
+    Lingering {
+        deadline: Millis,
+        since: Millis,
+        linger: Millis,
+    },
 }
 
 /// A probe that took no longer found nothing in its way: what was posted before it had
@@ -56,6 +63,19 @@ const PROMPT: Millis = 100;
 
 /// Least time for delivering a refusal, whatever the time to read it is.
 const UNSERVED: Millis = 500;
+
+/// Who reads the last words of a connection that is closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reader {
+    /// A client that nothing was read from, so that it was only refused: it is waited for no
+    /// longer than it takes to read why.
+    Refused,
+    /// A client. It may drop what it has not read when it hears of the disconnect.
+    Client,
+    /// Another server, or a client of this project. It reads what has arrived before it minds
+    /// the disconnect.
+    Server,
+}
 
 /// One connection's phase and its deadlines.
 #[derive(Debug)]
@@ -123,12 +143,14 @@ impl Lifecycle {
     }
 
     /// The server closed the connection, to which it had written at the time `written` last.
-    /// `served` says whether it had read anything from it: a peer that it only refused is
-    /// waited for no longer than it takes to read why.
-    pub(crate) fn close(&mut self, written: Millis, served: bool, now: Millis) {
+    pub(crate) fn close(&mut self, written: Millis, reader: Reader, now: Millis) {
         let Timing { delivery, linger, .. } = self.timing;
-        let patience = if served { delivery } else { linger.max(UNSERVED).min(delivery) };
-        self.phase = Phase::Lingering { deadline: now + patience, since: written };
+        let (patience, linger) = match reader {
+            Reader::Refused => (linger.max(UNSERVED).min(delivery), linger),
+            Reader::Client => (delivery, linger),
+            Reader::Server => (delivery, 0),
+        };
+        self.phase = Phase::Lingering { deadline: now + patience, since: written, linger };
     }
 
     /// Something that was written has arrived, so the peer lives.
@@ -165,7 +187,7 @@ impl Lifecycle {
                 self.probed = Some(now);
                 Duty::Probe
             }
-            Phase::Lingering { deadline, since } => {
+            Phase::Lingering { deadline, since, linger } => {
                 if now >= *deadline {
                     return Duty::End;
                 }
@@ -180,7 +202,7 @@ impl Lifecycle {
                 }
                 // From the last write on the peer has had its time, unless that arrived late.
                 let since = self.arrived.max(*since);
-                if now >= since + self.timing.linger { Duty::End } else { Duty::Wait }
+                if now >= since + *linger { Duty::End } else { Duty::Wait }
             }
         }
     }
@@ -302,7 +324,7 @@ mod tests {
     #[test]
     fn closing_waits_for_delivery_and_then_for_the_reader() {
         let mut lifecycle = open();
-        lifecycle.close(1000, true, 1000);
+        lifecycle.close(1000, Reader::Client, 1000);
         assert!(!lifecycle.is_open());
         assert_eq!(lifecycle.duty(1000, false), Duty::Probe);
         assert_eq!(lifecycle.duty(1050, false), Duty::Wait);
@@ -314,7 +336,7 @@ mod tests {
     #[test]
     fn what_arrived_late_is_read_later() {
         let mut lifecycle = open();
-        lifecycle.close(1000, true, 1000);
+        lifecycle.close(1000, Reader::Client, 1000);
         assert_eq!(lifecycle.duty(1000, false), Duty::Probe);
         let late = 1000 + PROMPT + 1;
         lifecycle.probe_completed(late);
@@ -324,13 +346,13 @@ mod tests {
         // The same of a probe that was out already, and of bytes that were signalled.
         let mut lifecycle = open();
         assert_eq!(lifecycle.duty(50, false), Duty::Probe);
-        lifecycle.close(40, true, 990);
+        lifecycle.close(40, Reader::Client, 990);
         assert_eq!(lifecycle.duty(990, false), Duty::Wait);
         lifecycle.probe_completed(1000);
         assert_eq!(lifecycle.duty(1019, true), Duty::Wait);
         let mut lifecycle = open();
         lifecycle.payload_completed(1000);
-        lifecycle.close(40, true, 1001);
+        lifecycle.close(40, Reader::Client, 1001);
         assert_eq!(lifecycle.duty(1019, true), Duty::Wait);
         assert_eq!(lifecycle.duty(1020, true), Duty::End);
     }
@@ -338,14 +360,14 @@ mod tests {
     #[test]
     fn closing_is_bounded() {
         let mut lifecycle = open();
-        lifecycle.close(1000, true, 1000);
+        lifecycle.close(1000, Reader::Client, 1000);
         assert_eq!(lifecycle.duty(1000, false), Duty::Probe);
         assert_eq!(lifecycle.duty(1199, false), Duty::Wait);
         assert_eq!(lifecycle.duty(1200, false), Duty::End, "a peer that takes nothing");
 
         let timing = Timing { delivery: 10_000, ..TIMING };
         let mut refused = Lifecycle::new(timing, 0);
-        refused.close(1000, false, 1000);
+        refused.close(1000, Reader::Refused, 1000);
         assert_eq!(refused.duty(1000, false), Duty::Probe);
         assert_eq!(refused.duty(1000 + UNSERVED - 1, false), Duty::Wait);
         assert_eq!(refused.duty(1000 + UNSERVED, false), Duty::End, "a refused one, sooner");
@@ -354,14 +376,27 @@ mod tests {
     #[test]
     fn closing_is_immediate_when_the_peer_has_had_its_time() {
         let mut lifecycle = open();
-        lifecycle.close(0, true, 1000);
+        lifecycle.close(0, Reader::Client, 1000);
         assert_eq!(lifecycle.duty(1000, true), Duty::End, "nothing was ever written");
 
         // Written long ago, and not known to have arrived: a round trip tells.
         let mut lifecycle = open();
-        lifecycle.close(900, true, 1000);
+        lifecycle.close(900, Reader::Client, 1000);
         assert_eq!(lifecycle.duty(1000, false), Duty::Probe);
         lifecycle.probe_completed(1001);
         assert_eq!(lifecycle.duty(1001, true), Duty::End);
+    }
+    #[test]
+    fn a_server_reads_what_has_arrived_whenever_it_ends() {
+        let mut lifecycle = open();
+        lifecycle.close(1000, Reader::Server, 1000);
+        assert_eq!(lifecycle.duty(1000, false), Duty::Probe);
+        assert_eq!(lifecycle.duty(1050, false), Duty::Wait);
+        lifecycle.probe_completed(1060);
+        assert_eq!(lifecycle.duty(1060, true), Duty::End, "as soon as it has arrived");
+        let mut lifecycle = open();
+        lifecycle.close(1000, Reader::Server, 1000);
+        assert_eq!(lifecycle.duty(1000, false), Duty::Probe);
+        assert_eq!(lifecycle.duty(1200, false), Duty::End, "one that takes nothing, as a client");
     }
 }

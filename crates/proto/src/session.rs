@@ -11,7 +11,7 @@
 //! session.
 
 use crate::lifecycle::{Duty, Lifecycle};
-pub use crate::lifecycle::{Millis, Timing};
+pub use crate::lifecycle::{Millis, Reader, Timing};
 pub use crate::port::Port;
 use crate::receive_buffers::ReceiveBuffers;
 use crate::send_queue::PostError;
@@ -308,10 +308,8 @@ impl<B> Session<B> {
     }
 
     /// The server closed the connection, to which it had written at the time `written` last.
-    /// `served` says whether it had read anything from it: a peer that it only refused is
-    /// waited for no longer than it takes to read why.
-    pub fn close(&mut self, written: Millis, served: bool, now: Millis) {
-        self.lifecycle.close(written, served, now);
+    pub fn close(&mut self, written: Millis, reader: Reader, now: Millis) {
+        self.lifecycle.close(written, reader, now);
     }
 
     /// Does what is due at the time `now`. `caught_up` says that all completions and events that
@@ -747,7 +745,7 @@ mod tests {
     #[test]
     fn who_lingers_ends_with_the_last_delivery() {
         let (mut session, stream, mut queue) = open();
-        session.close(0, true, 1000);
+        session.close(0, Reader::Client, 1000);
         assert_eq!(session.on_payload_sent(&stream, &mut queue, 0, 1000), Ok(TimeoutAction::Wait));
         let ends = session.on_probe_sent(&stream, &mut queue, 0, 1021);
         assert_eq!(ends, Ok(TimeoutAction::End));

@@ -8,7 +8,7 @@ use fastrand::Rng;
 use std::convert::Infallible;
 use valkey_rdma_proto::send_queue::{PayloadWrite, PostError, Transmit};
 use valkey_rdma_proto::session::{
-    MessageAction, Millis, Port as SessionPort, Session, TimeoutAction, Timing,
+    MessageAction, Millis, Port as SessionPort, Reader, Session, TimeoutAction, Timing,
 };
 use valkey_rdma_proto::staging::Steps;
 use valkey_rdma_proto::stream::{ReadOutcome, Stream, Written};
@@ -229,7 +229,7 @@ impl Side {
         self.connected = false;
         self.jobs = Jobs::default();
         let quiet = !self.is_peer_connected();
-        self.session.close(self.written, true, self.now());
+        self.session.close(self.written, Reader::Client, self.now());
         if quiet {
             self.end(fabric);
         } else {

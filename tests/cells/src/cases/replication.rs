@@ -19,7 +19,10 @@ use crate::server::{Server, free_port};
 pub const CASES: &[Case] = &[
     Case::new("repl-full-sync", full_sync).with(primary),
     Case::new("repl-small-window", small_window).with(primary),
-    Case::new("repl-partial", partial).with(primary),
+    Case::new("repl-partial", partial).with(|settings| {
+        primary(settings);
+        settings.arguments.push("linger-time=60000".to_owned());
+    }),
     Case::new("repl-failover", failover).with(primary),
     Case::new("repl-chain", chain).with(primary),
     Case::new("repl-fallback", fallback).with(primary),
@@ -82,7 +85,8 @@ fn full_syncs(cell: &mut Cell, replica: Peer, ways: &[&str]) -> Result<()> {
     replica.stop()
 }
 
-/// Links that are killed at either end, while the primary is written to: each is resumed.
+/// Links that are killed at either end, while the primary is written to: each is resumed, and
+/// the other end hears of it at once, whatever time clients have to read their last words.
 fn partial(cell: &mut Cell) -> Result<()> {
     let patience = cell.lab.patience();
     fill(cell, cell.server())?;
@@ -97,7 +101,9 @@ fn partial(cell: &mut Cell) -> Result<()> {
             0 => ask(cell.server(), "CLIENT KILL TYPE replica", patience)?,
             _ => replica.ask("CLIENT KILL TYPE master")?,
         };
-        cell.wait_info("a resumed link", |info| Ok(info.number("sync_partial_ok")? == time))?;
+        // Any close is over after ten seconds.
+        let soon = if cell.lab.is_slow() { patience } else { Duration::from_secs(8) };
+        wait("a resumed link", soon, || Ok(cell.info()?.number("sync_partial_ok")? == time))?;
         linked(&replica)?;
     }
     let writes = writer.stop()?;
@@ -491,7 +497,7 @@ fn shutdown(cell: &mut Cell) -> Result<()> {
         replica.follow_at(other.server.settings().rdma)?;
         linked(&replica)?;
         let writer = Writer::start(&other.server, patience)?;
-        std::thread::sleep(Duration::from_millis(400));
+        writer.reaches(100, patience)?;
         ensure!(replica.transport()? == "rdma", "the link: {}", replica.transport()?);
         let status = other.server.stop()?;
         no_crash(&other.server)?;
