@@ -35,8 +35,7 @@ main() {
     eval "$build_environment"
     say "Building"
     # As scripts/test.sh builds it, for the module to be the same file, byte by byte.
-    step "cargo: the module, the fabric and the benchmark" \
-        cargo build --locked --release --workspace --examples --bins --lib
+    build_all
     step "the software fabric" "$repo/scripts/softrdma.sh" true
     bench=${CARGO_TARGET_DIR:-$repo/target}/release/bench
     kept=$cache/bench

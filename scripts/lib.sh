@@ -177,3 +177,11 @@ add_sum() {
     read -r p _ f _ s _ <<<"$sum"
     ((passed += p, failed += f, skipped += s)) || true
 }
+
+# build_all — the module, and all that tests it. The module by itself: built together with
+# others it would get their dependencies' features, and another file be tested than is shipped.
+build_all() {
+    step "cargo: the module" cargo build --locked --release --package valkey-rdma
+    step "cargo: the fabric, clients, cells and tools" \
+        cargo build --locked --release --workspace --exclude valkey-rdma --examples --bins --lib
+}

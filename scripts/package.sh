@@ -20,8 +20,9 @@ main() {
     "$repo/scripts/setup.sh" build
     build_environment=$("$repo/scripts/setup.sh" env)
     eval "$build_environment"
-    step "cargo: the module, and the client of the acceptance run" \
-        cargo build --locked --release --package valkey-rdma --package client --lib --example acceptance
+    step "cargo: the module" cargo build --locked --release --package valkey-rdma
+    step "cargo: the client of the acceptance run" \
+        cargo build --locked --release --package client --example acceptance
     version=$(cargo pkgid --package valkey-rdma)
     version=${version##*[#@]}
     deb=$target/debian/valkey-rdma_${version}_amd64.deb

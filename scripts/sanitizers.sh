@@ -172,7 +172,7 @@ sanitized() {
 }
 
 plain_build() {
-    cargo build --locked --release --workspace --examples --bins --lib
+    build_all
     "$repo/scripts/softrdma.sh" --path
 }
 
