@@ -10,7 +10,8 @@ use anyhow::{Context, Result, ensure};
 
 use super::basics::expect;
 use super::peers::{
-    Peer, SLOW, Writer, amid_sync, arguments, ask, fill, linked, primary, same, told, wait,
+    Peer, Writer, amid_sync, arguments, ask, fill, fill_slowly_sent, linked, primary, same, told,
+    wait,
 };
 use crate::cell::{Case, Cell, no_crash};
 use crate::server::{Settings, free_port};
@@ -204,9 +205,7 @@ fn closed(cell: &mut Cell) -> Result<()> {
 /// over RDMA before and after.
 fn load(cell: &mut Cell) -> Result<()> {
     let patience = cell.lab.patience();
-    ask(cell.server(), "CONFIG SET repl-diskless-sync yes", patience)?;
-    ask(cell.server(), SLOW, patience)?;
-    fill(cell, cell.server())?;
+    fill_slowly_sent(cell, cell.server())?;
     let replica = Peer::start(cell, "replica", "require")?;
     replica.ask("CONFIG SET repl-timeout 3")?;
     for load in ["disabled", "swapdb"] {
@@ -245,10 +244,7 @@ fn load(cell: &mut Cell) -> Result<()> {
 /// In the middle of a full synchronization the replica is sent to another primary, or is shut
 /// down.
 fn abort(cell: &mut Cell) -> Result<()> {
-    let patience = cell.lab.patience();
-    ask(cell.server(), "CONFIG SET repl-diskless-sync yes", patience)?;
-    ask(cell.server(), SLOW, patience)?;
-    fill(cell, cell.server())?;
+    fill_slowly_sent(cell, cell.server())?;
     let other = Peer::start(cell, "other", "no")?;
     other.ask("SET other 1")?;
     for load in ["disabled", "swapdb"] {

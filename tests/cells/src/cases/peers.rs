@@ -314,8 +314,14 @@ pub(super) fn told(peer: &Peer) -> Result<Vec<String>> {
     peer.server.log_lines("link to the primary")
 }
 
-/// Makes a full synchronization slow, so that something can happen in the middle of it.
-pub(super) const SLOW: &str = "CONFIG SET rdb-key-save-delay 500";
+/// Fills a server, whose full synchronizations go without a file and take their time from now
+/// on, so that something can happen in the middle of one.
+pub(super) fn fill_slowly_sent(cell: &Cell, server: &Server) -> Result<()> {
+    for line in ["CONFIG SET repl-diskless-sync yes", "CONFIG SET rdb-key-save-delay 500"] {
+        ask(server, line, cell.lab.patience())?;
+    }
+    fill(cell, server)
+}
 
 /// Waits until a replica is in the middle of its full synchronization over RDMA.
 pub(super) fn amid_sync(replica: &Peer, primary: &Server) -> Result<()> {

@@ -10,8 +10,8 @@ use anyhow::{Context, Result, ensure};
 
 use super::basics::expect;
 use super::peers::{
-    KEYS, Peer, SLOW, VALUE, Writer, amid_sync, arguments, ask, fill, in_cluster, linked, missing,
-    primary, same, told, wait,
+    KEYS, Peer, VALUE, Writer, amid_sync, arguments, ask, fill, fill_slowly_sent, in_cluster,
+    linked, missing, primary, same, told, wait,
 };
 use crate::cell::{Case, Cell, no_crash};
 use crate::server::{Server, free_port};
@@ -287,17 +287,13 @@ fn dual_channel(cell: &mut Cell) -> Result<()> {
 /// Either side is killed in the middle of a full synchronization, or the operator ends it.
 fn kill(cell: &mut Cell) -> Result<()> {
     let patience = cell.lab.patience();
-    ask(cell.server(), "CONFIG SET repl-diskless-sync yes", patience)?;
-    ask(cell.server(), SLOW, patience)?;
-    fill(cell, cell.server())?;
+    fill_slowly_sent(cell, cell.server())?;
     let replica = Peer::start(cell, "replica", "require")?;
     for load in ["disabled", "swapdb"] {
         replica.ask(&format!("CONFIG SET repl-diskless-load {load}"))?;
         // The primary is killed.
         let mut other = Peer::start(cell, &format!("primary-{load}"), "no")?;
-        other.ask("CONFIG SET repl-diskless-sync yes")?;
-        other.ask(SLOW)?;
-        fill(cell, &other.server)?;
+        fill_slowly_sent(cell, &other.server)?;
         replica.follow_at(other.server.settings().rdma)?;
         amid_sync(&replica, &other.server)?;
         other.server.kill()?;
