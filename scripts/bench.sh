@@ -34,7 +34,6 @@ main() {
     build_environment=$("$repo/scripts/setup.sh" env)
     eval "$build_environment"
     say "Building"
-    # As scripts/test.sh builds it, for the module to be the same file, byte by byte.
     build_all
     step "the software fabric" "$repo/scripts/softrdma.sh" true
     bench=${CARGO_TARGET_DIR:-$repo/target}/release/bench

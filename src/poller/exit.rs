@@ -60,10 +60,11 @@ impl Poller {
                 return true;
             }
         }
+        let now = time::now();
         if endpoint.main_state().stage == Stage::Established {
-            endpoint.begin_lingering(time::now());
+            endpoint.begin_lingering(now);
         }
-        self.step(endpoint, time::now(), false);
+        self.step(endpoint, now, false);
         endpoint.main_state().stage == Stage::Lingering
     }
 }

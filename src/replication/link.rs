@@ -91,7 +91,10 @@ pub(super) unsafe fn open(
     };
     // SAFETY: by the caller's promise.
     let own = unsafe { &mut *connection };
-    let failure = if was_in_vain(&target) {
+    // Also where there is no other way: a server whose link ends in the middle of its
+    // synchronization opens the next at once, and each costs its primary a fork. After an attempt
+    // that is refused it waits a second.
+    let failure = if ATTEMPTS.borrow_mut().were_in_vain(&target) {
         Some(Failure::InVain)
     } else if own.take_over(Listening::get().kind()) {
         own.opener = Some(Box::new(Handle));
@@ -358,14 +361,6 @@ impl Opener for Handle {
             ATTEMPTS.borrow_mut().note(link.target, !base.private_data.is_null());
         }
     }
-}
-
-/// Whether not to try RDMA this time, since nothing came of the last links to this target. Also
-/// where there is no other way: a server whose link ends in the middle of its synchronization
-/// opens the next at once, and each costs its primary a fork. After an attempt that is refused
-/// it waits a second.
-fn was_in_vain(target: &Target) -> bool {
-    ATTEMPTS.borrow_mut().were_in_vain(target)
 }
 
 /// Has the clock run while there are links that ask.

@@ -386,6 +386,7 @@ mod tests {
         lifecycle.probe_completed(1001);
         assert_eq!(lifecycle.duty(1001, true), Duty::End);
     }
+
     #[test]
     fn a_server_reads_what_has_arrived_whenever_it_ends() {
         let mut lifecycle = open();
